@@ -1,0 +1,96 @@
+"""Fixtures of the whole suite; the helpers that tests import are in support.py."""
+
+import contextlib
+import gc
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import hypothesis
+import pytest
+from support import wait_until
+
+# Threads that a test has stopped may still be in their last instructions when it ends.
+ENDING = 3.0
+
+hypothesis.settings.register_profile(
+    "fastlisten",
+    deadline=None,  # real sockets: one slow example says nothing
+    max_examples=50,
+    print_blob=True,
+)
+hypothesis.settings.load_profile("fastlisten")
+
+
+def open_descriptors() -> dict[int, str]:
+    """Return the open descriptors and what they name; empty where they cannot be listed.
+
+    Windows has no list of a process's sockets, only a count of all kernel handles, which moves
+    with threads, events and Wine's own: there the threads alone are counted.
+    """
+    for folder in ("/proc/self/fd", "/dev/fd"):
+        if os.path.isdir(folder):
+            break
+    else:
+        return {}
+    found = {}
+    for name in os.listdir(folder):
+        try:
+            found[int(name)] = os.readlink(f"{folder}/{name}") if "proc" in folder else ""
+        except OSError:  # the descriptor of the listing itself
+            continue
+    return found
+
+
+def running_threads() -> list[str]:
+    """Return the threads: all of the kernel's where it lists them, so that C ones count too."""
+    try:
+        return sorted(os.listdir("/proc/self/task"))
+    except OSError:
+        return sorted(str(thread.ident) for thread in threading.enumerate())
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    """Fail the test that ends with other descriptors, or with more threads, than it began with."""
+    descriptors, threads = open_descriptors(), running_threads()
+
+    def settled() -> bool:
+        # Fewer descriptors are a fault too: somebody's was closed. Fewer threads are not.
+        return len(open_descriptors()) == len(descriptors) and len(running_threads()) <= len(
+            threads
+        )
+
+    yield
+    if settled():
+        return
+    gc.collect()  # an open socket in a cycle now warns, and the warning is an error
+    with contextlib.suppress(AssertionError):  # told below, with the names
+        wait_until(settled, ENDING)
+    if settled():
+        return
+    after = open_descriptors()
+    changed = {n: t for n, t in after.items() if descriptors.get(n) != t}
+    names = [thread.name for thread in threading.enumerate()]
+    pytest.fail(
+        f"descriptors {len(descriptors)} -> {len(after)}, of them new {changed}; "
+        f"threads {len(threads)} -> {len(running_threads())}, Python's are {names}",
+        pytrace=False,
+    )
+
+
+@pytest.fixture
+def unix_paths() -> Iterator[Path]:
+    """Give a folder for unix sockets; pytest's own can be too long for sun_path (108 bytes)."""
+    folder = tempfile.mkdtemp(prefix="fl-")
+    yield Path(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def unix_path(unix_paths: Path) -> str:
+    """Give a free path for one unix socket."""
+    return str(unix_paths / "s")

@@ -1,0 +1,197 @@
+"""What several test files use: sockets with time limits, conditions with deadlines, markers."""
+
+import contextlib
+import os
+import shutil
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+# Long enough for a loaded machine, short enough that a hang is told by the test that caused it.
+LIMIT = 10.0
+# How often a condition is asked again; it is not a wait for something to have happened.
+STEP = 0.002
+
+
+def wait_until(condition: Callable[[], Any], deadline: float = LIMIT, what: str = "") -> Any:
+    """Ask `condition` until it is true, for at most `deadline` seconds, and return its value."""
+    end = time.monotonic() + deadline
+    pause = threading.Event()  # never set: its wait is interrupted by signals, unlike a busy loop
+    while not (value := condition()):
+        if time.monotonic() > end:
+            raise AssertionError(f"not true within {deadline} s: {what or condition}")
+        pause.wait(STEP)
+    return value
+
+
+def reachable(address: Any) -> Any:
+    """Return the address a client connects to: the loopback one where a server has them all."""
+    if isinstance(address, tuple) and address[0] in ("0.0.0.0", "::"):
+        return ("::1" if ":" in address[0] else "127.0.0.1", *address[1:])
+    return address
+
+
+def connect(
+    target: Any, timeout: float | None = LIMIT, *, source: Any = None, receive_buffer: int = 0
+) -> socket.socket:
+    """Connect to a listener or an address, by plain system calls, and return the client's socket.
+
+    `target` is a listening socket, `(host, port)` or a unix path. `timeout`, in seconds, is for
+    the connecting and stays set on the socket. The caller closes it.
+    """
+    if isinstance(target, socket.socket):
+        family, address = target.family, reachable(target.getsockname())
+    elif isinstance(target, str | bytes):
+        family, address = socket.AF_UNIX, target
+    else:
+        family = socket.AF_INET6 if ":" in target[0] else socket.AF_INET
+        address = reachable(target)
+    client = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        if receive_buffer:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        client.settimeout(timeout)
+        if source is not None:
+            client.bind(source)
+        client.connect(address)
+    except BaseException:
+        client.close()
+        raise
+    return client
+
+
+def reset(client: socket.socket) -> None:
+    """Close a TCP socket so that its peer is sent RST in place of FIN."""
+    # struct linger is two ints on POSIX and two shorts on Windows.
+    linger = struct.pack("HH" if os.name == "nt" else "ii", 1, 0)
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    client.close()
+
+
+def read_all(client: socket.socket, limit: int = 1 << 26) -> bytes:
+    """Read until the peer ends its side and return what came, at most `limit` bytes."""
+    parts, size = [], 0
+    while size < limit and (part := client.recv(min(1 << 16, limit - size))):
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
+
+
+def exchange(target: Any, data: bytes = b"ping", timeout: float = LIMIT) -> bytes:
+    """Connect, send `data`, end the sending side and return all that the server answers."""
+    with connect(target, timeout) as client:
+        if data:
+            client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        return read_all(client)
+
+
+def echo(connection: Any) -> None:
+    """Send back all that comes until the client ends; a handler."""
+    while data := connection.recv(1 << 16):
+        connection.sendall(data)
+
+
+class Serving:
+    """A serve() that runs in a thread: its thread, and its result or error once it has ended."""
+
+    def __init__(self, target: Callable[[], Any]) -> None:
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._target = target
+        self.thread = threading.Thread(target=self._run, name="serving")
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._target()
+        except BaseException as error:  # handed to whoever waits, see wait()
+            self.error = error
+
+    def wait(self, deadline: float = LIMIT) -> Any:
+        """Wait for serve() to end by itself; return what it returned or raise what it raised."""
+        self.thread.join(deadline)
+        if self.thread.is_alive():
+            raise AssertionError(f"serve() has not ended within {deadline} s")
+        if self.error is not None:
+            error, self.error = self.error, None  # the context manager does not raise it again
+            raise error
+        return self.result
+
+
+@contextlib.contextmanager
+def serving(listener: Any, handler: Any, **options: Any) -> Iterator[Serving]:
+    """Run `listener.serve(handler, **options)` in a thread; stop and join it at the end.
+
+    What serve raised comes out at the end, unless wait() has given it out before. The listener
+    stays open: it is the caller's.
+    """
+    served = Serving(lambda: listener.serve(handler, **options))
+    try:
+        yield served
+    finally:
+        # A stop after the end would make a later serve() return at once, so ask first.
+        if served.thread.is_alive():
+            listener.stop()
+            served.thread.join(LIMIT)
+        if served.thread.is_alive():  # a handler waits for its client: cut it, then say so
+            listener.stop(drain=0)
+            served.thread.join(LIMIT)
+            raise AssertionError("serve() did not end on stop(); its handlers had to be cut")
+    served.wait(0)
+
+
+def has_ipv6() -> bool:
+    """Tell whether ::1 can be bound; containers often have the family and not the address."""
+    if not socket.has_ipv6:
+        return False
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def under_wine() -> bool:
+    """Tell whether this is Windows Python on Wine."""
+    if os.name != "nt":
+        return False
+    import ctypes
+
+    return hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
+
+
+# What a test may need of the system, by the name that its skip shows.
+PROBES: dict[str, Callable[[], bool]] = {
+    "Linux": lambda: sys.platform == "linux",
+    "the IPv6 loopback address": has_ipv6,
+    "unix sockets": lambda: hasattr(socket, "AF_UNIX"),
+    "fork": lambda: hasattr(os, "fork"),
+    "signals between processes": lambda: os.name == "posix",
+    "SO_REUSEPORT": lambda: hasattr(socket, "SO_REUSEPORT"),
+    "the openssl command": lambda: shutil.which("openssl") is not None,
+    "a C compiler": lambda: shutil.which("cc") is not None,
+}
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Mark a test that is skipped, by name, where the system lacks one of PROBES."""
+    missing = [name for name in names if not PROBES[name]()]
+    return pytest.mark.skipif(bool(missing), reason="needs " + " and ".join(missing or names))
+
+
+def posix_only(reason: str) -> pytest.MarkDecorator:
+    """Mark a test that has no meaning on Windows, with the reason."""
+    return pytest.mark.skipif(os.name == "nt", reason=f"POSIX only: {reason}")
+
+
+def not_under_wine(reason: str) -> pytest.MarkDecorator:
+    """Mark a test that Wine cannot carry, with the reason; it runs on Windows itself."""
+    return pytest.mark.skipif(under_wine(), reason=f"not under Wine: {reason}")
