@@ -404,7 +404,9 @@ def _scope_number(scope: str) -> int:
 
 def _refuse_name(host: str) -> NoReturn:
     """Raise socket.gaierror for text that no resolver knows, in the system's own words."""
-    socket.getaddrinfo(_encoded(host), None, flags=socket.AI_NUMERICHOST)  # asks no server
+    # Wine's reads [127.0.0.1] as an address; a lone bracket is none anywhere. No server is asked.
+    for name in (_encoded(host), b"["):
+        socket.getaddrinfo(name, None, flags=socket.AI_NUMERICHOST)
     raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
 
