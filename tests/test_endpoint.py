@@ -9,6 +9,7 @@ import socket
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support import has_ipv6
 
 from fastlisten import Endpoint, HostEntry, get_host_entry, get_host_name
 from fastlisten._endpoint import endpoint_of, resolve
@@ -382,7 +383,7 @@ def test_there_is_no_range_without_a_port(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["127.0.0.1:0", ":0", "127.1:0", "localhost:0", "[::1]:0"])
 def test_what_resolve_gives_can_be_bound_to(text: str) -> None:
-    if text.startswith("[") and not ipv6_works():
+    if text.startswith("[") and not has_ipv6():
         pytest.skip("no IPv6 loopback on this machine")
     for endpoint in resolve(Endpoint.parse(text)):
         with socket.socket(endpoint.family, socket.SOCK_STREAM) as probe:
@@ -391,15 +392,6 @@ def test_what_resolve_gives_can_be_bound_to(text: str) -> None:
         assert bound.family == endpoint.family
         assert bound.port > 0
         assert Endpoint.parse(str(bound)) == bound
-
-
-def ipv6_works() -> bool:
-    try:
-        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
-            probe.bind(("::1", 0))
-    except OSError:
-        return False
-    return True
 
 
 def test_resolve_leaves_everything_but_names_alone() -> None:
