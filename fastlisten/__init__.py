@@ -1,10 +1,28 @@
-"""Listening sockets with the accept loop in Cython over raw POSIX and Winsock calls."""
+"""Listening sockets, with the accept loop in Cython over raw POSIX and Winsock calls."""
 
+from fastlisten._connection import Connection
 from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
+from fastlisten._listener import (
+    Listener,
+    ListenerStats,
+    ServeResult,
+    bind,
+    create_server,
+    serve,
+)
+
+__version__ = "0.1.0"
 
 __all__ = [
+    "Connection",
     "Endpoint",
     "HostEntry",
+    "Listener",
+    "ListenerStats",
+    "ServeResult",
+    "bind",
+    "create_server",
     "get_host_entry",
     "get_host_name",
+    "serve",
 ]

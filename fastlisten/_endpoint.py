@@ -40,9 +40,7 @@ PORT_RANGES = ((1023, "system"), (49151, "registered"), (MAX_PORT, "dynamic"))
 # of an endpoint be read in one way only, and a URL or an e-mail address be refused.
 NAME = re.compile(r"[^\s\x00-\x1f\x7f\[\]:/%@?#\\]+")
 
-EXPECTED = (
-    "expected host:port, [IPv6 address]:port, :port, unix:/path, unix:@abstract-name or fd:number"
-)
+EXPECTED = "expected host:port, [IPv6 address]:port, :port, unix:/path, unix:@abstract-name or fd:number"
 
 
 @dataclass(frozen=True, order=True, slots=True, init=False, repr=False)
@@ -228,9 +226,7 @@ def get_host_entry(host: str | IPAddress | None = None) -> HostEntry:
     if _is_ipv4(host) or _is_ipv6(host):
         name, aliases, _ = socket.gethostbyaddr(host)
         return HostEntry(name, _once(aliases, name), (ipaddress.ip_address(host),))
-    found = socket.getaddrinfo(
-        _encoded(host), None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME
-    )
+    found = socket.getaddrinfo(_encoded(host), None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME)
     name = found[0][3] or host
     try:
         aliases = socket.gethostbyname_ex(host)[1]
@@ -287,8 +283,7 @@ def endpoint_of(value: object) -> Endpoint:
         # A file whose name begins with @ is not an abstract name.
         return Endpoint(f"{UNIX}./{path}" if path.startswith("@") else f"{UNIX}{path}")
     raise TypeError(
-        "endpoint must be an Endpoint, text, an address tuple or a unix path, "
-        f"not {type(value).__name__}"
+        f"endpoint must be an Endpoint, text, an address tuple or a unix path, not {type(value).__name__}"
     )
 
 

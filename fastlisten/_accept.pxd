@@ -1,0 +1,29 @@
+from fastlisten._connection cimport ledger_t
+from fastlisten._port cimport port_address, port_socket
+
+
+cdef enum verdict_t:
+    AGAIN           # nobody is queued: wait
+    INTERRUPTED     # run Python's signal handlers, go on
+    CONNECTION      # this client was lost before it was ours: count it by its code, go on at once
+    RESOURCES       # no descriptors or memory: pause, and try again
+    CLOSED          # the listener is closed: the end, if that was meant
+    UNKNOWN         # raise
+
+
+cdef struct client_t:  # accepted, and not yet a Connection
+    port_socket fd
+    int length
+    port_address address
+    ledger_t *ledger
+
+
+cdef class Ledger:
+    cdef ledger_t *at
+
+
+cdef verdict_t verdict(int code) noexcept nogil
+cdef void count_error(ledger_t *ledger, int code) noexcept nogil
+cdef bint take_client(port_socket fd, client_t *client, int nonblocking) noexcept nogil
+cdef int share_nonblocking(listener) except -1
+cdef double default_timeout() except? -2

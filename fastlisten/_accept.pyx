@@ -1,0 +1,284 @@
+"""One accept at a time: what a failed accept means, the Listener's ledger, accept() and accept_many()."""
+
+import errno
+import socket as _socket
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int64_t
+from libc.stdlib cimport calloc, free, malloc
+
+from fastlisten._connection cimport (
+    CODES,
+    address_object,
+    ledger_release,
+    ledger_t,
+    new_connection,
+    raise_error,
+)
+from fastlisten._port cimport *
+
+# Whether SO_REUSEADDR means what it does on POSIX (a port in TIME_WAIT may be bound again); on Windows it
+# would let another process steal the port.
+REUSE_ADDRESS = bool(PORT_REUSE_ADDRESS)
+
+cdef object _StandardSocket = _socket.socket
+cdef object _accept = _socket.socket.accept
+cdef object _fileno = _socket.socket.fileno
+cdef object _gettimeout = _socket.socket.gettimeout
+cdef object _getdefaulttimeout = _socket.getdefaulttimeout
+
+
+# --- What a failed accept means -----------------------------------------------------------------------------
+# One table for every system.  A code it does not know is raised: an error nobody understood must not become
+# a loop that spins.  accept(2), "Error handling"; Go's internal/poll and HAProxy's sock.c answer alike.
+
+cdef verdict_t verdict(int code) noexcept nogil:
+    if code in (PORT_EAGAIN, PORT_EWOULDBLOCK):
+        return AGAIN
+    if code == PORT_EINTR:
+        return INTERRUPTED
+    if code in (PORT_ECONNABORTED, PORT_EPROTO, PORT_ENOPROTOOPT, PORT_ENETDOWN, PORT_ENETUNREACH,
+                PORT_EHOSTDOWN, PORT_EHOSTUNREACH, PORT_ENONET, PORT_EPERM, PORT_ETIMEDOUT, PORT_ENOSR,
+                PORT_ESOCKTNOSUPPORT, PORT_EPROTONOSUPPORT, PORT_ECONNRESET, PORT_ENETNAME_DELETED):
+        return CONNECTION
+    if code in (PORT_EMFILE, PORT_ENFILE, PORT_ENOBUFS, PORT_ENOMEM):
+        return RESOURCES
+    if code in (PORT_EBADF, PORT_EINVAL, PORT_ENOTSOCK):
+        return CLOSED
+    return UNKNOWN
+
+
+# --- The Listener's ledger ----------------------------------------------------------------------------------
+
+@cython.final
+cdef class Ledger:
+    """What a Listener shares with its loop and its Connections: counters, requests, and a wake-up.
+
+    family, type, protocol: the listener's, as plain ints.
+    """
+
+    def __cinit__(self, int family, int type, int protocol):
+        self.at = <ledger_t *>calloc(1, sizeof(ledger_t))
+        if self.at is NULL:
+            raise MemoryError
+        self.at.holders = 1
+        self.at.family = family
+        self.at.type = type
+        self.at.protocol = protocol
+        self.at.wake[0] = self.at.wake[1] = PORT_NO_SOCKET
+
+    def __dealloc__(self):
+        if self.at is not NULL:
+            ledger_release(self.at)
+
+    def arm(self):
+        """Make the wake-up, once; the last holder of the ledger closes it."""
+        if self.at.wake[0] == PORT_NO_SOCKET:
+            self.at.wake[0], self.at.wake[1] = wake_pair()
+
+    @property
+    def wake(self):
+        """Both ends of the wake-up, or None while there is none."""
+        if self.at.wake[0] == PORT_NO_SOCKET:
+            return None
+        return self.at.wake[0], self.at.wake[1]
+
+    def stop(self, drain):
+        """Ask the loop to end; `drain` as Listener.stop() says.  Takes no lock: signal handlers call it."""
+        cdef int64_t deadline = 0
+        if drain is not None:
+            deadline = port_now() + <int64_t>(min(<double>drain, 1e9) * 1e9)
+            if self.at.deadline == 0 or deadline < self.at.deadline:
+                port_swap(&self.at.deadline, deadline)
+            if not port_get(&self.at.stopping) and drain > 0:
+                port_swap(&self.at.draining, 1)
+            elif drain == 0:
+                port_swap(&self.at.draining, 0)
+        port_swap(&self.at.stopping, 1)
+        port_ring(self.at.wake[1])
+
+    def answered(self):
+        """The stop was carried out: another serve() may follow."""
+        self.at.stopping = self.at.draining = self.at.deadline = 0
+
+    @property
+    def stopping(self):
+        return bool(port_get(&self.at.stopping))
+
+    @property
+    def paused(self):
+        return bool(port_get(&self.at.paused))
+
+    @paused.setter
+    def paused(self, bint value):
+        port_swap(&self.at.paused, value)
+        port_ring(self.at.wake[1])
+
+    def counts(self):
+        """accepted, handled, active, handler errors, refused, and failed accepts as {errno name: count}."""
+        errors = {}
+        for i in range(CODES):
+            if self.at.counts[i]:
+                name = errno.errorcode.get(self.at.codes[i], str(self.at.codes[i]))
+                errors[name] = errors.get(name, 0) + self.at.counts[i]
+        return (self.at.accepted, self.at.handled, port_get(&self.at.holders) - 1,
+                self.at.handler_errors, self.at.refused, errors)
+
+
+cdef void count_error(ledger_t *ledger, int code) noexcept nogil:
+    """Count a failed accept; only who may accept calls this, so there is one writer."""
+    cdef int i = 0
+    while i < CODES - 1 and ledger.counts[i] and ledger.codes[i] != code:
+        i += 1
+    ledger.codes[i] = code
+    ledger.counts[i] += 1
+
+
+def wake_pair():
+    """Two connected sockets, non-blocking and not inheritable, as descriptors: ring one, poll the other."""
+    a, b = _socket.socketpair()
+    a.setblocking(False)
+    b.setblocking(False)
+    return a.detach(), b.detach()
+
+
+def queue(port_socket fd):
+    """How many clients the kernel has queued for this TCP listener and how many it would: (None, None) if
+    the system does not tell."""
+    cdef int depth, limit
+    if port_queue(fd, &depth, &limit) != 0:
+        return None, None
+    return depth, limit
+
+
+# --- One accept at a time -----------------------------------------------------------------------------------
+
+cdef int wait_for_client(listener, object timeout, int64_t *deadline) except -1:
+    """Wait as long as a blocking (None) or timed accept may; TimeoutError('timed out') after that."""
+    cdef port_pollfd poll
+    cdef int64_t left = -1
+    cdef int ready, code
+    if timeout is not None and deadline[0] == 0:
+        deadline[0] = port_now() + <int64_t>(<double>timeout * 1e9)
+    while True:
+        if timeout is not None:
+            left = deadline[0] - port_now()
+            if left <= 0:
+                raise TimeoutError("timed out")
+        poll.fd = _fileno(listener)
+        poll.events = POLLIN
+        with nogil:
+            ready = port_poll_ns(&poll, 1, left)
+            code = port_error() if ready < 0 else 0
+        if ready > 0:
+            return 0
+        if code == PORT_EINTR:  # PEP 475: run the handlers, wait for what remains
+            PyErr_CheckSignals()
+        elif code != 0:
+            raise_error(code)
+
+
+cdef port_socket accept_one(
+        listener, port_address *address, int *length, int nonblocking) except -1:
+    """One client's descriptor, waited for as the listener's timeout says."""
+    cdef port_socket fd, client
+    cdef int64_t deadline = 0
+    cdef int code
+    while True:
+        fd = _fileno(listener)
+        with nogil:
+            client = port_accept(fd, address, length, nonblocking)
+            code = port_error() if client == PORT_NO_SOCKET else 0
+        if code == 0:
+            return client
+        if code == PORT_EINTR:
+            PyErr_CheckSignals()
+            continue
+        timeout = _gettimeout(listener)
+        if not port_would_block(code) or timeout == 0:
+            raise_error(code)
+        # A blocking listener gets here when serve(), accept_many() or another process has made the
+        # description non-blocking, which all its descriptors share: fcntl(2), F_SETFL.
+        wait_for_client(listener, timeout, &deadline)
+
+
+def accept(self):
+    """accept() -> (socket.socket, address), as socket.socket.accept(): the same results and errors.
+
+    Waits as the timeout says.  The socket is blocking unless socket.setdefaulttimeout() says otherwise, is
+    not inheritable, and is the caller's to close.  accept(2).
+    """
+    cdef Ledger ledger = self._ledger
+    cdef port_address address
+    cdef int length
+    cdef port_socket client
+    if ledger.at.family not in (AF_INET, AF_INET6, AF_UNIX):
+        return _accept(self)  # an address family this module has no text for
+    # accept4() makes it blocking; with a default timeout socket.socket() makes it non-blocking itself
+    client = accept_one(self, &address, &length, 0)
+    try:
+        sock = _StandardSocket(ledger.at.family, ledger.at.type, ledger.at.protocol, client)
+    except BaseException:
+        port_close(client)
+        raise
+    return sock, address_object(&address, length)
+
+
+def accept_many(self, int limit=64):
+    """Accept up to `limit` clients that are queued; returns their Connections, at least one.
+
+    Waits for the first as accept() does: without end, TimeoutError after the timeout, BlockingIOError when
+    the listener is non-blocking and nobody is queued.  An error after the first client is left for the
+    next call.  The caller closes the Connections.
+    """
+    cdef Ledger ledger = self._ledger
+    cdef ledger_t *at = ledger.at
+    cdef client_t *clients
+    cdef double timeout = default_timeout()
+    cdef port_socket fd
+    cdef int i, taken = 1
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, not {limit}")
+    clients = <client_t *>malloc(limit * sizeof(client_t))
+    if clients is NULL:
+        raise MemoryError
+    try:
+        share_nonblocking(self)
+        clients[0].fd = accept_one(self, &clients[0].address, &clients[0].length, timeout >= 0)
+        fd = _fileno(self)
+        with nogil:
+            while taken < limit and take_client(fd, &clients[taken], timeout >= 0):
+                taken += 1
+        port_add(&at.accepted, taken)
+        connections = []
+        try:
+            for i in range(taken):
+                connections.append(
+                    new_connection(clients[i].fd, &clients[i].address, clients[i].length, at, timeout))
+        except BaseException:
+            for i in range(len(connections), taken):
+                port_close(clients[i].fd)
+            raise
+        return connections
+    finally:
+        free(clients)
+
+
+cdef bint take_client(port_socket fd, client_t *client, int nonblocking) noexcept nogil:
+    client.fd = port_accept(fd, &client.address, &client.length, nonblocking)
+    return client.fd != PORT_NO_SOCKET
+
+
+cdef double default_timeout() except? -2:
+    """socket.getdefaulttimeout(), as Connection keeps it: < 0 for None."""
+    timeout = _getdefaulttimeout()
+    return -1 if timeout is None else timeout
+
+
+cdef int share_nonblocking(listener) except -1:
+    """Make the listener's description non-blocking: between our look at the queue and our accept another
+    process may take the client.  accept() copes, and a blocking listener goes on looking like one."""
+    if port_set_nonblocking(_fileno(listener), 1) != 0:
+        raise_error(port_error())
+    return 0

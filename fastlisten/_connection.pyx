@@ -1,0 +1,416 @@
+"""Connection: one accepted client."""
+
+import socket as _socket
+import warnings
+from contextlib import contextmanager
+from os import fsdecode
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from fastlisten._port cimport *
+
+
+# A recv() of at most this many bytes goes through the stack, so that its result is allocated once, at its
+# real size, and never shrunk.
+cdef enum:
+    STACK_BUFFER = 4096
+
+cdef object _StandardSocket = _socket.socket
+cdef object _getdefaulttimeout = _socket.getdefaulttimeout
+
+
+cdef int raise_error(int code) except -1:
+    """Raise the OSError that the standard library would for this code."""
+    port_set_exception(code)
+    return -1
+
+
+cdef void ledger_release(ledger_t *ledger) noexcept nogil:
+    """Give one hold on the ledger back; the last one frees it and its wake-up."""
+    if port_add(&ledger.holders, -1) == 0:
+        if ledger.wake[0] != PORT_NO_SOCKET:
+            port_close(ledger.wake[0])
+            port_close(ledger.wake[1])
+        free(ledger)
+
+
+cdef object address_object(const port_address *address, int length):
+    """The address as socket.accept() gives it; None where it does (the system told none)."""
+    cdef char text[64]
+    cdef int size
+    cdef const char *path
+    if length == 0:
+        return None
+    if address.any.sa_family == AF_INET:
+        inet_ntop(AF_INET, &address.in4.sin_addr, text, sizeof(text))
+        return text.decode("ascii"), ntohs(address.in4.sin_port)
+    if address.any.sa_family == AF_INET6:
+        inet_ntop(AF_INET6, &address.in6.sin6_addr, text, sizeof(text))
+        return (text.decode("ascii"), ntohs(address.in6.sin6_port),
+                ntohl(address.in6.sin6_flowinfo), address.in6.sin6_scope_id)
+    path = port_unix_path(address, length, &size)
+    if path is NULL:
+        raise OSError(f"no text for an address of family {address.any.sa_family}")
+    if size == 0:
+        return ""
+    if path[0] == 0:  # Linux's abstract names are bytes of a given length: unix(7)
+        return PyBytes_FromStringAndSize(path, size)
+    return fsdecode(PyBytes_FromStringAndSize(path, size).split(b"\0", 1)[0])
+
+
+cdef Connection new_connection(
+        port_socket fd, const port_address *address, int length, ledger_t *ledger, double timeout):
+    """A Connection that owns `fd`.  It takes a hold on the ledger, which says where the client came from."""
+    cdef Connection connection = Connection.__new__(Connection)
+    cdef void *place = connection.address.bytes
+    if length > SHORT_ADDRESS:
+        place = malloc(length)
+        if place is NULL:
+            raise MemoryError
+        connection.address.heap = place
+    memcpy(place, address, length)
+    connection.address_length = length
+    port_add(&ledger.holders, 1)
+    connection.ledger = ledger
+    connection.timeout = timeout
+    connection.fd = fd
+    return connection
+
+
+@cython.final
+@cython.no_gc
+cdef class Connection:
+    """One accepted client, with the socket methods a handler uses, their meanings and their errors.
+
+    Connections come from Listener.serve(), accept_many() and iteration; they are not made by hand.  One
+    that a handler got is closed when the handler returns, unless detach() or socket() took the descriptor
+    over; any other is closed by whoever got it.  A method of a closed Connection raises OSError (EBADF).
+    """
+
+    def __cinit__(self):
+        self.fd = PORT_NO_SOCKET
+        self.ledger = NULL
+        self.timeout = -1
+
+    def __init__(self):
+        raise TypeError("a Connection comes from a Listener")
+
+    def __del__(self):
+        if self.fd != PORT_NO_SOCKET:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
+            self.finish()
+
+    def __dealloc__(self):
+        if self.address_length > SHORT_ADDRESS:
+            free(self.address.heap)
+
+    # --- ownership ---------------------------------------------------------------------------------
+
+    cdef void give_up(self) noexcept:
+        """The descriptor is no longer ours: count the client out and tell a loop that waits for that."""
+        cdef ledger_t *ledger = self.ledger
+        self.ledger = NULL
+        if port_get(&ledger.wanted):
+            port_ring(ledger.wake[1])
+        ledger_release(ledger)
+
+    cdef int finish(self) noexcept:
+        """Close the descriptor if it is still ours; returns the code of a close that failed, or 0."""
+        cdef port_socket fd
+        cdef int code = 0
+        with cython.critical_section(self):  # against cut(), which must not touch a reused descriptor
+            fd = self.fd
+            self.fd = PORT_NO_SOCKET
+        if fd == PORT_NO_SOCKET:
+            return 0
+        with nogil:
+            if port_close(fd) != 0:
+                code = port_error()
+        self.give_up()
+        return code
+
+    cdef void end(self) noexcept:
+        """The handler has returned: close, unless a file of makefile() is still open.
+
+        What a failed close could tell, nobody is left to do anything about; the descriptor is gone anyway.
+        """
+        self.closing = True
+        if self._io_refs <= 0:
+            self.finish()
+
+    cdef bint cut(self) noexcept:
+        """End both directions, so that a thread blocked on this client comes back; False if it is gone."""
+        with cython.critical_section(self):
+            if self.fd == PORT_NO_SOCKET or self.was_cut:
+                return False
+            self.was_cut = True
+            port_shutdown(self.fd, PORT_SHUT_BOTH)
+        return True
+
+    def close(self):
+        """Close the connection; it is not an error to do it again.
+
+        As with socket.close(), files from makefile() that are still open keep the descriptor until the
+        last of them is closed.
+        """
+        cdef int code
+        self.closing = True
+        if self._io_refs > 0:
+            return
+        code = self.finish()
+        if code != 0 and code != PORT_PEER_RESET:  # close() of a reset connection has done its work
+            raise_error(code)
+
+    def _decref_socketios(self):
+        if self._io_refs > 0:
+            self._io_refs -= 1
+        if self.closing:
+            self.close()
+
+    def detach(self):
+        """Give the descriptor away: returns it as an int (-1 if closed); the caller closes it."""
+        cdef port_socket fd
+        with cython.critical_section(self):
+            fd = self.fd
+            self.fd = PORT_NO_SOCKET
+        self.closing = True
+        if fd == PORT_NO_SOCKET:
+            return -1
+        self.give_up()
+        return fd
+
+    def socket(self):
+        """Turn the connection into a socket.socket, which owns the descriptor from now on.
+
+        It has the family, type, protocol and timeout the connection had.  The caller closes it.
+        """
+        timeout = self.gettimeout()
+        sock = self.borrow()
+        sock.settimeout(timeout)
+        self.detach()
+        return sock
+
+    @property
+    def closed(self):
+        """Whether close(), detach() or socket() was called."""
+        return self.closing or self.fd == PORT_NO_SOCKET
+
+    def fileno(self):
+        """The descriptor as an int, -1 when closed."""
+        return -1 if self.fd == PORT_NO_SOCKET else self.fd
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc_info):
+        self.close()
+
+    def __repr__(self):
+        if self.closed:
+            return "<fastlisten.Connection [closed]>"
+        return f"<fastlisten.Connection fd={self.fileno()} peer={self.peer!r}>"
+
+    # --- addresses and options ---------------------------------------------------------------------
+
+    @property
+    def peer(self):
+        """The client's address as socket.accept() gives it, also after close.
+
+        (host, port) for IPv4, (host, port, flowinfo, scope_id) for IPv6, the path or '' for unix sockets.
+        """
+        cdef const void *place = self.address.bytes
+        if self.address_length > SHORT_ADDRESS:
+            place = self.address.heap
+        return address_object(<const port_address *>place, self.address_length)
+
+    cdef object borrow(self):
+        """A socket.socket on our descriptor, for what is not worth a second implementation."""
+        if self.fd == PORT_NO_SOCKET:
+            raise_error(PORT_CLOSED)
+        return _StandardSocket(
+            self.ledger.family, self.ledger.type, self.ledger.protocol, fileno=self.fd)
+
+    @contextmanager
+    def _borrowed(self):
+        sock = self.borrow()
+        try:
+            sock.settimeout(self.gettimeout())
+            yield sock
+        finally:
+            sock.detach()
+
+    def getpeername(self):
+        """The client's address, asked of the kernel; OSError (ENOTCONN) when it is gone."""
+        with self._borrowed() as sock:
+            return sock.getpeername()
+
+    def getsockname(self):
+        """Our own address, asked of the kernel."""
+        with self._borrowed() as sock:
+            return sock.getsockname()
+
+    def getsockopt(self, level, optname, *buflen):
+        """As socket.getsockopt()."""
+        with self._borrowed() as sock:
+            return sock.getsockopt(level, optname, *buflen)
+
+    def setsockopt(self, level, optname, *value):
+        """As socket.setsockopt()."""
+        with self._borrowed() as sock:
+            sock.setsockopt(level, optname, *value)
+
+    def settimeout(self, value):
+        """Set the time in seconds a call may take: None waits without end, 0 never waits."""
+        with self._borrowed() as sock:
+            sock.settimeout(value)
+            value = sock.gettimeout()
+        self.timeout = -1 if value is None else value
+
+    def gettimeout(self):
+        """The timeout in seconds; None when calls wait without end."""
+        return None if self.timeout < 0 else self.timeout
+
+    def setblocking(self, flag):
+        """settimeout(None) for a true flag, settimeout(0.0) for a false one."""
+        self.settimeout(None if flag else 0.0)
+
+    # --- the exchange ------------------------------------------------------------------------------
+
+    cdef int wait(self, short events, int64_t *deadline) except -1:
+        """Wait until the socket is ready or the timeout is over: TimeoutError('timed out')."""
+        cdef port_pollfd poll
+        cdef int64_t left
+        cdef int ready, code
+        if deadline[0] == 0:
+            deadline[0] = port_now() + <int64_t>(self.timeout * 1e9)
+        poll.fd = self.fd
+        poll.events = events
+        while True:
+            left = deadline[0] - port_now()
+            if left <= 0:
+                raise TimeoutError("timed out")
+            with nogil:
+                ready = port_poll_ns(&poll, 1, left)
+                code = port_error() if ready < 0 else 0
+            if ready > 0:
+                return 0
+            if code == PORT_EINTR:  # PEP 475: run the handlers, wait for what remains
+                PyErr_CheckSignals()
+            elif code != 0:
+                raise_error(code)
+
+    cdef Py_ssize_t receive(self, char *buffer, Py_ssize_t length, int flags) except -1:
+        cdef Py_ssize_t got
+        cdef int code
+        cdef int64_t deadline = 0
+        while True:
+            with nogil:
+                got = port_recv(self.fd, buffer, length, flags)
+                code = port_error() if got < 0 else 0
+            if got >= 0:
+                return got
+            if code == PORT_EINTR:
+                PyErr_CheckSignals()
+            elif self.timeout > 0 and port_would_block(code):
+                self.wait(POLLIN, &deadline)
+            else:
+                raise_error(code)
+
+    cdef Py_ssize_t transmit(
+            self, const char *buffer, Py_ssize_t length, int flags, int64_t *deadline) except -1:
+        cdef Py_ssize_t sent
+        cdef int code
+        while True:
+            with nogil:
+                sent = port_send(self.fd, buffer, length, flags)
+                code = port_error() if sent < 0 else 0
+            if sent >= 0:
+                return sent
+            if code == PORT_EINTR:
+                PyErr_CheckSignals()
+            elif self.timeout > 0 and port_would_block(code):
+                self.wait(POLLOUT, deadline)
+            else:
+                raise_error(code)
+
+    def recv(self, Py_ssize_t bufsize, int flags=0, /):
+        """Up to `bufsize` bytes from the client, b'' when it has sent all; TimeoutError when none came."""
+        cdef char stack[STACK_BUFFER]
+        cdef Py_ssize_t got
+        if bufsize < 0:
+            raise ValueError("negative buffersize in recv")
+        if bufsize <= STACK_BUFFER:
+            got = self.receive(stack, bufsize, flags)
+            return PyBytes_FromStringAndSize(stack, got)
+        data = PyBytes_FromStringAndSize(NULL, bufsize)
+        got = self.receive(PyBytes_AS_STRING(data), bufsize, flags)
+        return data if got == bufsize else data[:got]
+
+    def recv_into(self, buffer, Py_ssize_t nbytes=0, int flags=0):
+        """Receive into a writable buffer, at most `nbytes` (0: its size); returns how many bytes came."""
+        cdef Py_buffer view
+        if nbytes < 0:
+            raise ValueError("negative buffersize in recv_into")
+        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        try:
+            if nbytes > view.len:
+                raise ValueError("buffer too small for requested bytes")
+            return self.receive(<char *>view.buf, nbytes or view.len, flags)
+        finally:
+            PyBuffer_Release(&view)
+
+    def send(self, data, int flags=0, /):
+        """Send what the kernel takes of `data`; returns how many bytes that was."""
+        cdef Py_buffer view
+        cdef int64_t deadline = 0
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            return self.transmit(<const char *>view.buf, view.len, flags, &deadline)
+        finally:
+            PyBuffer_Release(&view)
+
+    def sendall(self, data, int flags=0, /):
+        """Send all of `data`; the timeout is for the whole.  After an error nobody knows how much went."""
+        cdef Py_buffer view
+        cdef Py_ssize_t sent = 0
+        cdef int64_t deadline = 0
+        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            while True:
+                sent += self.transmit(<const char *>view.buf + sent, view.len - sent, flags, &deadline)
+                if sent >= view.len:
+                    return
+                PyErr_CheckSignals()
+        finally:
+            PyBuffer_Release(&view)
+
+    def sendmsg(self, buffers, *args):
+        """As socket.sendmsg(): gathered buffers, ancillary data, flags; returns how many bytes went."""
+        with self._borrowed() as sock:
+            return sock.sendmsg(buffers, *args)
+
+    def sendfile(self, file, offset=0, count=None):
+        """As socket.sendfile(): send a file opened in binary mode; returns how many bytes went."""
+        with self._borrowed() as sock:
+            return sock.sendfile(file, offset, count)
+
+    def shutdown(self, int how, /):
+        """End one direction or both (socket.SHUT_RD, SHUT_WR, SHUT_RDWR)."""
+        cdef int failed
+        cdef int code = 0
+        with nogil:
+            failed = port_shutdown(self.fd, how)
+            if failed:
+                code = port_error()
+        if failed:
+            raise_error(code)
+
+    def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
+        """A file on the connection, as socket.makefile(); the caller closes it."""
+        return _StandardSocket.makefile(
+            self, mode, buffering, encoding=encoding, errors=errors, newline=newline)
