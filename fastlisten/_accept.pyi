@@ -1,13 +1,15 @@
 from socket import socket
-from typing import Any
+from typing import Any, Self, final
 
 from fastlisten._connection import Connection
 from fastlisten._listener import Listener
 
 REUSE_ADDRESS: bool
+__pyx_capi__: dict[str, object]
 
+@final
 class Ledger:
-    def __init__(self, family: int, type: int, protocol: int) -> None: ...  # noqa: A002
+    def __new__(cls, family: int, type: int, protocol: int) -> Self: ...  # noqa: A002
     def arm(self) -> None: ...
     @property
     def wake(self) -> tuple[int, int] | None: ...

@@ -5,8 +5,11 @@ from typing import IO, Any, BinaryIO, Self, final
 
 from _typeshed import ReadableBuffer, WriteableBuffer
 
+__pyx_capi__: dict[str, object]
+
 @final
 class Connection:
+    def __init__(self, *args: object) -> None: ...
     _io_refs: int
     def _decref_socketios(self) -> None: ...
     def close(self) -> None: ...

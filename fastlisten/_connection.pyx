@@ -97,7 +97,7 @@ cdef class Connection:
         self.ledger = NULL
         self.timeout = -1
 
-    def __init__(self):
+    def __init__(self, *args):
         raise TypeError("a Connection comes from a Listener")
 
     def __del__(self):

@@ -1,16 +1,22 @@
 from collections.abc import Callable, Sequence
+from typing import Self, final
 
 from fastlisten._connection import Connection
 from fastlisten._listener import Listener, ServeOptions
 
+@final
+class Worker: ...
+
+@final
 class Loop:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         listeners: Sequence[Listener],
         handler: Callable[[Connection], object] | None,
         options: ServeOptions,
-    ) -> None: ...
-    listeners: tuple[Listener, ...]
+    ) -> Self: ...
+    @property
+    def listeners(self) -> tuple[Listener, ...]: ...
     def run(self) -> tuple[int, int]: ...
     def start(self) -> None: ...
     def finish(self) -> None: ...

@@ -409,10 +409,10 @@ cdef class Loop:
 
     cdef int64_t free_places(self) noexcept nogil:
         """How many more clients could be with a handler right now."""
-        cdef int64_t free = max(self.most, 1) - port_get(&self.handling)
+        cdef int64_t places = max(self.most, 1) - port_get(&self.handling)
         if self.most_active:
-            free = min(free, self.most_active - self.active())
-        return min(max(free, 0), FREE_AT_MOST)
+            places = min(places, self.most_active - self.active())
+        return min(max(places, 0), FREE_AT_MOST)
 
     cdef int64_t active(self) noexcept nogil:
         """Connections handed out and not yet closed."""
@@ -546,13 +546,13 @@ cdef class Loop:
     cdef bint shed_queued(self) noexcept nogil:
         """Refuse who is queued, through the descriptor kept for that; False if it could not be had again."""
         cdef client_t client
-        cdef int i, n
+        cdef int i
         if self.spare == PORT_NO_SOCKET:
             self.spare = port_spare()
             if self.spare == PORT_NO_SOCKET:
                 return False
         for i in range(self.count):
-            for n in range(ROUND):
+            for _ in range(ROUND):
                 port_close(self.spare)
                 client.fd = port_accept(self.sources[i].fd, &client.address, &client.length, 0)
                 if client.fd != PORT_NO_SOCKET:
@@ -614,13 +614,13 @@ cdef class Loop:
     cdef outcome_t wait_for_usher(self) noexcept nogil:
         """The leader's wait while an usher accepts."""
         cdef port_pollfd poll
-        cdef bint some, free
+        cdef bint some, allowed
         PyThread_acquire_lock(self.ring_lock, WAIT_LOCK)
         some = self.waiting > 0
-        free = self.most_active == 0 or self.active() < self.most_active
-        self.leader_waits = not (some and free)
+        allowed = self.most_active == 0 or self.active() < self.most_active
+        self.leader_waits = not (some and allowed)
         PyThread_release_lock(self.ring_lock)
-        if some and free:
+        if some and allowed:
             return TAKEN
         if port_get(&self.usher_gone) and not some:
             return self.usher_outcome
@@ -765,7 +765,7 @@ cdef class Loop:
         return 0
 
     def work(self):
-        """One thread's life: lead, accept one, hand the lead over, handle; until the end, or idle for long."""
+    XX
         cdef Worker worker = Worker()
         cdef client_t client
         cdef outcome_t outcome
@@ -866,7 +866,7 @@ cdef class Loop:
         return 0
 
     def release(self, listener):
-        """Have no thread of the loop touch this listener any more; it was told to stop, and will be closed."""
+        """Have no thread of the loop touch this listener any more; it was told to stop and will be closed."""
         cdef PyThread_type_lock in_use = self.door if self.ushered else self.lead
         cdef int i = self.listeners.index(listener)
         with nogil:
