@@ -54,3 +54,59 @@ source_copy() {
         while IFS= read -r -d '' f; do if [ -e "$f" ]; then printf '%s\0' "$f"; fi; done |
         tar --null -T - -cf -) | tar -xf - -C "$1"
 }
+
+# build_venv DIR PYTHON [PACKAGE...]: a venv with what pyproject.toml wants for building, and these; made once.
+build_venv() {
+    local dir=$1 python=$2 wanted
+    shift 2
+    wanted=$(printf '%s\n' "$@"; "$python" -c '
+import sys, tomllib
+print(*tomllib.load(open(sys.argv[1], "rb"))["build-system"]["requires"], sep="\n")' "$REPO/pyproject.toml")
+    if [ "$(cat "$dir/.wanted" 2> /dev/null)" = "$wanted" ]; then return; fi
+    rm -rf "$dir"
+    "$python" -m venv "$dir"
+    echo "$wanted" > "$dir/.getting"
+    quietly "$dir/bin/python" -m pip install -r "$dir/.getting"
+    mv "$dir/.getting" "$dir/.wanted"
+}
+
+# apt_view DIR SUITE [ARCHITECTURE]: APT becomes the options for a private view, kept in DIR, of another Debian suite
+# on the mirror that this machine's apt is set to.  /etc/apt is read, never changed.
+apt_view() {
+    local dir=$1 arch=${3:-$(dpkg --print-architecture)} code uri key=/usr/share/keyrings/debian-archive-keyring.gpg
+    code=$(. /etc/os-release && echo "${VERSION_CODENAME:?}")
+    uri=$(apt-get --print-uris update 2> /dev/null |
+        sed -n "s#^'\\(.*\\)/dists/$code/InRelease'.*#\\1#p" | head -n 1)
+    [ -n "$uri" ] || die "no Debian mirror for $code in this machine's apt configuration"
+    [ -r "$key" ] || die "$key is missing: install debian-archive-keyring"
+    mkdir -p "$dir/lists/partial" "$dir/archives/partial" "$dir/cache"
+    printf '%s [signed-by=%s] %s %s main\n' deb "$key" "$uri" "$2" deb-src "$key" "$uri" "$2" > "$dir/sources.list"
+    : > "$dir/status"   # an empty package database: whatever is needed gets listed
+    APT=(-q -o "APT::Architecture=$arch" -o "APT::Architectures::=$arch"
+         -o "Dir::Etc::sourcelist=$dir/sources.list" -o Dir::Etc::sourceparts=-
+         -o Dir::Etc::preferences=- -o Dir::Etc::preferencesparts=-
+         -o "Dir::State::Lists=$dir/lists" -o "Dir::State::status=$dir/status"
+         -o "Dir::State::extended_states=$dir/extended_states" -o "Dir::Cache=$dir/cache"
+         -o "Dir::Cache::archives=$dir/archives" -o APT::Sandbox::User=
+         -o APT::Install-Recommends=0 -o Acquire::Languages=none -o Debug::NoLocking=1
+         -o APT::Update::Post-Invoke-Success::= -o APT::Update::Post-Invoke::=)
+    quietly apt-get "${APT[@]}" update
+}
+
+# apt_unpack DIR ROOT PACKAGE...: downloads these packages and what they need through APT and unpacks them in ROOT,
+# without the ones that no interpreter needs or this machine's compiler brings.  1: there is no such package.
+apt_unpack() {
+    local dir=$1 root=$2 list deb
+    shift 2
+    list=$(apt-get "${APT[@]}" install --print-uris "$@" 2> /dev/null |
+        sed -n "s/^'[^']*' \\([^_]*\\)_\\(.*\\)_[^_]*\\.deb .*/\\1=\\2/p" | sed 's/%3a/:/') || true
+    [ -n "$list" ] || return 1
+    list=$(grep -vE "^(libc6-dev|libc-dev-bin|linux-libc-dev|zlib1g-dev|libexpat1-dev|libcrypt-dev|rpcsvc-proto|debconf|\
+openssl|ca-certificates|perl-base|dpkg|tar|fonts-.*|x11-common)=" <<< "$list")
+    rm -rf "$dir/debs"
+    mkdir -p "$dir/debs" "$root"
+    # shellcheck disable=SC2086   # one word a package
+    (cd "$dir/debs" && quietly apt-get "${APT[@]}" download $list) || die 'a download failed'
+    for deb in "$dir"/debs/*.deb; do dpkg -x "$deb" "$root"; done
+    rm -rf "$dir/debs"
+}
