@@ -765,7 +765,7 @@ cdef class Loop:
         return 0
 
     def work(self):
-    XX
+        """One thread's life: lead, accept one, hand the lead over, handle; until the end or idle for long."""
         cdef Worker worker = Worker()
         cdef client_t client
         cdef outcome_t outcome
