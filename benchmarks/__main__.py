@@ -1,0 +1,161 @@
+"""``python -m benchmarks``: measure, print, and write JSON and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from .runner import Cell, Sample, SampleError, Settings, Sizes, plan, raise_file_limit, take_sample
+from .servers import SERVERS
+from .workloads import QUICK, WORKLOADS
+
+ROUNDS = 7
+CPU_SECONDS = 3.0
+"""A full run: 3 s of CPU a sample is 750 ticks to split user from system by."""
+
+QUICK_ROUNDS = 3
+QUICK_CPU_SECONDS = 0.1
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line's parser."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="CPU time of the server for one connection, for fastlisten and its peers.",
+        epilog="python -m benchmarks instructions --help: the count that CI guards",
+    )
+    p.add_argument("--quick", action="store_true", help="under 60 s: close and echo, short samples")
+    p.add_argument(
+        "--only",
+        metavar="NAME,...",
+        default="",
+        help="only these servers and workloads (the C loop is always there): "
+        + ", ".join([*WORKLOADS, *SERVERS]),
+    )
+    p.add_argument("--rounds", type=int, metavar="N", help=f"rounds, {ROUNDS} by default")
+    p.add_argument(
+        "--cpu",
+        type=float,
+        metavar="SECONDS",
+        help=f"server CPU time that a sample should take, {CPU_SECONDS:g} by default",
+    )
+    p.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json, STEM.svg, STEM.png")
+    p.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="say what is better or worse than then"
+    )
+    p.add_argument("--show", type=Path, metavar="OLD.json", help="show an old run, measure nothing")
+    return p
+
+
+def choose(names: str, quick: bool) -> list[Cell]:
+    """Return the cells to measure for an --only list. Raises ValueError on an unknown name."""
+    chosen = frozenset(name for name in names.split(",") if name)
+    if unknown := chosen - SERVERS.keys() - WORKLOADS.keys():
+        raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
+    workloads = chosen & WORKLOADS.keys() or (QUICK if quick else WORKLOADS.keys())
+    servers = chosen & SERVERS.keys()
+    return [
+        Cell(workload, clients, server)
+        for name, workload in WORKLOADS.items()
+        if name in workloads
+        for clients in workload.concurrency
+        for server in workload.choose(servers)
+    ]
+
+
+def measure(
+    cells: list[Cell], settings: Settings, console: Console
+) -> tuple[list[Sample], list[str]]:
+    """Take all samples, with a progress bar and the time left."""
+    order = plan(cells, settings.rounds, settings.seed)
+    samples: list[Sample] = []
+    failures: list[str] = []
+    seconds: dict[Cell, float] = {}
+    sizes: Sizes = {}
+    columns = (
+        TextColumn("{task.description}", table_column=None),
+        BarColumn(),
+        TextColumn("{task.fields[place]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    start = time.monotonic()
+    with Progress(*columns, console=console, refresh_per_second=1, transient=True) as progress:
+        task = progress.add_task("", total=len(order), place="", left="")
+        for i, (turn, cell) in enumerate(order):
+            progress.update(
+                task,
+                description=f"{cell.workload.name} {cell.server.name}",
+                place=f"{i + 1} of {len(order)}",
+            )
+            before = time.monotonic()
+            try:
+                samples.append(take_sample(turn, cell, settings, sizes))
+            except SampleError as error:
+                failures.append(f"{cell.workload.name} ({cell.concurrency}), round {turn}: {error}")
+            now = time.monotonic()
+            seconds[cell] = now - before
+            # What a cell took is known from its first round on; until then, as the mean so far.
+            usual = (now - start) / (i + 1)
+            left = sum(seconds.get(later, usual) for _, later in order[i + 1 :])
+            share = (now - start) / (now - start + left)
+            words = f"{left / 60:.0f} min left" if left > 90 else f"{left:.0f} s left"
+            progress.update(task, completed=share * len(order), left=words)
+    return samples, failures
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    if arguments and arguments[0] == "instructions":
+        from . import instructions
+
+        return instructions.main(arguments[1:])
+    options = parser().parse_args(arguments)
+    console = Console()
+    if options.show:
+        results = Results.read(options.show)
+    else:
+        rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
+        cpu = options.cpu or (QUICK_CPU_SECONDS if options.quick else CPU_SECONDS)
+        if rounds < 1 or cpu <= 0:
+            raise SystemExit("--rounds and --cpu must be above 0")
+        if len(os.sched_getaffinity(0)) < 2:
+            raise SystemExit("two cores are needed: one for the server, one for the load")
+        try:
+            cells = choose(options.only, options.quick)
+        except ValueError as error:
+            raise SystemExit(f"--only: {error}") from None
+        for name in dict.fromkeys(cell.server.name for cell in cells):
+            if missing := SERVERS[name].missing():
+                console.print(f"left out: {name}, which needs {missing}")
+        cells = [cell for cell in cells if not cell.server.missing()]
+        settings = Settings(rounds, cpu)
+        raise_file_limit()
+        os.sched_setaffinity(0, {settings.load_core})  # and so every child that does not move
+        results = Results.of(settings, *measure(cells, settings, console))
+    show(results, console)
+    if options.out:
+        path = options.out.with_suffix(".json")
+        results.write(path)
+        console.print("wrote", *map(str, [path, *draw(results, options.out)]))
+    if options.compare:
+        compare(Results.read(options.compare), results, console)
+    return 1 if results.failures else 0
+
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from .picture import draw
+    from .report import compare, show
+    from .results import Results
+except ModuleNotFoundError as error:
+    raise SystemExit(f"{error}: pip install -e '.[bench]'") from None
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

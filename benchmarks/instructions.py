@@ -1,0 +1,153 @@
+"""``python -m benchmarks instructions``: user-mode instructions a connection, and a check on them.
+
+A count under callgrind is the same today and tomorrow where a time is not, so CI can hold on to it.
+Counted is the difference between a run with N and one with 3N connections, so the start and the end
+of the interpreter fall out. The counts belong to one build of interpreter and compiler; on another
+the check compares each count's ratio to the `socket.accept` loop's of the same run instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ._build import cc, compiler_version
+from .runner import SampleError, load_command, running
+from .servers import SERVERS
+
+RECORD = Path(__file__).parent / "instructions.json"
+
+STDLIB = "socket.accept"
+COUNTED = ("fastlisten-serve", "fastlisten-accept_many", "fastlisten-accept")
+WORKS = ("close", "echo")
+
+CONNECTIONS = 1_000
+CLIENTS = 16
+"""Under valgrind a server is so slow that clients always wait: the batches are always full."""
+
+GROWTH = 0.05
+"""A count may grow by so much before the check fails."""
+
+OTHER_BUILD_GROWTH = 0.15
+"""The same for a ratio on a build that the record does not come from: compilers differ a little."""
+
+
+def count_run(server: str, work: str, connections: int) -> int:
+    """Return the instructions of a server process from its start through so many connections."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "callgrind.out"
+        valgrind = ("valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={out}")
+        with running(SERVERS[server], work, None, *valgrind) as process:
+            command = load_command(work, process.port, 0, 0, connections, CLIENTS)
+            answer = subprocess.run(command, capture_output=True, text=True, check=False)
+            if answer.returncode != 0:
+                raise SampleError(answer.stderr.strip())
+        # SIGTERM has ended the server, and callgrind has written what it counted.
+        found = re.search(r"^totals: (\d+)$", out.read_text(), re.MULTILINE)
+        if found is None:
+            raise SampleError(f"callgrind counted nothing for {server} {work}")
+        return int(found[1])
+
+
+def count(server: str, work: str) -> int:
+    """Return the user-mode instructions for one more connection."""
+    less = count_run(server, work, CONNECTIONS)
+    more = count_run(server, work, 3 * CONNECTIONS)
+    return round((more - less) / (2 * CONNECTIONS))
+
+
+def count_all() -> dict[str, dict[str, int]]:
+    """Return the count for each work and server, saying each on standard error as it comes."""
+    counts: dict[str, dict[str, int]] = {}
+    for work in WORKS:
+        counts[work] = {}
+        for server in (STDLIB, *COUNTED):
+            counts[work][server] = count(server, work)
+            print(f"{work:6} {server:24} {counts[work][server]:8,}", file=sys.stderr, flush=True)
+    return counts
+
+
+def build_facts() -> dict[str, str]:
+    """Return what the counts depend on."""
+    return {
+        "python": platform.python_version(),
+        "python_build": " ".join(platform.python_build()),
+        "python_compiler": platform.python_compiler(),
+        "cc": compiler_version(cc()),
+        "libc": " ".join(platform.libc_ver()),
+        "architecture": platform.machine(),
+        "valgrind": compiler_version("valgrind"),
+    }
+
+
+def minor() -> str:
+    """Return the running interpreter's minor version: the key in the record."""
+    return ".".join(platform.python_version_tuple()[:2])
+
+
+def complaints(
+    recorded: dict[str, Any], counts: dict[str, dict[str, int]], same: bool
+) -> list[str]:
+    """Return a line for each count that grew too much. `same`: the record is of this very build."""
+    lines = []
+    for work, servers in recorded["counts"].items():
+        for server, was in servers.items():
+            now: float = counts[work][server]
+            if server == STDLIB:
+                continue
+            allowed = GROWTH
+            unit = "instructions"
+            if not same:
+                allowed = OTHER_BUILD_GROWTH
+                unit = f"of {STDLIB}'s"
+                was, now = was / servers[STDLIB], now / counts[work][STDLIB]
+            if now > was * (1 + allowed):
+                lines.append(
+                    f"{work} {server}: {now:,.4g} {unit}, was {was:,.4g}: "
+                    f"{now / was - 1:+.1%}, allowed {allowed:+.0%}"
+                )
+    return lines
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command and return its exit code."""
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks instructions",
+        description="User-mode instructions for one connection, counted by callgrind.",
+    )
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="fail when a count has grown too much")
+    what.add_argument("--record", action="store_true", help=f"write the counts to {RECORD.name}")
+    options = p.parse_args(arguments)
+    if not compiler_version("valgrind"):
+        raise SystemExit("valgrind is not there")
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    if options.check and minor() not in record:
+        raise SystemExit(f"nothing is recorded for Python {minor()}; --record does it")
+    try:
+        counts = count_all()
+    except SampleError as error:
+        raise SystemExit(str(error)) from None
+    if options.record:
+        record[minor()] = {**build_facts(), "counts": counts}
+        RECORD.write_text(json.dumps(dict(sorted(record.items())), indent=1) + "\n")
+        print(f"recorded for Python {minor()}")
+        return 0
+    if not options.check:
+        return 0
+    recorded = record[minor()]
+    facts = build_facts()
+    differ = [name for name, value in facts.items() if recorded[name] != value]
+    if differ:
+        print(f"the record is of another build ({', '.join(differ)}): ratios are compared")
+    bad = complaints(recorded, counts, not differ)
+    print("\n".join(bad) or f"no count grew by more than {GROWTH:.0%}")
+    return 1 if bad else 0

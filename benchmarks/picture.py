@@ -1,0 +1,73 @@
+"""The picture: user and system CPU a connection, stacked, and the C loop as the line to reach."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from pathlib import Path
+
+from .results import Results, Summary
+from .servers import BASELINE
+
+
+def draw(results: Results, stem: Path) -> list[Path]:
+    """Write STEM.svg and STEM.png; return their paths, [] when no workload has a split to show."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = [
+        (name, clients, sorted(rows, key=lambda row: row.middle))
+        for (name, clients), group in groupby(
+            results.summaries(), key=lambda s: (s.workload, s.concurrency)
+        )
+        if (rows := [row for row in group if row.user + row.system > 0])
+        and name in ("close", "echo", "http")
+    ]
+    if not panels:
+        return []
+    mpl.rcParams["svg.hashsalt"] = "fastlisten"  # the same figures make the same file
+    tallest = max(len(rows) for *_, rows in panels)
+    figure, axes = plt.subplots(
+        1,
+        len(panels),
+        figsize=(6.2 * len(panels), 1.6 + 0.3 * tallest),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (name, clients, rows) in zip(axes[0], panels, strict=True):
+        _panel(axis, f"{name}, {clients} clients", rows)
+    axes[0][-1].legend(loc="upper right")
+    m = results.machine
+    figure.suptitle(
+        f"CPU time of the server for one connection, median of {panels[0][2][0].rounds} rounds\n"
+        f"{results.date[:10]}, {m['system']} {m['kernel']}, {m['processor']}, "
+        f"CPython {m['python']}",
+        fontsize=10,
+    )
+    paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
+    figure.savefig(paths[0], metadata={"Date": None})
+    figure.savefig(paths[1], dpi=150)
+    plt.close(figure)
+    return paths
+
+
+def _panel(axis, title: str, rows: list[Summary]) -> None:  # type: ignore[no-untyped-def]
+    places = range(len(rows))
+    user = [row.user for row in rows]
+    ours = ["#1b7837" if row.server.startswith("fastlisten") else "#4477aa" for row in rows]
+    axis.barh(places, user, color=ours, label="user")
+    axis.barh(places, [row.system for row in rows], left=user, color="#bbbbbb", label="system")
+    for place, row in enumerate(rows):
+        ratio = f" ({row.ratio:.2f})" if row.ratio is not None else ""
+        axis.annotate(
+            f" {row.middle:.1f}{ratio}", (row.middle, place), va="center", fontsize=7, clip_on=False
+        )
+        if row.server == BASELINE:
+            axis.axvline(row.middle, color="#cc3311", linestyle="--", linewidth=1, label="C loop")
+    axis.set_yticks(places, [row.server for row in rows], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, max(row.middle for row in rows) * 1.22)
+    axis.set_xlabel("µs of CPU")
+    axis.set_title(title, fontsize=10)
+    axis.spines[["top", "right"]].set_visible(False)

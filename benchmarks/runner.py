@@ -1,0 +1,359 @@
+"""Start a server, load it, read its CPU clock: one sample. And the plan of many samples.
+
+What is measured is the process's CPU clock (clock_getcpuclockid(3): scheduler time in ns, all
+threads, those that ended included), read by the load generator right before its first and after
+its last connection. /proc/PID/stat has the same total in ticks of 10 ms, and the only split into
+user and system; the split is sampled (250 Hz here), so it takes seconds of CPU to be worth reading.
+getrusage(RUSAGE_CHILDREN) would add the start and the end of the interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from ._build import build
+from .servers import Server
+from .workloads import Workload
+
+START_LIMIT = 30.0
+"""Seconds a server has to print its port."""
+
+LOAD_LIMIT = 120
+"""Seconds one run of the load generator may take."""
+
+WARM_UP = 500
+PROBE = 2_000
+"""Connections before the measured ones: to warm caches, then to learn what one costs."""
+
+CONNECTIONS = (200, 400_000)
+"""Least and most connections of a sample."""
+
+BURSTS = 8
+"""Bursts of a sample."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one sample measures: a server under a workload with so many clients."""
+
+    workload: Workload
+    concurrency: int
+    server: Server
+
+    @property
+    def group(self) -> tuple[str, int]:
+        """Cells of one group and round are compared with each other."""
+        return self.workload.name, self.concurrency
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One measurement. `figures` holds times a connection in µs unless the name says otherwise."""
+
+    workload: str
+    concurrency: int
+    server: str
+    round: int
+    figures: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return asdict(self)
+
+
+@dataclass
+class Settings:
+    """How much to measure."""
+
+    rounds: int
+    cpu_seconds: float
+    """CPU time of the server that a sample should be made of."""
+    server_core: int = field(default_factory=lambda: sorted(os.sched_getaffinity(0))[0])
+    load_core: int = field(default_factory=lambda: sorted(os.sched_getaffinity(0))[-1])
+    seed: int = 1
+
+
+class SampleError(Exception):
+    """A sample could not be taken; the message says which and why."""
+
+
+def raise_file_limit() -> None:
+    """Allow this process and its children as many descriptors as the system lets them have."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
+def read_line(stream: IO[str], seconds: float) -> str:
+    """Return a line that comes within so many seconds, or raise TimeoutError.
+
+    The stream must be read with this function only, a whole line at a time.
+    """
+    ready, _, _ = select.select([stream], [], [], seconds)
+    if not ready:
+        raise TimeoutError(f"no line within {seconds} s")
+    return stream.readline()
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server that has printed its port."""
+
+    process: subprocess.Popen[str]
+    port: int
+
+    def ask(self, line: str) -> str:
+        """Write a line to the server and return the line it answers with."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+        return read_line(self.process.stdout, START_LIMIT).strip()
+
+    def cpu_ns(self) -> int:
+        """Return the CPU time that this process has used, as clock_getcpuclockid(3) tells it."""
+        return time.clock_gettime_ns(~self.process.pid << 3 | 2)  # MAKE_PROCESS_CPUCLOCK in Linux
+
+    def resident(self) -> int:
+        """Return the bytes of memory that are this process's own."""
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        found = re.search(r"^RssAnon:\s+(\d+) kB$", text, re.MULTILINE)
+        assert found is not None
+        return int(found[1]) * 1024
+
+
+@contextmanager
+def running(server: Server, work: str, core: int | None, *prefix: str) -> Iterator[Running]:
+    """Run a server, pinned to a core; kill and reap it at the end."""
+    command = [*prefix, sys.executable, "-m", "benchmarks.servers", server.name, work]
+    if core is not None:
+        command.append(str(core))
+    with tempfile.TemporaryFile("w+") as words:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=words,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+            env={**os.environ, "PYTHONHASHSEED": "0"},
+        )
+        assert process.stdout is not None
+        try:
+            yield Running(process, int(read_line(process.stdout, START_LIMIT)))
+        except (SampleError, OSError, ValueError) as error:  # TimeoutError is an OSError
+            words.seek(0)
+            said = words.read()[-2000:].strip()
+            raise SampleError(
+                f"{server.name} {work}: {error}" + (f"\n{said}" if said else "")
+            ) from error
+        finally:
+            process.terminate()
+            process.communicate()
+
+
+def load_command(
+    work: str, port: int, pid: int, warm_up: int, count: int, concurrency: int, bursts: int = 1
+) -> list[str]:
+    """Return the command of the load generator."""
+    numbers = (port, pid, warm_up, count, concurrency, bursts, LOAD_LIMIT)
+    return [str(build("load.c")), work, *map(str, numbers)]
+
+
+def load(
+    server: Running, work: str, warm_up: int, count: int, concurrency: int, bursts: int = 1
+) -> dict[str, float]:
+    """Run the load generator on a server and return what it measured, raw."""
+    command = load_command(
+        work, server.port, server.process.pid, warm_up, count, concurrency, bursts
+    )
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise SampleError(answer.stderr.strip())
+    raw: dict[str, float] = json.loads(answer.stdout)
+    return raw
+
+
+def figures(raw: dict[str, float]) -> dict[str, float]:
+    """Turn the generator's raw answer into figures a connection."""
+    n = raw["connections"]
+    cpu = raw["cpu_ns"] / n / 1e3
+    ticks = raw["user_ticks"] + raw["system_ticks"]
+    return {
+        "connections": n,
+        "cpu_us": cpu,
+        # The total is exact and its split is sampled: share the total out by the ticks.
+        "user_us": cpu * raw["user_ticks"] / ticks if ticks else 0.0,
+        "system_us": cpu * raw["system_ticks"] / ticks if ticks else 0.0,
+        "user_ticks": raw["user_ticks"],
+        "system_ticks": raw["system_ticks"],
+        "load_us": raw["load_cpu_ns"] / n / 1e3,
+        "busy": raw["cpu_ns"] / raw["wall_ns"],
+        "wall_us": raw["wall_ns"] / n / 1e3,
+        "p50_ms": raw["p50_ns"] / 1e6,
+        "p99_ms": raw["p99_ns"] / 1e6,
+        "p999_ms": raw["p999_ns"] / 1e6,
+        "last_ms": raw["last_ns"] / 1e6,
+    }
+
+
+def measure_load(server: Running, cell: Cell, settings: Settings, sizes: Sizes) -> dict[str, float]:
+    """Connections in a closed loop: so many as take `cpu_seconds`."""
+    work = cell.workload.work
+    count = sizes.get(cell)
+    if count is None:
+        probe = load(server, work, WARM_UP, PROBE, cell.concurrency)
+        least, most = CONNECTIONS
+        count = round(settings.cpu_seconds / (probe["cpu_ns"] * 1e-9 / PROBE))
+        # A run should be long against its own beginning and end.
+        count = max(min(count, most), least, 4 * cell.concurrency)
+        sizes[cell] = count
+        return figures(load(server, work, 0, count, cell.concurrency))
+    return figures(load(server, work, WARM_UP + PROBE, count, cell.concurrency))
+
+
+def measure_burst(server: Running, cell: Cell, _: Settings, __: Sizes) -> dict[str, float]:
+    """All at once, several times; the next begins when the last client has its answer."""
+    return figures(
+        load(server, cell.workload.work, WARM_UP, cell.concurrency, cell.concurrency, BURSTS)
+    )
+
+
+@contextmanager
+def held(server: Running, count: int) -> Iterator[None]:
+    """Keep so many clients connected."""
+    client = subprocess.Popen(
+        load_command("hold", server.port, 0, 0, 1, count),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert client.stdout is not None
+    try:
+        if not read_line(client.stdout, LOAD_LIMIT):
+            raise SampleError("the clients could not connect")
+        yield
+    finally:
+        client.communicate("\n")
+
+
+def measure_hold(server: Running, cell: Cell, _: Settings, __: Sizes) -> dict[str, float]:
+    """Resident memory for a held connection, after a first hundred have warmed the server."""
+    with held(server, 100):
+        settle(server)
+        before = server.resident()
+        with held(server, cell.concurrency):
+            settle(server)
+            return {"bytes": (server.resident() - before) / cell.concurrency}
+
+
+def settle(server: Running) -> None:
+    """Wait until the server's CPU clock stands still (five looks, 20 ms apart, alike)."""
+    last, alike = -1, 0
+    for _ in range(1500):
+        cpu = server.cpu_ns()
+        alike = alike + 1 if cpu == last else 0
+        if alike == 5:
+            return
+        last = cpu
+        select.select([], [], [], 0.02)
+    raise SampleError("the server does not come to rest")
+
+
+TAKES = 10
+"""Queues that a sample takes."""
+
+
+def measure_take(server: Running, cell: Cell, _: Settings, __: Sizes) -> dict[str, float]:
+    """CPU time, told by the server itself, to take clients that are queued already."""
+    elapsed = []
+    for _turn in range(TAKES):
+        with held(server, cell.concurrency):
+            elapsed.append(int(server.ask(str(cell.concurrency))) / cell.concurrency / 1e3)
+    return {"cpu_us": sorted(elapsed)[TAKES // 2]}
+
+
+def outside_client(command: list[str], server: Running, pattern: str) -> dict[str, float]:
+    """Run a client that is not ours, and return the server's CPU time a request."""
+    if shutil.which(command[0]) is None:
+        raise SampleError(f"the command {command[0]!r} is not there")
+    settle(server)
+    before = server.cpu_ns()
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    settle(server)
+    elapsed = server.cpu_ns() - before
+    found = re.search(pattern, answer.stdout)
+    if answer.returncode != 0 or found is None:
+        raise SampleError(f"{command[0]}: {answer.stderr.strip() or answer.stdout.strip()}")
+    count = int(found[1])
+    return {"connections": count, "cpu_us": elapsed / count / 1e3}
+
+
+def measure_ab(server: Running, cell: Cell, settings: Settings, _: Sizes) -> dict[str, float]:
+    """ApacheBench: every request must be answered with 2xx, and all alike."""
+    count = max(1_000, round(settings.cpu_seconds * 20_000))
+    url = f"http://127.0.0.1:{server.port}/"
+    command = ["ab", "-q", "-n", str(count), "-c", str(cell.concurrency), url]
+    result = outside_client(command, server, r"Complete requests:\s+(\d+)\nFailed requests:\s+0\n")
+    if result["connections"] != count:
+        raise SampleError(f"ab: {result['connections']} of {count} answered")
+    return result
+
+
+def measure_wrk(server: Running, cell: Cell, settings: Settings, _: Sizes) -> dict[str, float]:
+    """wrk, for a time instead of a count; it connects anew when the server closes."""
+    seconds = max(1, round(settings.cpu_seconds))
+    url = f"http://127.0.0.1:{server.port}/"
+    command = ["wrk", "-t1", f"-c{cell.concurrency}", f"-d{seconds}s", url]
+    # A line between the two would tell of socket errors or of answers other than 2xx and 3xx.
+    return outside_client(command, server, r"(\d+) requests in .*\nRequests/sec")
+
+
+Sizes = dict[Cell, int]
+METHODS: dict[str, Callable[[Running, Cell, Settings, Sizes], dict[str, float]]] = {
+    "load": measure_load,
+    "burst": measure_burst,
+    "hold": measure_hold,
+    "take": measure_take,
+    "ab": measure_ab,
+    "wrk": measure_wrk,
+}
+
+
+def plan(cells: list[Cell], rounds: int, seed: int) -> list[tuple[int, Cell]]:
+    """Return the order of samples: rounds over groups, each group's servers in a new order.
+
+    Servers of a group stand side by side, so that what disturbs the machine disturbs them alike.
+    """
+    shuffle = random.Random(seed).shuffle
+    groups: dict[tuple[str, int], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.group, []).append(cell)
+    order = []
+    for turn in range(rounds):
+        for group in groups.values():
+            servers = list(group)
+            shuffle(servers)
+            order += [(turn, cell) for cell in servers]
+    return order
+
+
+def take_sample(turn: int, cell: Cell, settings: Settings, sizes: Sizes) -> Sample:
+    """Start the cell's server, measure once, and end it."""
+    with running(cell.server, cell.workload.work, settings.server_core) as server:
+        result = METHODS[cell.workload.method](server, cell, settings, sizes)
+    return Sample(cell.workload.name, cell.concurrency, cell.server.name, turn, result)

@@ -1,0 +1,149 @@
+"""The servers under test: one row each. To add one is to add a row.
+
+Each runs as ``python -m benchmarks.servers NAME WORK``: it binds 127.0.0.1 with port 0 and a
+backlog of 4,096, prints its port on a line, and serves until it is killed. Every server does the
+same work, with the same payloads, and asks for the peer's address (or its library does).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+
+ANSWERS = frozenset({"close", "echo", "http"})
+"""What a server can do with a client: close it, echo its bytes, answer its HTTP request."""
+
+ALL = ANSWERS | {"hold"}
+"""The same, and `hold`: keep the client and do nothing."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A row: how to start it, what it can do, and with which settings it runs."""
+
+    name: str
+    module: str
+    """Module of this package that has `function`; imported in the server's process only."""
+    function: str
+    arguments: tuple[str | int, ...]
+    works: frozenset[str]
+    settings: str
+    needs: str = ""
+    """Module or command that must be installed, "" for none."""
+
+    def missing(self) -> str:
+        """Return what this server lacks on this machine, "" when it can run."""
+        if not self.needs or shutil.which(self.needs):
+            return ""
+        return "" if importlib.util.find_spec(self.needs) else self.needs
+
+
+BASELINE = "c-accept"
+"""Every figure is also given as a ratio to this one, of the same round."""
+
+_F = "fastlisten"
+
+SERVERS: dict[str, Server] = {
+    server.name: server
+    for server in (
+        Server(
+            BASELINE,
+            "native",
+            "program",
+            ("accept_loop.c",),
+            ALL | {"shed", "take"},
+            "C: blocking accept4, one client after the other, -O2",
+            "cc",
+        ),
+        Server(
+            "c-epoll",
+            "native",
+            "program",
+            ("epoll_loop.c",),
+            ALL,
+            "C: epoll, accept4 until EAGAIN, non-blocking clients, -O2",
+            "cc",
+        ),
+        Server("go", "native", "program", ("server.go",), ALL, "a goroutine a connection", "go"),
+        Server(
+            "socket.accept",
+            "stdlib",
+            "accept_loop",
+            (),
+            ALL | {"take"},
+            "socket.accept() in a loop, one client after the other",
+        ),
+        Server(
+            "TCPServer",
+            "stdlib",
+            "tcp_server",
+            (),
+            ANSWERS,
+            "socketserver.TCPServer, BaseRequestHandler",
+        ),
+        Server(
+            "ThreadingTCPServer",
+            "stdlib",
+            "threading_tcp_server",
+            (),
+            ALL,
+            "socketserver.ThreadingTCPServer, daemon threads, BaseRequestHandler",
+        ),
+        Server("asyncio-protocol", "aio", "protocol", ("asyncio",), ALL, "create_server"),
+        Server("asyncio-streams", "aio", "streams", ("asyncio",), ALL, "start_server"),
+        Server("uvloop-protocol", "aio", "protocol", ("uvloop",), ALL, "create_server", "uvloop"),
+        Server("uvloop-streams", "aio", "streams", ("uvloop",), ALL, "start_server", "uvloop"),
+        Server(
+            "gevent",
+            "greenlets",
+            "stream_server",
+            (),
+            ALL,
+            "gevent.server.StreamServer, a greenlet a connection",
+            "gevent",
+        ),
+        Server(
+            "trio", "nursery", "serve_tcp", (), ALL, "trio.serve_tcp, a task a connection", "trio"
+        ),
+        Server(
+            "fastlisten-serve",
+            "fast",
+            "serve",
+            (0,),
+            ANSWERS,
+            "Listener.serve(handler), inline",
+            _F,
+        ),
+        Server(
+            "fastlisten-accept",
+            "fast",
+            "accept_loop",
+            (),
+            ALL | {"take"},
+            "Listener.accept() in a loop, one client after the other",
+            _F,
+        ),
+        Server(
+            "fastlisten-accept_many",
+            "fast",
+            "accept_many_loop",
+            (64,),
+            ALL | {"take"},
+            "Listener.accept_many(64) in a loop",
+            _F,
+        ),
+        *(
+            Server(
+                f"fastlisten-threads-{threads}",
+                "fast",
+                "serve",
+                (threads,),
+                ANSWERS,
+                f"Listener.serve(handler, threads={threads})",
+                _F,
+            )
+            for threads in (1, 2, 4, 8, 16, 32, 64)
+        ),
+    )
+}

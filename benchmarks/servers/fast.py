@@ -1,0 +1,63 @@
+"""Every way that fastlisten serves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import fastlisten
+
+from .handlers import ADDRESS, BACKLOG, HANDLERS, take_on_demand
+
+
+def _listen() -> fastlisten.Listener:
+    listener = fastlisten.bind(ADDRESS, backlog=BACKLOG)
+    print(listener.getsockname()[1], flush=True)
+    return listener
+
+
+def serve(work: str, threads: int) -> None:
+    """Listener.serve, inline or with threads."""
+    _listen().serve(HANDLERS[work], threads=threads)
+
+
+def accept_loop(work: str) -> None:
+    """Listener.accept() in a loop, line for line the loop over socket.accept()."""
+    listener = _listen()
+    accept = listener.accept
+    if work == "take":
+        take_on_demand(lambda count: [accept()[0] for _ in range(count)])
+        return
+    if work == "hold":
+        held = []
+        while True:
+            held.append(accept())
+    handler = HANDLERS[work]
+    while True:
+        connection, _ = accept()
+        handler(connection)
+        connection.close()
+
+
+def accept_many_loop(work: str, limit: int) -> None:
+    """Listener.accept_many(limit) in a loop."""
+    listener = _listen()
+    accept_many = listener.accept_many
+
+    def take(count: int) -> list[fastlisten.Connection]:
+        clients: list[fastlisten.Connection] = []
+        while len(clients) < count:
+            clients += accept_many(min(limit, count - len(clients)))
+        return clients
+
+    if work == "take":
+        take_on_demand(take)
+        return
+    if work == "hold":
+        held: list[Any] = []
+        while True:
+            held += accept_many(limit)
+    handler = HANDLERS[work]
+    while True:
+        for connection in accept_many(limit):
+            handler(connection)
+            connection.close()

@@ -1,0 +1,142 @@
+"""What is measured: one row a workload. To add one is to add a row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .servers import BASELINE, SERVERS, Server
+
+Method = Literal["load", "burst", "hold", "take", "ab", "wrk"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A row: what clients do, how many at once, and the figure that stands for it."""
+
+    name: str
+    work: str
+    """What server and client do: a name that `Server.works` lists."""
+    method: Method
+    concurrency: tuple[int, ...]
+    """Clients at once; each is a cell of its own."""
+    figure: str
+    """The metric in a sample that stands for the workload."""
+    unit: str
+    servers: tuple[str, ...] = ()
+    """Servers to run, () for all that do the work, BASELINE first."""
+    about: str = ""
+
+    def choose(self, only: frozenset[str]) -> list[Server]:
+        """Return the servers for this workload, `only` those named (and BASELINE) if any are."""
+        names = self.servers or tuple(
+            name
+            for name in SERVERS
+            if name in only or not name.startswith("fastlisten-threads-") or name.endswith("-8")
+        )
+        return [
+            SERVERS[name]
+            for name in names
+            if self.work in SERVERS[name].works and (not only or name in only or name == BASELINE)
+        ]
+
+
+CLIENTS = 64
+"""Clients at once where nothing else is said: enough that one is always waiting."""
+
+BURST = 4000
+"""Clients of a burst: under the queue's limit of 4,096, so that none is refused by the kernel."""
+
+HELD = 10_000
+"""Idle clients that a server holds."""
+
+_EVIDENCE = (BASELINE, "c-epoll", "socket.accept", "asyncio-protocol", "uvloop-protocol", "go")
+_FAST = ("fastlisten-serve", "fastlisten-threads-8")
+
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload("close", "close", "load", (CLIENTS,), "cpu_us", "µs", about="accept and close"),
+        Workload(
+            "echo", "echo", "load", (CLIENTS,), "cpu_us", "µs", about="18 bytes in, 18 out, close"
+        ),
+        Workload(
+            "http", "http", "load", (CLIENTS,), "cpu_us", "µs", about="a request, a 200, close"
+        ),
+        Workload(
+            "http-ab",
+            "http",
+            "ab",
+            (CLIENTS,),
+            "cpu_us",
+            "µs",
+            (*_EVIDENCE, *_FAST),
+            about="http, asked by ApacheBench",
+        ),
+        Workload(
+            "http-wrk",
+            "http",
+            "wrk",
+            (CLIENTS,),
+            "cpu_us",
+            "µs",
+            (*_EVIDENCE, *_FAST),
+            about="http, asked by wrk",
+        ),
+        Workload(
+            "burst",
+            "echo",
+            "burst",
+            (BURST,),
+            "p99_ms",
+            "ms",
+            about="4,000 echo clients at once: 99th percentile from connect to the answer's end",
+        ),
+        Workload(
+            "take",
+            "take",
+            "take",
+            (BURST,),
+            "cpu_us",
+            "µs",
+            about="taking 4,000 clients that are queued already, not closing them",
+        ),
+        Workload(
+            "idle",
+            "hold",
+            "hold",
+            (HELD,),
+            "bytes",
+            "B",
+            about="resident memory for one of 10,000 connections that wait",
+        ),
+        Workload("shed", "shed", "load", (CLIENTS,), "cpu_us", "µs", about="a refusal"),
+        Workload(
+            "threads",
+            "echo",
+            "load",
+            (CLIENTS,),
+            "cpu_us",
+            "µs",
+            (
+                BASELINE,
+                "ThreadingTCPServer",
+                *(name for name in SERVERS if name.startswith("fastlisten-threads-")),
+            ),
+            about="echo with 1 to 64 threads",
+        ),
+        Workload(
+            "concurrency",
+            "echo",
+            "load",
+            (1, 64, 1024, 10_000),
+            "cpu_us",
+            "µs",
+            (*_EVIDENCE, *_FAST),
+            about="echo with 1 to 10,000 clients at once",
+        ),
+    )
+}
+
+QUICK = ("close", "echo")
+"""The workloads of --quick."""
