@@ -1,5 +1,6 @@
 """The benchmark stays alive: it measures, checks answers, draws, compares and counts growth."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,12 @@ pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads Linux's CPU clocks"),
     pytest.mark.skipif(shutil.which("cc") is None, reason="the load generator is built with cc"),
 ]
+
+# Found, not imported: numpy starts threads of its own.
+needs_extra = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("rich", "matplotlib"))),
+    reason="the extra fastlisten[bench] is not installed",
+)
 
 CLONE = Path(__file__).parent.parent
 
@@ -37,12 +44,11 @@ def run(*arguments, **variables):
     )
 
 
+@needs_extra
 @pytest.mark.skipif(
     len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="one core for each side"
 )
 def test_a_tiny_run_prints_a_table_and_writes_json_and_pictures(tmp_path):
-    pytest.importorskip("rich", reason="the extra fastlisten[bench] is not installed")
-    pytest.importorskip("matplotlib", reason="the extra fastlisten[bench] is not installed")
     stem = tmp_path / "tiny"
     tiny = ("--quick", "--only", "close,socket.accept", "--rounds", 2, "--cpu", "0.02")
     answer = run(*tiny, "--out", stem)
@@ -64,9 +70,8 @@ def test_a_tiny_run_prints_a_table_and_writes_json_and_pictures(tmp_path):
     assert "too few rounds" in again.stdout
 
 
+@needs_extra
 def test_an_unknown_name_is_refused():
-    pytest.importorskip("rich", reason="the extra fastlisten[bench] is not installed")
-    pytest.importorskip("matplotlib", reason="the extra fastlisten[bench] is not installed")
     answer = run("--only", "close,nonesuch")
     assert answer.returncode == 1
     assert answer.stderr.strip() == "--only: unknown: nonesuch"
@@ -134,7 +139,6 @@ def test_the_load_generator_ends_at_its_time_limit(monkeypatch):
     ],
 )
 def test_the_rank_test_counts_exactly(old, new, chance):
-    pytest.importorskip("rich", reason="the extra fastlisten[bench] is not installed")
     from benchmarks.results import rank_test
 
     assert rank_test(old, new) == pytest.approx(chance)
@@ -164,12 +168,12 @@ def test_growth_is_told_by_counts_on_one_build_and_by_ratios_on_another():
 
     recorded = {"close": {"socket.accept": 20_000, "fastlisten-serve": 2_000}}
     fine = {"close": {"socket.accept": 20_000, "fastlisten-serve": 2_099}}
-    grown = {"close": {"socket.accept": 20_000, "fastlisten-serve": 2_101}}
+    grown = {"close": {"socket.accept": 20_000, "fastlisten-serve": 2_110}}
     slower_build = {"close": {"socket.accept": 30_000, "fastlisten-serve": 3_000}}
     grown_there = {"close": {"socket.accept": 30_000, "fastlisten-serve": 3_600}}
     assert complaints(recorded, fine, same=True) == []
     assert complaints(recorded, grown, same=True) == [
-        "close fastlisten-serve: 2,101 instructions, was 2,000: +5.1%, allowed +5%"
+        "close fastlisten-serve: 2,110 instructions, was 2,000: +5.5%, allowed +5%"
     ]
     assert complaints(recorded, slower_build, same=False) == []
     assert len(complaints(recorded, slower_build, same=True)) == 1

@@ -9,29 +9,36 @@ struct client {
     int fd;
     bool watched;
     size_t have;
-    char question[QUESTION_LIMIT + 1];
+    char *question; /* made when a first recv had not all of it */
 };
 
 /* True when the client is done with and may be closed, false when it has to say more. */
 static bool answer(struct client *c, enum work work)
 {
+    static char scratch[QUESTION_LIMIT + 1];
     if (work == WORK_CLOSE)
         return true;
     for (;;) {
-        ssize_t n = recv(c->fd, c->question + c->have, QUESTION_LIMIT - c->have, 0);
+        char *question = c->question ? c->question : scratch;
+        ssize_t n = recv(c->fd, question + c->have, QUESTION_LIMIT - c->have, 0);
         if (n < 0 && errno == EAGAIN)
             return false;
         if (n <= 0)
             return true;
         c->have += (size_t)n;
-        c->question[c->have] = '\0';
+        question[c->have] = '\0';
         if (work == WORK_ECHO) {
-            say(c->fd, c->question, c->have);
+            say(c->fd, question, c->have);
             return true;
         }
-        if (strstr(c->question, "\r\n\r\n")) {
+        if (strstr(question, "\r\n\r\n")) {
             say(c->fd, HTTP_ANSWER, sizeof HTTP_ANSWER - 1);
             return true;
+        }
+        if (!c->question) {
+            if (!(c->question = malloc(sizeof scratch)))
+                fail("malloc");
+            memcpy(c->question, scratch, c->have);
         }
     }
 }
@@ -48,6 +55,7 @@ static void step(int epoll, struct client *c, enum work work)
         return;
     }
     close(c->fd);
+    free(c->question);
     free(c);
 }
 
@@ -79,12 +87,10 @@ int main(int argc, char **argv)
                     break;
                 if (fd < 0)
                     fail("accept4");
-                struct client *c = malloc(sizeof *c);
+                struct client *c = calloc(1, sizeof *c);
                 if (!c)
-                    fail("malloc");
+                    fail("calloc");
                 c->fd = fd;
-                c->watched = false;
-                c->have = 0;
                 step(epoll, c, work);
             }
         }
