@@ -115,7 +115,8 @@ def main(arguments: Sequence[str]) -> int:
 
         return instructions.main(arguments[1:])
     options = parser().parse_args(arguments)
-    console = Console()
+    # A file is wider than the 80 columns that are assumed of it.
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     if options.show:
         results = Results.read(options.show)
     else:

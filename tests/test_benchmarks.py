@@ -32,11 +32,10 @@ def clone_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(CLONE))
 
 
-def run(*arguments, **variables):
+def run(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *map(str, arguments)],
         cwd=CLONE,
-        env={**os.environ, "COLUMNS": "140", **variables},
         capture_output=True,
         text=True,
         timeout=50,
