@@ -147,7 +147,9 @@ class Listener(socket.socket):
     @property
     def endpoint(self) -> Endpoint:
         """Where the socket is bound, with the real port where 0 was asked for."""
-        return endpoint_of(self.getsockname())
+        address = self.getsockname()
+        # A unix path is text there, and "a.sock" is no endpoint's text; as bytes it is a path.
+        return endpoint_of(os.fsencode(address) if isinstance(address, str) else address)
 
     def serve(
         self,
@@ -448,7 +450,9 @@ def bind(
             raise ValueError(f"{where} is bound already")
         return _adopt(int(where.host[3:]), options, backlog)
     if unix_path is None:
-        where = resolve(where)[0]
+        # All addresses, and a name's, are of both families; IPv6 can take both.
+        both = dualstack_ipv6 and (not where.host or where.family == socket.AF_UNSPEC)
+        where = resolve(where, socket.AF_INET6 if both else socket.AF_UNSPEC)[0]
     if dualstack_ipv6:
         if not socket.has_dualstack_ipv6():
             raise ValueError("dualstack_ipv6 not supported on this platform")

@@ -717,7 +717,7 @@ cdef class Loop:
         """Start the threads and wait, open to signals, until the last has ended."""
         cdef int64_t patience = 0
         try:
-            while port_get(&self.alive) < self.least:
+            while port_get(&self.alive) < self.least and not port_get(&self.over):
                 self.grow()
             while port_get(&self.alive) and patience >= 0:
                 patience = self.cut_at + GRACE - port_now() if self.cut_at else -1
@@ -757,7 +757,7 @@ cdef class Loop:
         self.threads.append(thread)
         try:
             thread.start()
-        except BaseException:
+        except (RuntimeError, MemoryError):  # not started; a signal's exception comes after the start
             self.threads.remove(thread)
             port_add(&self.idle, -1)
             port_add(&self.alive, -1)

@@ -5,13 +5,14 @@ import ipaddress
 import os
 import pickle
 import socket
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import has_ipv6
+from support import has_ipv6, needs
 
-from fastlisten import Endpoint, HostEntry, get_host_entry, get_host_name
+from fastlisten import Endpoint, HostEntry, bind, get_host_entry, get_host_name
 from fastlisten._endpoint import endpoint_of, resolve
 
 HAS_UNIX = hasattr(socket, "AF_UNIX")
@@ -52,9 +53,7 @@ endpoints = st.one_of(
     st.builds(Endpoint, hosts, ports),
     st.builds(Endpoint, ipv6, ports, flowinfo=st.integers(0, 0xFFFFF)),
     st.builds(Endpoint, st.ip_addresses(v=6), ports, scope_id=st.integers(0, 0xFFFFFFFF)),
-    st.builds(
-        lambda path: Endpoint("unix:" + path), st.one_of(paths, abstract).filter(lambda p: p != "@")
-    ),
+    st.builds(lambda path: Endpoint("unix:" + path), st.one_of(paths, abstract).filter(lambda p: p != "@")),
     st.builds(lambda number: Endpoint(f"fd:{number}"), st.integers(0, 2**63 - 1)),
 )
 PIECES = [
@@ -558,3 +557,29 @@ def test_host_entry_keeps_scopes_order_and_each_address_once(
         ("box",),
         tuple(map(ipaddress.ip_address, ["fe80::2%7", "fe80::2%8", "192.0.2.1"])),
     )
+
+
+@needs("unix sockets")
+def test_a_listener_tells_its_unix_path_whatever_it_looks_like(
+    unix_paths: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(unix_paths)
+    for text in ("unix:a.sock", "unix:a:80", "unix:./@a", f"unix:{unix_paths}/b"):
+        with bind(text) as listener:
+            assert str(listener.endpoint) == text
+    assert os.listdir(unix_paths) == []
+
+
+@needs("Linux")
+def test_a_listener_tells_its_abstract_name() -> None:
+    text = f"unix:@fastlisten test {os.getpid()}"
+    with bind(text) as listener:
+        assert str(listener.endpoint) == text
+
+
+@needs("the IPv6 loopback address")
+def test_dual_stack_reads_all_addresses_as_those_of_ipv6() -> None:
+    with bind(":0", dualstack_ipv6=True) as listener:
+        assert listener.endpoint.host == "::"
+    with pytest.raises(ValueError, match="requires AF_INET6"):
+        bind("127.0.0.1:0", dualstack_ipv6=True)
