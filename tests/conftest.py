@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
+import preload
 import pytest
-from support import wait_until
+from support import PROBES, wait_until
 
 # Threads that a test has stopped may still be in their last instructions when it ends.
 ENDING = 3.0
@@ -60,9 +61,7 @@ def _nothing_left() -> Iterator[None]:
 
     def settled() -> bool:
         # Fewer descriptors are a fault too: somebody's was closed. Fewer threads are not.
-        return len(open_descriptors()) == len(descriptors) and len(running_threads()) <= len(
-            threads
-        )
+        return len(open_descriptors()) == len(descriptors) and len(running_threads()) <= len(threads)
 
     yield
     if settled():
@@ -94,3 +93,12 @@ def unix_paths() -> Iterator[Path]:
 def unix_path(unix_paths: Path) -> str:
     """Give a free path for one unix socket."""
     return str(unix_paths / "s")
+
+
+@pytest.fixture(scope="session")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> preload.Faults:
+    """Give processes whose socket calls fail as planned; see preload.py."""
+    for name in ("Linux", "a C compiler"):
+        if not PROBES[name]():
+            pytest.skip(f"needs {name}, for the library that injects faults")
+    return preload.build(tmp_path_factory.mktemp("faults"))

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import struct
 import sys
@@ -96,6 +97,28 @@ def echo(connection: Any) -> None:
     """Send back all that comes until the client ends; a handler."""
     while data := connection.recv(1 << 16):
         connection.sendall(data)
+
+
+@contextlib.contextmanager
+def alarms(handler: Any, every: float) -> Iterator[None]:
+    """Send a signal to this, the main thread every so many seconds, and have `handler` called."""
+    # Not SIGALRM: pytest-timeout's clock rings with that.
+    number = signal.SIGUSR1
+    before = signal.signal(number, handler)
+    here, over = threading.get_ident(), threading.Event()
+
+    def ring() -> None:
+        while not over.wait(every):
+            signal.pthread_kill(here, number)
+
+    ringing = threading.Thread(target=ring)
+    ringing.start()
+    try:
+        yield
+    finally:
+        over.set()
+        ringing.join()
+        signal.signal(number, before)
 
 
 class Serving:
@@ -195,3 +218,35 @@ def posix_only(reason: str) -> pytest.MarkDecorator:
 def not_under_wine(reason: str) -> pytest.MarkDecorator:
     """Mark a test that Wine cannot carry, with the reason; it runs on Windows itself."""
     return pytest.mark.skipif(under_wine(), reason=f"not under Wine: {reason}")
+
+
+class Told(tuple[Any, ...]):
+    """What an act gave: a value, or all that a caller can see of an exception."""
+
+    __slots__ = ()
+
+
+def told(act: Callable[..., Any], *arguments: Any) -> Told:
+    """Run an act and describe its outcome so that two implementations can be compared.
+
+    An exception is described by its class, errno, winerror, arguments, text and how it is
+    chained; a value stands for itself. A socket that is returned is closed.
+    """
+    try:
+        value = act(*arguments)
+    except Exception as error:
+        return Told(
+            (
+                type(error),
+                getattr(error, "errno", "none"),
+                getattr(error, "winerror", "none"),
+                error.args,
+                str(error),
+                type(error.__cause__),
+                error.__suppress_context__,
+            )
+        )
+    if isinstance(value, socket.socket):
+        value.close()
+        return Told(("a socket",))
+    return Told(("value", value))

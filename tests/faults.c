@@ -1,0 +1,210 @@
+/*
+ * Makes socket calls fail on demand, from outside the code under test: LD_PRELOAD this library.
+ *
+ * FAULTS is a plan, "call=code*count" joined by commas; call is accept (for accept and accept4),
+ * recv (recv, recvfrom, recvmsg, read is left alone), send (send, sendto, sendmsg), poll (counted
+ * only unless planned). Entries of one call are used in order, each `count` times; a code of 0
+ * lets that many successful calls through; a code of -N truncates the transfer to N bytes.
+ * While the environment names a FAULTS_WHILE file that does not exist, no fault is given and the
+ * plan is not used up, so that a test can begin and end an episode from another process.
+ *
+ * faults_calls(call) and faults_given(call) tell how often a call was made and was made to fail.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+enum { ACCEPT, RECV, SEND, POLL, CALLS };
+static const char *const names[CALLS] = {"accept", "recv", "send", "poll"};
+
+struct entry {
+    int call, code;
+    long left;
+};
+static struct entry plan[256];
+static int entries;
+static const char *while_file;
+static atomic_long calls[CALLS], given[CALLS];
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+
+static int
+number_of(const char *name, size_t length)
+{
+    for (int call = 0; call < CALLS; call++)
+        if (strlen(names[call]) == length && memcmp(names[call], name, length) == 0)
+            return call;
+    return -1;
+}
+
+__attribute__((constructor)) static void
+read_plan(void)
+{
+    const char *at = getenv("FAULTS");
+    while_file = getenv("FAULTS_WHILE");
+    while (at != NULL && *at != '\0' && entries < 256) {
+        const char *equals = strchr(at, '=');
+        char *end;
+        if (equals == NULL)
+            abort();
+        struct entry *entry = &plan[entries++];
+        entry->call = number_of(at, (size_t)(equals - at));
+        entry->code = (int)strtol(equals + 1, &end, 10);
+        if (entry->call < 0 || *end != '*')
+            abort();
+        entry->left = strtol(end + 1, &end, 10);
+        at = *end == ',' ? end + 1 : end;
+    }
+}
+
+/* The code of the fault to give now, or 0 to let the call through; `*used` is its entry. */
+static int
+planned(int call, struct entry **used)
+{
+    int code = 0;
+    *used = NULL;
+    atomic_fetch_add(&calls[call], 1);
+    if (entries == 0 || (while_file != NULL && access(while_file, F_OK) != 0))
+        return 0;
+    pthread_mutex_lock(&lock);
+    for (int i = 0; i < entries; i++)
+        if (plan[i].call == call && plan[i].left != 0) {
+            *used = &plan[i];
+            code = plan[i].code;
+            if (code != 0) {
+                plan[i].left--;
+                atomic_fetch_add(&given[call], 1);
+            }
+            break;
+        }
+    pthread_mutex_unlock(&lock);
+    return code;
+}
+
+static void
+succeeded(struct entry *used)
+{
+    if (used == NULL || used->code != 0)
+        return;
+    pthread_mutex_lock(&lock);
+    if (used->left > 0)
+        used->left--;
+    pthread_mutex_unlock(&lock);
+}
+
+long
+faults_calls(const char *name)
+{
+    int call = number_of(name, strlen(name));
+    return call < 0 ? -1 : atomic_load(&calls[call]);
+}
+
+long
+faults_given(const char *name)
+{
+    int call = number_of(name, strlen(name));
+    return call < 0 ? -1 : atomic_load(&given[call]);
+}
+
+#define REAL(name) \
+    static __typeof__(name) *real; \
+    if (real == NULL) \
+        real = (__typeof__(name) *)dlsym(RTLD_NEXT, #name)
+
+int
+accept4(int fd, __SOCKADDR_ARG address, socklen_t *restrict length, int flags)
+{
+    REAL(accept4);
+    struct entry *used;
+    int code = planned(ACCEPT, &used);
+    if (code > 0) {
+        errno = code;
+        return -1;
+    }
+    int result = real(fd, address, length, flags);
+    if (result >= 0)
+        succeeded(used);
+    return result;
+}
+
+int
+accept(int fd, __SOCKADDR_ARG address, socklen_t *restrict length)
+{
+    REAL(accept);
+    struct entry *used;
+    int code = planned(ACCEPT, &used);
+    if (code > 0) {
+        errno = code;
+        return -1;
+    }
+    int result = real(fd, address, length);
+    if (result >= 0)
+        succeeded(used);
+    return result;
+}
+
+#define TRANSFER(call, invocation) \
+    struct entry *used; \
+    int code = planned(call, &used); \
+    if (code > 0) { \
+        errno = code; \
+        return -1; \
+    } \
+    if (code < 0 && size > (size_t)-code) \
+        size = (size_t)-code; \
+    ssize_t result = invocation; \
+    if (result >= 0) \
+        succeeded(used); \
+    return result
+
+ssize_t
+recv(int fd, void *buffer, size_t size, int flags)
+{
+    REAL(recv);
+    TRANSFER(RECV, real(fd, buffer, size, flags));
+}
+
+ssize_t
+recvfrom(int fd, void *restrict buffer, size_t size, int flags, __SOCKADDR_ARG address,
+         socklen_t *restrict length)
+{
+    REAL(recvfrom);
+    TRANSFER(RECV, real(fd, buffer, size, flags, address, length));
+}
+
+ssize_t
+send(int fd, const void *buffer, size_t size, int flags)
+{
+    REAL(send);
+    TRANSFER(SEND, real(fd, buffer, size, flags));
+}
+
+ssize_t
+sendmsg(int fd, const struct msghdr *message, int flags)
+{
+    REAL(sendmsg);
+    size_t size = 0;
+    TRANSFER(SEND, ((void)size, real(fd, message, flags)));
+}
+
+int
+poll(struct pollfd *fds, nfds_t count, int timeout)
+{
+    REAL(poll);
+    struct entry *used;
+    int code = planned(POLL, &used);
+    if (code > 0) {
+        errno = code;
+        return -1;
+    }
+    int result = real(fds, count, timeout);
+    if (result >= 0)
+        succeeded(used);
+    return result;
+}
