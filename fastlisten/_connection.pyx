@@ -20,6 +20,10 @@ from fastlisten._port cimport *
 cdef enum:
     STACK_BUFFER = 4096
 
+cdef extern from "Python.h":
+    int PyArg_Parse(object argument, const char *format, ...) except 0
+
+cdef object _zero = 0
 cdef object _StandardSocket = _socket.socket
 cdef object _getdefaulttimeout = _socket.getdefaulttimeout
 
@@ -28,6 +32,24 @@ cdef int raise_error(int code) except -1:
     """Raise the OSError that the standard library would for this code."""
     port_set_exception(code)
     return -1
+
+
+cdef int whole(object number) except? -1:
+    """The argument as the standard library's socket methods read an int.  Cython's own conversion takes
+    floats and has other words for what it does not take."""
+    cdef int value = 0
+    if number is not _zero:
+        PyArg_Parse(number, b"i", &value)
+    return value
+
+
+cdef int writable(object buffer, Py_buffer *view) except -1:
+    """Get a buffer to receive into; what has none is a TypeError, as for the standard library."""
+    try:
+        return PyObject_GetBuffer(buffer, view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+    except (TypeError, BufferError):
+        name = "None" if buffer is None else type(buffer).__name__
+    raise TypeError(f"recv_into() argument 1 must be read-write bytes-like object, not {name}")
 
 
 cdef void ledger_release(ledger_t *ledger) noexcept nogil:
@@ -338,51 +360,56 @@ cdef class Connection:
             else:
                 raise_error(code)
 
-    def recv(self, Py_ssize_t bufsize, int flags=0, /):
+    def recv(self, Py_ssize_t bufsize, flags=0, /):
         """Up to `bufsize` bytes from the client, b'' when it has sent all; TimeoutError when none came."""
         cdef char stack[STACK_BUFFER]
         cdef Py_ssize_t got
+        cdef int options = whole(flags)
         if bufsize < 0:
             raise ValueError("negative buffersize in recv")
         if bufsize <= STACK_BUFFER:
-            got = self.receive(stack, bufsize, flags)
+            got = self.receive(stack, bufsize, options)
             return PyBytes_FromStringAndSize(stack, got)
         data = PyBytes_FromStringAndSize(NULL, bufsize)
-        got = self.receive(PyBytes_AS_STRING(data), bufsize, flags)
+        got = self.receive(PyBytes_AS_STRING(data), bufsize, options)
         return data if got == bufsize else data[:got]
 
-    def recv_into(self, buffer, Py_ssize_t nbytes=0, int flags=0):
+    def recv_into(self, buffer, Py_ssize_t nbytes=0, flags=0):
         """Receive into a writable buffer, at most `nbytes` (0: its size); returns how many bytes came."""
         cdef Py_buffer view
-        if nbytes < 0:
-            raise ValueError("negative buffersize in recv_into")
-        PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+        cdef int options
+        writable(buffer, &view)
         try:
+            options = whole(flags)
+            if nbytes < 0:
+                raise ValueError("negative buffersize in recv_into")
             if nbytes > view.len:
                 raise ValueError("buffer too small for requested bytes")
-            return self.receive(<char *>view.buf, nbytes or view.len, flags)
+            return self.receive(<char *>view.buf, nbytes or view.len, options)
         finally:
             PyBuffer_Release(&view)
 
-    def send(self, data, int flags=0, /):
+    def send(self, data, flags=0, /):
         """Send what the kernel takes of `data`; returns how many bytes that was."""
         cdef Py_buffer view
         cdef int64_t deadline = 0
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
-            return self.transmit(<const char *>view.buf, view.len, flags, &deadline)
+            return self.transmit(<const char *>view.buf, view.len, whole(flags), &deadline)
         finally:
             PyBuffer_Release(&view)
 
-    def sendall(self, data, int flags=0, /):
+    def sendall(self, data, flags=0, /):
         """Send all of `data`; the timeout is for the whole.  After an error nobody knows how much went."""
         cdef Py_buffer view
         cdef Py_ssize_t sent = 0
         cdef int64_t deadline = 0
+        cdef int options
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
+            options = whole(flags)
             while True:
-                sent += self.transmit(<const char *>view.buf + sent, view.len - sent, flags, &deadline)
+                sent += self.transmit(<const char *>view.buf + sent, view.len - sent, options, &deadline)
                 if sent >= view.len:
                     return
                 PyErr_CheckSignals()
@@ -399,12 +426,13 @@ cdef class Connection:
         with self._borrowed() as sock:
             return sock.sendfile(file, offset, count)
 
-    def shutdown(self, int how, /):
+    def shutdown(self, how, /):
         """End one direction or both (socket.SHUT_RD, SHUT_WR, SHUT_RDWR)."""
-        cdef int failed
+        cdef int failed, way
         cdef int code = 0
+        way = whole(how)
         with nogil:
-            failed = port_shutdown(self.fd, how)
+            failed = port_shutdown(self.fd, way)
             if failed:
                 code = port_error()
         if failed:
