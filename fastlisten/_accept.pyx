@@ -26,6 +26,8 @@ cdef object _StandardSocket = _socket.socket
 cdef object _accept = _socket.socket.accept
 cdef object _fileno = _socket.socket.fileno
 cdef object _gettimeout = _socket.socket.gettimeout
+cdef object _new_socket = _socket.SocketType.__new__
+cdef object _init_socket = _socket.SocketType.__init__
 cdef object _getdefaulttimeout = _socket.getdefaulttimeout
 
 
@@ -122,7 +124,7 @@ cdef class Ledger:
             if self.at.counts[i]:
                 name = errno.errorcode.get(self.at.codes[i], str(self.at.codes[i]))
                 errors[name] = errors.get(name, 0) + self.at.counts[i]
-        return (self.at.accepted, self.at.handled, port_get(&self.at.holders) - 1,
+        return (self.at.accepted, self.at.handled, port_get(&self.at.active),
                 self.at.handler_errors, self.at.refused, errors)
 
 
@@ -217,12 +219,26 @@ def accept(self):
         return _accept(self)  # an address family this module has no text for
     # accept4() makes it blocking; with a default timeout socket.socket() makes it non-blocking itself
     client = accept_one(self, &address, &length, 0)
+    port_add(&ledger.at.accepted, 1)
+    return standard_socket(client, ledger.at), address_object(&address, length)
+
+
+cdef object standard_socket(port_socket fd, ledger_t *ledger):
+    """A socket.socket that owns `fd`, made as socket.socket.__init__ does.
+
+    It is not called, because it is Python code: a signal handler that raised in the middle of it would leave
+    a descriptor that both or neither of us would close.
+    """
+    sock = _new_socket(_StandardSocket)
     try:
-        sock = _StandardSocket(ledger.at.family, ledger.at.type, ledger.at.protocol, client)
+        _init_socket(sock, ledger.family, ledger.type, ledger.protocol, fd)
     except BaseException:
-        port_close(client)
+        if sock.fileno() == -1:
+            port_close(fd)
         raise
-    return sock, address_object(&address, length)
+    sock._io_refs = 0
+    sock._closed = False
+    return sock
 
 
 def accept_many(self, int limit=64):

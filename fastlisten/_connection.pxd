@@ -10,7 +10,8 @@ cdef enum:
 # What a Listener's loop, its threads and its Connections share.  It is plain C, counted, and outlives the
 # Listener while a Connection is open, so that a Connection needs no Python reference to anything.
 cdef struct ledger_t:
-    int64_t holders             # the Listener, and each Connection handed out and not yet closed
+    int64_t holders             # the Listener, and each Connection that is not yet closed
+    int64_t active              # Connections handed out and not yet closed
     int family
     int type
     int protocol
@@ -56,7 +57,7 @@ cdef class Connection:
     cdef int finish(self) noexcept
     cdef void end(self) noexcept
     cdef bint cut(self) noexcept
-    cdef object borrow(self)
+    cdef object ask(self, str method, tuple arguments)
     cdef int wait(self, short events, int64_t *deadline) except -1
     cdef Py_ssize_t receive(self, char *buffer, Py_ssize_t length, int flags) except -1
     cdef Py_ssize_t transmit(

@@ -2,7 +2,6 @@
 
 import socket as _socket
 import warnings
-from contextlib import contextmanager
 from os import fsdecode
 
 cimport cython
@@ -25,7 +24,9 @@ cdef extern from "Python.h":
 
 cdef object _zero = 0
 cdef object _StandardSocket = _socket.socket
-cdef object _getdefaulttimeout = _socket.getdefaulttimeout
+cdef object _CSocket = _socket.SocketType  # what socket.socket adds to is not needed for one call
+
+cdef object _duplicate = _socket.dup
 
 
 cdef int raise_error(int code) except -1:
@@ -98,6 +99,7 @@ cdef Connection new_connection(
     memcpy(place, address, length)
     connection.address_length = length
     port_add(&ledger.holders, 1)
+    port_add(&ledger.active, 1)
     connection.ledger = ledger
     connection.timeout = timeout
     connection.fd = fd
@@ -137,7 +139,8 @@ cdef class Connection:
         """The descriptor is no longer ours: count the client out and tell a loop that waits for that."""
         cdef ledger_t *ledger = self.ledger
         self.ledger = NULL
-        if port_get(&ledger.wanted):
+        port_add(&ledger.active, -1)
+        if port_get(&ledger.wanted):  # asked after the count went down, so that a waiting loop sees it
             port_ring(ledger.wake[1])
         ledger_release(ledger)
 
@@ -211,10 +214,14 @@ cdef class Connection:
 
         It has the family, type, protocol and timeout the connection had.  The caller closes it.
         """
-        timeout = self.gettimeout()
-        sock = self.borrow()
-        sock.settimeout(timeout)
-        self.detach()
+        cdef ledger_t *ledger = self.ledger
+        cdef int family, type, protocol
+        if self.fd == PORT_NO_SOCKET:
+            raise_error(PORT_CLOSED)
+        family, type, protocol = ledger.family, ledger.type, ledger.protocol
+        # given up first: if a signal handler raises in between, nobody closes the descriptor twice
+        sock = _StandardSocket(family, type, protocol, fileno=self.detach())
+        sock.settimeout(self.gettimeout())
         return sock
 
     @property
@@ -250,48 +257,40 @@ cdef class Connection:
             place = self.address.heap
         return address_object(<const port_address *>place, self.address_length)
 
-    cdef object borrow(self):
-        """A socket.socket on our descriptor, for what is not worth a second implementation."""
+    cdef object ask(self, str method, tuple arguments):
+        """Call a method of the standard library's socket on our descriptor: what is not worth a second
+        implementation.  No Python code runs while two objects have the descriptor."""
         if self.fd == PORT_NO_SOCKET:
             raise_error(PORT_CLOSED)
-        return _StandardSocket(
-            self.ledger.family, self.ledger.type, self.ledger.protocol, fileno=self.fd)
-
-    @contextmanager
-    def _borrowed(self):
-        sock = self.borrow()
+        sock = _CSocket(self.ledger.family, self.ledger.type, self.ledger.protocol, self.fd)
         try:
             sock.settimeout(self.gettimeout())
-            yield sock
+            result = getattr(sock, method)(*arguments)
+            timeout = sock.gettimeout()
+            self.timeout = -1 if timeout is None else timeout
+            return result
         finally:
             sock.detach()
 
     def getpeername(self):
         """The client's address, asked of the kernel; OSError (ENOTCONN) when it is gone."""
-        with self._borrowed() as sock:
-            return sock.getpeername()
+        return self.ask("getpeername", ())
 
     def getsockname(self):
         """Our own address, asked of the kernel."""
-        with self._borrowed() as sock:
-            return sock.getsockname()
+        return self.ask("getsockname", ())
 
     def getsockopt(self, level, optname, *buflen):
         """As socket.getsockopt()."""
-        with self._borrowed() as sock:
-            return sock.getsockopt(level, optname, *buflen)
+        return self.ask("getsockopt", (level, optname, *buflen))
 
     def setsockopt(self, level, optname, *value):
         """As socket.setsockopt()."""
-        with self._borrowed() as sock:
-            sock.setsockopt(level, optname, *value)
+        self.ask("setsockopt", (level, optname, *value))
 
     def settimeout(self, value):
         """Set the time in seconds a call may take: None waits without end, 0 never waits."""
-        with self._borrowed() as sock:
-            sock.settimeout(value)
-            value = sock.gettimeout()
-        self.timeout = -1 if value is None else value
+        self.ask("settimeout", (value,))
 
     def gettimeout(self):
         """The timeout in seconds; None when calls wait without end."""
@@ -418,12 +417,16 @@ cdef class Connection:
 
     def sendmsg(self, buffers, *args):
         """As socket.sendmsg(): gathered buffers, ancillary data, flags; returns how many bytes went."""
-        with self._borrowed() as sock:
-            return sock.sendmsg(buffers, *args)
+        return self.ask("sendmsg", (buffers, *args))
 
     def sendfile(self, file, offset=0, count=None):
         """As socket.sendfile(): send a file opened in binary mode; returns how many bytes went."""
-        with self._borrowed() as sock:
+        if self.fd == PORT_NO_SOCKET:
+            raise_error(PORT_CLOSED)
+        # that method is Python code, which a signal handler may leave at any point: give it a copy to close
+        with _StandardSocket(self.ledger.family, self.ledger.type, self.ledger.protocol,
+                             fileno=_duplicate(self.fd)) as sock:
+            sock.settimeout(self.gettimeout())
             return sock.sendfile(file, offset, count)
 
     def shutdown(self, how, /):

@@ -190,7 +190,7 @@ cdef class Loop:
         self.done = allocate_lock()
         self.done.acquire()
 
-        self.room = 1 if self.most else BATCH
+        self.room = 1 if self.most or handler is None else BATCH
         if self.ushered:
             self.room = self.pending + self.free_places()
         self.count = len(self.listeners)
@@ -304,9 +304,9 @@ cdef class Loop:
                 outcome = self.accept_queued()
                 if outcome != NOBODY:
                     return outcome
-                if self.stopping:
-                    return ENDED
                 shut = self.shut_for()
+                if self.stopping and shut == 0:
+                    return ENDED
             outcome = self.sleep(shut)
             if outcome == TAKEN:  # somebody is there
                 outcome = self.accept_queued()
@@ -419,7 +419,7 @@ cdef class Loop:
         cdef int64_t active = 0
         cdef int i
         for i in range(self.count):
-            active += port_get(&self.sources[i].ledger.holders) - 1
+            active += port_get(&self.sources[i].ledger.active)
         return active
 
     cdef bint at_limit(self) noexcept nogil:
@@ -491,7 +491,6 @@ cdef class Loop:
         cdef int i
         for i in range(self.count):
             if port_get(&self.sources[i].ledger.stopping):
-                self.stopping = True
                 return self.sources[i].ledger
         return NULL
 
@@ -509,6 +508,7 @@ cdef class Loop:
         ledger = self.asked_to_stop()
         if ledger is NULL:
             return False
+        self.stopping = True
         self.deadline = port_get(&ledger.deadline)
         if not port_get(&ledger.draining) or port_now() >= self.deadline:
             return True
@@ -637,7 +637,9 @@ cdef class Loop:
         cdef outcome_t outcome
         if PyThread_acquire_lock_timed(self.lead, patience, 0) != PY_LOCK_ACQUIRED:
             return IDLED
-        if self.ushered:
+        if port_get(&self.over):
+            outcome = ENDED
+        elif self.ushered:
             outcome = self.wait_for_usher()
         elif self.waiting:
             outcome = TAKEN
@@ -646,7 +648,7 @@ cdef class Loop:
         if outcome == TAKEN:
             self.pop(client)
         elif outcome == ENDED or outcome == FAILED:
-            port_swap(&self.over, 1)
+            port_swap(&self.over, 1)  # for those who wait for the lead
         PyThread_release_lock(self.lead)
         return outcome
 
