@@ -494,6 +494,8 @@ def holder_of(endpoint: Endpoint) -> str | None:
         inodes = _unix_inodes(endpoint) if not endpoint.port else _tcp_inodes(endpoint)
     except OSError:
         return None
+    if not inodes:
+        return None
     links = {f"socket:[{inode}]" for inode in inodes}
     for path in glob.iglob("/proc/[0-9]*/fd/*"):
         try:
