@@ -25,5 +25,5 @@ cdef class Ledger:
 cdef verdict_t verdict(int code) noexcept nogil
 cdef void count_error(ledger_t *ledger, int code) noexcept nogil
 cdef bint take_client(port_socket fd, client_t *client, int nonblocking) noexcept nogil
-cdef int share_nonblocking(listener) except -1
+cpdef int share_nonblocking(listener) except -1
 cdef double default_timeout() except? -2

@@ -292,7 +292,7 @@ cdef double default_timeout() except? -2:
     return -1 if timeout is None else timeout
 
 
-cdef int share_nonblocking(listener) except -1:
+cpdef int share_nonblocking(listener) except -1:
     """Make the listener's description non-blocking: between our look at the queue and our accept another
     process may take the client.  accept() copes, and a blocking listener goes on looking like one."""
     if port_set_nonblocking(_fileno(listener), 1) != 0:

@@ -259,7 +259,7 @@ class Listener(socket.socket):
         """As socket.settimeout(): how long accept() waits, in seconds."""
         super().settimeout(value)
         if self._loop is not None:
-            os.set_blocking(self.fileno(), False)  # the loop must not block in accept()
+            _accept.share_nonblocking(self)  # the loop must not block in accept()
 
     def setblocking(self, flag: bool, /) -> None:
         """As socket.setblocking()."""

@@ -20,7 +20,9 @@
 #  include <winsock2.h>
 #  include <ws2tcpip.h>
 #  include <windows.h>
-typedef SOCKET port_socket;
+/* A SOCKET has 64 bits and no sign.  With one, -1 is "none" as everywhere in Python's socket module, and a
+ * closed socket's fileno() can be passed on and fail as what it is. */
+typedef intptr_t port_socket;
 typedef WSAPOLLFD port_pollfd;
 typedef int port_length;                        /* how long a buffer may be in one call */
 #  define PORT_LENGTH_MAX INT_MAX
@@ -356,6 +358,7 @@ static inline int port_queue(port_socket listener, int *depth, int *limit)
 /* --- Numbers that several threads count ------------------------------------------------------------- */
 
 #ifdef _MSC_VER
+#  include <intrin.h>
 static inline int64_t port_add(volatile int64_t *number, int64_t by)
 {
     return _InterlockedExchangeAdd64(number, by) + by;

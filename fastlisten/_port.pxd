@@ -4,7 +4,7 @@ from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 
 cdef extern from "_port.h" nogil:
-    ctypedef long long port_socket  # an int on POSIX, an unsigned 64-bit handle on Windows
+    ctypedef long long port_socket  # an int on POSIX, 64 bits on Windows; -1: none
     port_socket PORT_NO_SOCKET
 
     ctypedef struct port_pollfd:

@@ -7,6 +7,7 @@ import signal
 import socket
 import struct
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -200,6 +201,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "signals between processes": lambda: os.name == "posix",
     "SO_REUSEPORT": lambda: hasattr(socket, "SO_REUSEPORT"),
     "the openssl command": lambda: shutil.which("openssl") is not None,
+    "a free-threaded interpreter": lambda: bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
     "a C compiler": lambda: shutil.which("cc") is not None,
 }
 

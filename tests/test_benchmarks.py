@@ -150,9 +150,7 @@ def test_rounds_are_interleaved_over_servers():
     from benchmarks.workloads import WORKLOADS
 
     names = ("c-accept", "socket.accept", "gevent")
-    cells = [
-        Cell(WORKLOADS[work], 64, SERVERS[name]) for work in ("close", "echo") for name in names
-    ]
+    cells = [Cell(WORKLOADS[work], 64, SERVERS[name]) for work in ("close", "echo") for name in names]
     order = plan(cells, 5, seed=1)
     assert len(order) == 5 * len(cells)
     for start in range(0, len(order), 3):  # every group of three holds each server once
