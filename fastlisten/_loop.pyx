@@ -142,7 +142,9 @@ cdef class Loop:
     cdef port_socket spare
     cdef int code                   # of the last failed accept that was not over with itself
     cdef int64_t pause, retry_at    # nanoseconds, port_now()
-    cdef int64_t failures           # in a row; an episode lasts while there are any
+    cdef int64_t failures           # of this episode; 0: none lasts
+    cdef int64_t eased              # accepts that worked since the last of them
+    cdef int64_t episode_until      # when the last pause is over
     cdef int episode_code
     cdef int64_t episode_began, episode_length, episode_failures
     cdef int64_t news               # set with one of the three below: there is something to say
@@ -300,7 +302,8 @@ cdef class Loop:
         cdef outcome_t outcome
         while not self.ending():
             shut = self.shut_for()
-            if shut == 0 and self.failures == 0:  # after a failure ask poll() first whether anybody is there
+            # after a failure ask poll() first whether anybody is there
+            if shut == 0 and (self.failures == 0 or self.eased):
                 outcome = self.accept_queued()
                 if outcome != NOBODY:
                     return outcome
@@ -321,6 +324,7 @@ cdef class Loop:
         cdef verdict_t answer
         cdef int misses = 0
         cdef int taken = 0
+        cdef bint recovered = False
         while misses < self.count and not self.full(taken):
             source = &self.sources[self.turn]
             self.turn = (self.turn + 1) % self.count
@@ -333,12 +337,16 @@ cdef class Loop:
                 source.proven = True
                 misses = 0
                 taken += 1
+                if self.failures:
+                    recovered = self.recover(False)
                 self.receive(&client)
                 continue
             self.code = port_error()
             answer = verdict(self.code)
             if answer == AGAIN:
                 misses += 1
+                if self.failures:
+                    recovered = self.recover(True)
             elif answer == CONNECTION:
                 count_error(source.ledger, self.code)
             elif answer == INTERRUPTED:
@@ -349,13 +357,14 @@ cdef class Loop:
                 return TAKEN if taken else LOOK
             elif taken:
                 return TAKEN  # it will fail again
-            elif answer == CLOSED and (self.ending() or (self.code == PORT_EINVAL and source.proven)):
+            elif answer == CLOSED and (self.ending() or self.stopping or (
+                    self.code == PORT_EINVAL and source.proven)):
                 return ENDED
             else:
                 return FAILED
-        if self.failures and taken:
-            self.recover()
-        return TAKEN if taken else NOBODY
+        if taken:
+            return TAKEN
+        return LOOK if recovered else NOBODY
 
     cdef bint full(self, int taken) noexcept nogil:
         """Whether to accept no more now."""
@@ -533,46 +542,57 @@ cdef class Loop:
         if self.failures == 0:
             self.episode_began = port_now()
             self.episode_code = self.code
-            self.pause = PAUSE_FIRST
             port_swap(&self.news_began, 1)
+        if self.failures == 0 or self.eased:
+            self.pause = PAUSE_FIRST
         self.failures += 1
+        self.eased = 0
         port_swap(&self.news_again, 1)
         port_swap(&self.news, 1)
         if self.shed and self.shed_queued():
             return
-        self.retry_at = port_now() + self.pause
+        self.retry_at = self.episode_until = port_now() + self.pause
         self.pause = min(2 * self.pause, PAUSE_LAST)
 
     cdef bint shed_queued(self) noexcept nogil:
-        """Refuse who is queued, through the descriptor kept for that; False if it could not be had again."""
+        """Refuse who is queued, through the descriptor kept for that; False if that cannot be done now."""
         cdef client_t client
-        cdef int i
+        cdef int i, code
         if self.spare == PORT_NO_SOCKET:
             self.spare = port_spare()
             if self.spare == PORT_NO_SOCKET:
                 return False
         for i in range(self.count):
             for _ in range(ROUND):
+                if self.sources[i].fd == PORT_NO_SOCKET:
+                    break
                 port_close(self.spare)
                 client.fd = port_accept(self.sources[i].fd, &client.address, &client.length, 0)
-                if client.fd != PORT_NO_SOCKET:
+                code = port_error() if client.fd == PORT_NO_SOCKET else 0
+                if code == 0:
                     client.ledger = self.sources[i].ledger
                     port_add(&client.ledger.accepted, 1)
                     self.refuse(&client)
                 self.spare = port_spare()
-                if self.spare == PORT_NO_SOCKET:
-                    return False
-                if client.fd == PORT_NO_SOCKET:
+                self.episode_until = port_now()
+                if self.spare == PORT_NO_SOCKET or verdict(code) == RESOURCES:
+                    return False  # the whole system has run out: one descriptor of ours does not help
+                if code != 0:
                     break
         return True
 
-    cdef void recover(self) noexcept nogil:
-        """An accept worked again: the episode is over."""
-        self.episode_length = port_now() - self.episode_began
+    cdef bint recover(self, bint caught_up) noexcept nogil:
+        """An accept worked again.  The episode is over when all who were queued are in, or a whole round of
+        them: with the last free descriptor in use again after each client there would be news all the time."""
+        self.eased += 1
+        if not caught_up and self.eased < ROUND:
+            return False
+        self.episode_length = min(port_now(), self.episode_until) - self.episode_began
         self.episode_failures = self.failures
-        self.failures = 0
+        self.failures = self.eased = 0
         port_swap(&self.news_over, 1)
         port_swap(&self.news, 1)
+        return True
 
     cdef int tell_news(self) except -1:
         """Log the beginning and the end of an episode; ask `exhausted` how long to pause."""

@@ -8,9 +8,9 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
-import preload
 import pytest
 from support import PROBES, wait_until
 
@@ -96,9 +96,11 @@ def unix_path(unix_paths: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> preload.Faults:
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Give processes whose socket calls fail as planned; see preload.py."""
     for name in ("Linux", "a C compiler"):
         if not PROBES[name]():
             pytest.skip(f"needs {name}, for the library that injects faults")
+    import preload  # not above: the copy of this file that tests itself has no need of it
+
     return preload.build(tmp_path_factory.mktemp("faults"))

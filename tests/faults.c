@@ -8,7 +8,7 @@
  * While the environment names a FAULTS_WHILE file that does not exist, no fault is given and the
  * plan is not used up, so that a test can begin and end an episode from another process.
  *
- * faults_calls(call) and faults_given(call) tell how often a call was made and was made to fail.
+ * faults_plan(text) replaces the plan of a running process. faults_calls(call) and faults_given(call) tell how often a call was made and was made to fail.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -43,11 +43,11 @@ number_of(const char *name, size_t length)
     return -1;
 }
 
-__attribute__((constructor)) static void
-read_plan(void)
+void
+faults_plan(const char *at)
 {
-    const char *at = getenv("FAULTS");
-    while_file = getenv("FAULTS_WHILE");
+    pthread_mutex_lock(&lock);
+    entries = 0;
     while (at != NULL && *at != '\0' && entries < 256) {
         const char *equals = strchr(at, '=');
         char *end;
@@ -61,6 +61,14 @@ read_plan(void)
         entry->left = strtol(end + 1, &end, 10);
         at = *end == ',' ? end + 1 : end;
     }
+    pthread_mutex_unlock(&lock);
+}
+
+__attribute__((constructor)) static void
+begin(void)
+{
+    while_file = getenv("FAULTS_WHILE");
+    faults_plan(getenv("FAULTS"));
 }
 
 /* The code of the fault to give now, or 0 to let the call through; `*used` is its entry. */
@@ -70,7 +78,7 @@ planned(int call, struct entry **used)
     int code = 0;
     *used = NULL;
     atomic_fetch_add(&calls[call], 1);
-    if (entries == 0 || (while_file != NULL && access(while_file, F_OK) != 0))
+    if (while_file != NULL && access(while_file, F_OK) != 0)
         return 0;
     pthread_mutex_lock(&lock);
     for (int i = 0; i < entries; i++)

@@ -94,6 +94,15 @@ def exchange(target: Any, data: bytes = b"ping", timeout: float = LIMIT) -> byte
         return read_all(client)
 
 
+def refusal(target: Any) -> bytes | str:
+    """Connect and return what the server tells a client that it refuses: bytes, or "reset"."""
+    try:
+        with connect(target) as client:
+            return read_all(client)
+    except ConnectionResetError:  # it can be quicker than the end of connect()
+        return "reset"
+
+
 def echo(connection: Any) -> None:
     """Send back all that comes until the client ends; a handler."""
     while data := connection.recv(1 << 16):

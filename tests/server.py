@@ -1,0 +1,169 @@
+"""A server process that tests steer line by line: `python server.py [OPTION=VALUE ...]`.
+
+It prints its port, then answers each line of input with one line of JSON. Options are those of
+serve() as Python literals, and `fd=N` for a listener that it inherits.
+"""
+
+import ast
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any
+
+from support import Serving, echo
+
+import fastlisten
+
+
+class Records(logging.Handler):
+    """Keeps what was logged, as [level, text]."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.kept: list[list[str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.kept.append([record.levelname, record.getMessage()])
+
+
+def hold(connection: Any) -> None:
+    """Keep the GIL for as many seconds as the client's first line says, else note it and echo."""
+    line = connection.recv(100)
+    if line.startswith(b"hold "):
+        connection.sendall(b"holding")
+        end = time.monotonic() + float(line[5:])
+        while time.monotonic() < end:
+            pass
+        return
+    seen.append(line.decode())
+    connection.sendall(line)
+
+
+def sheds(error: OSError, attempt: int) -> float:
+    seen.append([error.errno, attempt])
+    return 0.02
+
+
+def gives_up(error: OSError, attempt: int) -> float:
+    if attempt == 3:
+        raise RuntimeError(f"gave up: {error}")
+    return 0.001
+
+
+def bad_pause(error: OSError, attempt: int) -> Any:
+    return "soon"
+
+
+seen: list[Any] = []
+NAMED = {f.__name__: f for f in (echo, hold, sheds, gives_up, bad_pause)}
+
+
+class Server:
+    """What the commands do; each returns what JSON can hold."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        self.records = Records()
+        logger = logging.getLogger("fastlisten")
+        logger.addHandler(self.records)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+        handler = NAMED[options.pop("handler", "echo")]
+        if isinstance(options.get("exhausted"), str):
+            options["exhausted"] = NAMED.get(options["exhausted"], options["exhausted"])
+        endpoint = f"fd:{options.pop('fd')}" if "fd" in options else ("127.0.0.1", 0)
+        self.listener = fastlisten.bind(endpoint, backlog=options.pop("backlog", None))
+        self.files: list[int] = []
+        if "switch" in options:  # a handler that computes gives the GIL up this seldom, in seconds
+            sys.setswitchinterval(options.pop("switch"))
+        if options.pop("start", True):
+            self.served = Serving(lambda: self.listener.serve(handler, **options))
+
+    def fill(self) -> int:
+        """Open files until there is no descriptor left."""
+        with contextlib.suppress(OSError):
+            while True:
+                self.files.append(os.dup(0))
+        return len(self.files)
+
+    def free(self) -> float:
+        """Close one of them, and tell when that was."""
+        os.close(self.files.pop())
+        return time.monotonic()
+
+    def empty(self) -> None:
+        while self.files:
+            os.close(self.files.pop())
+
+    def cpu(self) -> float:
+        return time.process_time()
+
+    def logs(self) -> list[list[str]]:
+        return self.records.kept
+
+    def seen(self) -> list[Any]:
+        return seen
+
+    def threads(self) -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    def stats(self) -> dict[str, Any]:
+        stats = self.listener.stats()
+        return {name: getattr(stats, name) for name in stats.__slots__}
+
+    def pause(self) -> None:
+        self.listener.pause()
+
+    def resume(self) -> None:
+        self.listener.resume()
+
+    def stop(self, *drain: str) -> Any:
+        """Stop, wait and tell: [seconds it took, what serve() returned] or the error's text."""
+        begun = time.monotonic()
+        self.listener.stop(*[float(seconds) for seconds in drain])
+        return self.wait(begun)
+
+    def wait(self, begun: float | None = None) -> Any:
+        begun = time.monotonic() if begun is None else begun
+        try:
+            result = self.served.wait(20)
+        except AssertionError:
+            raise
+        except Exception as error:
+            return [time.monotonic() - begun, f"{type(error).__name__}: {error}"]
+        return [time.monotonic() - begun, list(result)]
+
+
+def main() -> None:
+    options = {}
+    for argument in sys.argv[1:]:
+        name, value = argument.split("=", 1)
+        try:
+            options[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            options[name] = value
+    if "nofile" in options:
+        import resource
+
+        limit = options.pop("nofile")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    server = Server(options)
+    signal.signal(signal.SIGTERM, lambda *_: server.listener.stop(drain=10))
+    print(server.listener.getsockname()[1], flush=True)
+    for line in sys.stdin:
+        name, *arguments = line.split()
+        try:
+            answer = {"answer": getattr(server, name)(*arguments)}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
+    server.listener.close()
+    if hasattr(server, "served"):
+        server.served.thread.join(10)
+
+
+if __name__ == "__main__":
+    main()

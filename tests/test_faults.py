@@ -1,0 +1,379 @@
+"""Accepts that fail, each fault really happening: the error table, and running out of things."""
+
+import errno
+import select
+import socket
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from preload import Faults, Plan, plain_environment, python, server
+from support import LIMIT, connect, exchange, needs, refusal, wait_until
+
+pytestmark = needs("Linux", "a C compiler")
+
+MODES: dict[str, dict[str, Any]] = {
+    "inline": {},
+    "threads": {"threads": 2},
+    "growing threads": {"threads": (1, 4)},
+    "busy": {"busy": "reset", "pending": 10},
+    "busy threads": {"busy": b"full", "pending": 10, "threads": 2},
+}
+modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+
+# --- the table of DESIGN.md, line by line
+
+AGAIN = ["EAGAIN", "EWOULDBLOCK"]
+THIS_CONNECTION_ONLY = [
+    *["ECONNABORTED", "EPROTO", "ENOPROTOOPT", "ENETDOWN", "ENETUNREACH", "EHOSTDOWN"],
+    *["EHOSTUNREACH", "ENONET", "EPERM", "ETIMEDOUT", "ENOSR", "ESOCKTNOSUPPORT"],
+    *["EPROTONOSUPPORT"],
+]
+OUT_OF_RESOURCES = ["EMFILE", "ENFILE", "ENOBUFS", "ENOMEM"]
+CLOSED = ["EBADF", "EINVAL", "ENOTSOCK"]
+# Some of all the others, errors of other calls among them.
+UNKNOWN = ["EOPNOTSUPP", "EFAULT", "EIO", "ECONNRESET", "EACCES", "ENOSYS", "EPIPE"]
+
+TABLE = """
+import ast, json, logging, sys, fastlisten
+from preload import change_plan
+from server import Records
+from support import connect, echo, exchange, serving, told
+
+records = Records()
+logging.getLogger("fastlisten").addHandler(records)
+logging.getLogger("fastlisten").setLevel(logging.INFO)
+logging.getLogger("fastlisten").propagate = False
+options, served, raised = map(ast.literal_eval, sys.argv[1:])
+found = {}
+for code in served:
+    records.kept.clear()
+    with fastlisten.bind(("127.0.0.1", 0)) as listener:
+        change_plan(accept=[(code, 3), (0, 1), (code, 2)])
+        with serving(listener, echo, **options):
+            answers = [exchange(listener, b"hello").decode() for _ in range(3)]
+        stats = listener.stats()
+    found[code] = {"answers": answers, "errors": dict(stats.accept_errors),
+        "logs": list(records.kept), "counts": [stats.accepted, stats.handled, stats.active]}
+for code in raised:
+    with fastlisten.bind(("127.0.0.1", 0)) as listener:
+        # One client is queued, so that accept is called; it is served after the error came out.
+        with connect(listener) as client:
+            change_plan(accept=[(code, 1)])
+            first = told(lambda: listener.serve(echo, **options))
+            with serving(listener, echo, **options):
+                client.sendall(b"hello")
+                client.shutdown(1)
+                answers = [client.recv(10).decode(), exchange(listener, b"again").decode()]
+    found[code] = [first[0].__name__, first[1], answers]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module", params=MODES.values(), ids=MODES.keys())
+def table(request: pytest.FixtureRequest, faults: Faults) -> Any:
+    """Serve three clients under each code in one process; what happened, by code.
+
+    Each of the served codes comes three times before the first client, twice after it.
+    """
+    served = [*AGAIN, "EINTR", *THIS_CONNECTION_ONLY, *OUT_OF_RESOURCES]
+    return faults.python(TABLE, repr(request.param), repr(served), repr([*UNKNOWN, *CLOSED]))
+
+
+def all_are_served(found: Any) -> None:
+    assert found["answers"] == ["hello"] * 3
+    assert found["counts"] == [3, 3, 0]  # accepted, handled, active
+
+
+@pytest.mark.parametrize("code", [*AGAIN, "EINTR"])
+def test_again_and_interrupted_are_no_errors(table: Any, code: str) -> None:
+    all_are_served(table[code])
+    assert table[code]["errors"] == {}
+    assert table[code]["logs"] == []
+
+
+@pytest.mark.parametrize("code", THIS_CONNECTION_ONLY)
+def test_this_connection_only_is_counted_and_passed_by(table: Any, code: str) -> None:
+    all_are_served(table[code])
+    assert table[code]["errors"] == {code: 5}
+    assert table[code]["logs"] == []
+
+
+@pytest.mark.parametrize("code", OUT_OF_RESOURCES)
+def test_out_of_resources_is_logged_once_and_over_once(table: Any, code: str) -> None:
+    """One episode: the client that got in between does not end it."""
+    all_are_served(table[code])
+    assert table[code]["errors"] == {code: 5}
+    levels = [level for level, _ in table[code]["logs"]]
+    assert levels == ["WARNING", "INFO"], table[code]["logs"]
+    assert "5" in table[code]["logs"][1][1]  # how many tries it took
+
+
+@pytest.mark.parametrize("code", [*UNKNOWN, *CLOSED])
+def test_what_is_not_known_or_no_listener_is_raised_at_once(table: Any, code: str) -> None:
+    """And the listener can be served again: nothing of the loop is left."""
+    number = getattr(errno, code)
+    assert table[code] == [type(OSError(number, "")).__name__, number, ["hello", "again"]]
+
+
+ERRORS_BY_CODE = """
+import ast, json, sys, fastlisten
+from support import echo, exchange, serving
+with fastlisten.bind(("127.0.0.1", 0)) as listener, serving(listener, echo):
+    exchange(listener)
+    print(json.dumps(dict(listener.stats().accept_errors)))
+"""
+
+
+def test_errors_are_counted_by_code(faults: Faults) -> None:
+    plan: Plan = [(code, 1 + i) for i, code in enumerate(THIS_CONNECTION_ONLY)]
+    found = faults.python(ERRORS_BY_CODE, accept=plan)
+    assert found == {code: 1 + i for i, code in enumerate(THIS_CONNECTION_ONLY)}
+
+
+ENDS = """
+import ast, json, sys, threading, fastlisten
+from support import connect, serving
+options = ast.literal_eval(sys.argv[1])
+handled = []
+def handler(connection):
+    handled.append(connection.peer)
+    listener.stop(drain=5)
+with fastlisten.bind(("127.0.0.1", 0)) as listener:
+    with connect(listener), connect(listener), connect(listener):
+        with serving(listener, handler, **options) as served:
+            result = served.wait()
+print(json.dumps([list(result), len(handled)]))
+"""
+
+
+# One thread: another would meet the fault before the first handler has called stop().
+@pytest.mark.parametrize("mode", [{}, {"threads": 1}], ids=["inline", "thread"])
+@pytest.mark.parametrize("code", CLOSED)
+def test_a_listener_that_is_gone_after_a_stop_ends_the_loop(faults: Faults, mode: Any, code: str) -> None:
+    """A drain that can take nobody any more is at its end: no error, and no wait for its time."""
+    begun = time.monotonic()
+    found = faults.python(ENDS, repr(mode), accept=[(0, 1), (code, 1000)])
+    assert found == [[1, 0], 1]
+    assert time.monotonic() - begun < 5
+
+
+NOT_A_LISTENER = """
+import ast, json, socket, sys, fastlisten
+from support import told
+options = ast.literal_eval(sys.argv[1])
+seen = []
+for kind, bound in ((socket.SOCK_STREAM, True), (socket.SOCK_STREAM, False), (socket.SOCK_DGRAM, True)):
+    with fastlisten.Listener(socket.AF_INET, kind) as listener:
+        if bound:
+            listener.bind(("127.0.0.1", 0))
+        seen.append(told(lambda: listener.serve(print, **options))[1])
+    seen.append(told(lambda: listener.serve(print, **options))[1])
+print(json.dumps(seen))
+"""
+
+
+@modes
+def test_what_is_no_listener_is_told_at_once(mode: Any) -> None:
+    seen = python(NOT_A_LISTENER, repr(mode), environment=plain_environment())
+    closed = errno.EBADF
+    assert seen == [errno.EINVAL, closed, errno.EINVAL, closed, errno.EOPNOTSUPP, closed]
+
+
+@pytest.mark.parametrize("mode", [{}, {"threads": 2}], ids=["inline", "threads"])
+def test_a_failed_poll_is_raised(faults: Faults, mode: Any) -> None:
+    code = """
+import ast, json, sys, fastlisten
+from support import told
+with fastlisten.bind(("127.0.0.1", 0)) as listener:
+    print(json.dumps(told(lambda: listener.serve(print, **ast.literal_eval(sys.argv[1])))[1]))
+"""
+    # With threads the caller of serve() polls too; then either may meet the fault.
+    assert faults.python(code, repr(mode), poll=[("ENOMEM", 1000)]) == errno.ENOMEM
+
+
+# --- out of descriptors, for real
+
+
+def waits(client: Any, seconds: float) -> None:
+    """Assert that nothing comes for so long."""
+    assert select.select([client], [], [], seconds)[0] == []
+
+
+def answered(client: Any) -> float:
+    """Wait for an answer and return when it came."""
+    client.settimeout(LIMIT)
+    assert client.recv(100) == b"hello"
+    return time.monotonic()
+
+
+# Room for what the server itself needs: standard streams, listener, wake-ups, spare, clients.
+NOFILE = 40
+
+
+@pytest.mark.parametrize("mode", ["inline", "threads", "busy threads"])
+def test_no_descriptors_costs_nothing_and_ends_within_150_ms(mode: str) -> None:
+    with server(nofile=NOFILE, **MODES[mode]) as process:
+        assert exchange(process.address, b"first") == b"first"
+        process.ask("fill")
+        with connect(process.address) as client:
+            client.sendall(b"hello")
+            wait_until(lambda: process.ask("stats")["accept_errors"])
+            begun = process.ask("cpu")
+            waits(client, 3)
+            spent = process.ask("cpu") - begun
+            assert spent < 0.03, f"{spent:.3f} s of CPU in 3 s"
+            assert [level for level, _ in process.ask("logs")] == ["WARNING"]
+            assert list(process.ask("stats")["accept_errors"]) == ["EMFILE"]
+            freed = process.ask("free")
+            assert answered(client) - freed < 0.15
+        # With the last descriptor in use again the episode goes on; now it ends.
+        process.ask("empty")
+        assert exchange(process.address, b"last") == b"last"
+        levels = [level for level, _ in process.ask("logs")]
+        assert levels == ["WARNING", "INFO"], process.ask("logs")
+        took, result = process.ask("stop")
+        assert result == [0, 0]
+        assert took < 0.2
+
+
+@pytest.mark.parametrize("mode", [{"threads": 4}, {"threads": (1, 4)}], ids=str)
+def test_a_descriptor_of_ours_that_comes_free_is_used_at_once(mode: Any) -> None:
+    delays = []
+    with server(nofile=NOFILE, **mode) as process:
+        for _ in range(6):
+            with connect(process.address) as held:
+                held.sendall(b"hello")
+                answered(held)
+                process.ask("fill")
+                with connect(process.address) as late:
+                    late.sendall(b"hello")
+                    waits(late, 0.3)  # by now the pause has its full length, 100 ms
+                    held.close()
+                    begun = time.monotonic()
+                    delays.append(answered(late) - begun)
+            process.ask("empty")
+    assert statistics.median(delays) < 0.02, delays
+    assert max(delays) < 0.1, delays
+
+
+@pytest.mark.parametrize(
+    ("code", "mode"),
+    [("ENFILE", "inline"), ("ENOBUFS", "threads"), ("ENOMEM", "busy"), ("ENFILE", "busy threads")],
+)
+def test_the_same_for_what_the_whole_system_runs_out_of(
+    faults: Faults, code: str, mode: str, tmp_path: Path
+) -> None:
+    switch = tmp_path / "while"
+    environment = faults.environment(switch, accept=[(code, 1_000_000)])
+    with server(environment=environment, **MODES[mode]) as process:
+        assert exchange(process.address, b"first") == b"first"
+        switch.touch()
+        with connect(process.address) as client:
+            client.sendall(b"hello")
+            wait_until(lambda: process.ask("stats")["accept_errors"])
+            begun = process.ask("cpu")
+            waits(client, 1)
+            spent = process.ask("cpu") - begun
+            assert spent < 0.01, f"{spent:.3f} s of CPU in 1 s"
+            assert list(process.ask("stats")["accept_errors"]) == [code]
+            # 10, 20, 40, 80 ms and then one try in 100 ms
+            assert 8 <= process.ask("stats")["accept_errors"][code] <= 20
+            assert [level for level, _ in process.ask("logs")] == ["WARNING"]
+            switch.unlink()
+            freed = time.monotonic()
+            assert answered(client) - freed < 0.15
+        assert exchange(process.address, b"last") == b"last"
+        assert [level for level, _ in process.ask("logs")] == ["WARNING", "INFO"]
+
+
+@modes
+@pytest.mark.parametrize("drain", ["", "0", "5"])
+def test_stop_in_back_off(faults: Faults, mode: Any, drain: str, tmp_path: Path) -> None:
+    switch = tmp_path / "while"
+    switch.touch()
+    environment = faults.environment(switch, accept=[("EMFILE", 1_000_000)])
+    with server(environment=environment, **mode) as process, connect(process.address) as client:
+        client.sendall(b"hello")
+        client.shutdown(socket.SHUT_WR)
+        # Four failures later the pause is 80 ms and more.
+        wait_until(lambda: process.ask("stats")["accept_errors"].get("EMFILE", 0) > 4)
+        if drain == "5":
+            # The client that was queued is owed its answer: the drain goes on trying.
+            switch.unlink()
+        took, _ = process.ask("stop", drain)
+        assert took < (0.05 if drain != "5" else 0.3)
+        if drain == "5":
+            assert client.recv(10) == b"hello"
+
+
+# --- the other policies
+
+
+@pytest.mark.parametrize("mode", [{}, {"threads": 2}, {"threads": 2, "pending": 5}], ids=str)
+@pytest.mark.parametrize("busy", [None, "reset", b"busy, come back\n"])
+def test_shed(mode: Any, busy: Any) -> None:
+    """Whoever waits is told at once, through the descriptor that was kept for that."""
+    options = {**mode, "exhausted": "shed"}
+    if busy is not None:
+        options["busy"] = busy
+    with server(nofile=NOFILE, **options) as process:
+        assert exchange(process.address, b"first") == b"first"
+        process.ask("fill")
+        for _ in range(10):
+            assert refusal(process.address) == (busy or "reset")
+        stats = process.ask("stats")
+        assert stats["refused"] == 10
+        assert stats["handled"] == 1
+        assert [level for level, _ in process.ask("logs")] == ["WARNING"]
+        process.ask("empty")
+        assert exchange(process.address, b"second") == b"second"
+
+
+def test_shed_without_its_descriptor_pauses(faults: Faults, tmp_path: Path) -> None:
+    """ENFILE is the whole system's: giving a descriptor up frees none for us."""
+    switch = tmp_path / "while"
+    environment = faults.environment(switch, accept=[("ENFILE", 1_000_000)])
+    with server(environment=environment, exhausted="shed") as process:
+        assert exchange(process.address, b"first") == b"first"
+        switch.touch()
+        with connect(process.address) as client:
+            client.sendall(b"hello")
+            wait_until(lambda: process.ask("stats")["accept_errors"])
+            begun = process.ask("cpu")
+            waits(client, 1)
+            spent = process.ask("cpu") - begun
+            assert spent < 0.01, f"{spent:.3f} s of CPU in 1 s"
+            assert [level for level, _ in process.ask("logs")] == ["WARNING"]
+            switch.unlink()
+            answered(client)
+
+
+@modes
+def test_a_callable_says_how_long_to_pause(faults: Faults, mode: Any) -> None:
+    environment = faults.environment(accept=[("ENOBUFS", 4)])
+    with server(environment=environment, exhausted="sheds", **mode) as process:
+        assert exchange(process.address, b"hello") == b"hello"
+        assert process.ask("seen") == [[errno.ENOBUFS, attempt] for attempt in (1, 2, 3, 4)]
+
+
+@modes
+@pytest.mark.parametrize(
+    ("policy", "text"), [("gives_up", "RuntimeError: gave up"), ("bad_pause", "TypeError: ")]
+)
+def test_what_a_callable_raises_ends_serve(faults: Faults, mode: Any, policy: str, text: str) -> None:
+    environment = faults.environment(accept=[("ENOBUFS", 1_000)])
+    with server(environment=environment, exhausted=policy, **mode) as process:
+        with connect(process.address):
+            _, ended = process.ask("wait")
+        assert ended.startswith(text)
+
+
+def test_the_server_process_is_steered() -> None:
+    """The tests' own tool: a command that it does not know is told, and the process goes on."""
+    with server() as process:
+        with pytest.raises(AssertionError, match="no_such_command"):
+            process.ask("no_such_command")
+        assert process.ask("stats")["accepted"] == 0
