@@ -8,6 +8,9 @@ from fastlisten._listener import Listener, ServeOptions
 class Worker: ...
 
 @final
+class Lead: ...
+
+@final
 class Loop:
     def __new__(
         cls,

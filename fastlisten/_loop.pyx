@@ -70,11 +70,28 @@ cdef enum:
 cdef object _log = logging.getLogger("fastlisten")
 
 
+# How long a handler may keep the lead in its pocket before the heir takes it.  Shorter than anybody notices,
+# and long beside the handlers that a high rate of connections needs; the heir's look costs 3 µs each time.
+cdef long long TICK = 500  # microseconds
+
+# After two handlers in a row were too slow for that, so many clients are handed on at once before the next
+# try.  One alone may have been preempted.
+cdef enum:
+    EAGER = 16
+
+cdef enum:              # the values of Lead.held; higher ones are in the pocket of a handler
+    FREE = 0
+    LEADING = 1
+
+cdef enum:              # the values of Lead.heir_waits
+    FOR_ANYTHING = 1    # for the leader to take a client or to give up
+    FOR_A_TICK = 2
+
+
 cdef enum outcome_t:
     NOBODY          # nobody is queued
     TAKEN           # the ring holds a client
     LOOK            # woken: what needs the GIL may be due (signals, the log)
-    IDLED           # the wait for the lead took too long
     ENDED           # no more clients will come
     FAILED          # self.code says how
 
@@ -100,16 +117,112 @@ cdef class Worker:
 
 
 @cython.final
+cdef class Lead:
+    """The right to accept, which one thread has at a time.
+
+    A leader that has accepted a client keeps the lead in its pocket while it handles the client, and most
+    often comes back before anybody missed it: no other thread was woken.  The first of the idle threads, the
+    heir, looks after a TICK and takes the lead out of the pocket of a handler that is still busy; so nobody
+    waits for long behind a slow one.  Where handlers are slow, leaders hand the lead on at once.
+    """
+
+    cdef int64_t held                   # FREE, LEADING, or the pocketed client's number
+    cdef int64_t clients                # numbers them
+    cdef int64_t misses                 # tries in a row that were too slow
+    cdef int64_t eager                  # how many more are handed on at once
+    cdef int64_t heir_waits
+    cdef PyThread_type_lock heir        # held by the first in line
+    cdef PyThread_type_lock alarm       # what the heir sleeps on; released to wake it
+
+    def __cinit__(self):
+        self.clients = LEADING
+        self.heir = PyThread_allocate_lock()
+        self.alarm = PyThread_allocate_lock()
+        if self.heir is NULL or self.alarm is NULL:
+            raise MemoryError
+        PyThread_acquire_lock(self.alarm, WAIT_LOCK)
+
+    def __dealloc__(self):
+        if self.heir is not NULL:
+            PyThread_free_lock(self.heir)
+        if self.alarm is not NULL:
+            PyThread_free_lock(self.alarm)
+
+    cdef bint take(self, long long patience) noexcept nogil:
+        """Wait in line and lead; False when `patience` microseconds (< 0: no limit) were too few."""
+        cdef int64_t held
+        cdef int64_t seen = FREE
+        cdef bint taken = False
+        if PyThread_acquire_lock_timed(self.heir, patience, 0) != PY_LOCK_ACQUIRED:
+            return False
+        while not taken:
+            held = port_get(&self.held)
+            if held == seen or held == FREE:
+                taken = port_replace(&self.held, held, LEADING)
+            elif held == LEADING:
+                seen = FREE
+                if not self.wait(FOR_ANYTHING, patience):
+                    break
+            else:
+                seen = held
+                self.wait(FOR_A_TICK, TICK)
+        PyThread_release_lock(self.heir)
+        return taken
+
+    cdef bint wait(self, int64_t reason, long long patience) noexcept nogil:
+        """The heir's sleep; False when nobody rang in that time."""
+        cdef bint changed
+        port_swap(&self.heir_waits, reason)
+        changed = reason == FOR_ANYTHING and port_get(&self.held) != LEADING  # before we said that we wait
+        if not changed and PyThread_acquire_lock_timed(self.alarm, patience, 0) == PY_LOCK_ACQUIRED:
+            return True
+        if port_swap(&self.heir_waits, 0) == 0:
+            PyThread_acquire_lock(self.alarm, WAIT_LOCK)  # somebody rang just now
+            return True
+        return changed
+
+    cdef int64_t pocket(self) noexcept nogil:
+        """The leader goes to handle a client; returns what come_back() wants to see."""
+        if self.eager > 0:
+            self.eager -= 1
+            self.give_up()
+            return FREE
+        self.clients += 1
+        port_swap(&self.held, self.clients)
+        if port_replace(&self.heir_waits, FOR_ANYTHING, 0):
+            PyThread_release_lock(self.alarm)
+        return self.clients
+
+    cdef bint come_back(self, int64_t pocketed) noexcept nogil:
+        """The handler has returned: whether its thread still leads."""
+        if pocketed == FREE:
+            return False
+        if port_replace(&self.held, pocketed, LEADING):
+            if self.misses:
+                port_swap(&self.misses, 0)
+            return True
+        if port_add(&self.misses, 1) > 1:
+            port_swap(&self.eager, EAGER)
+        return False
+
+    cdef void give_up(self) noexcept nogil:
+        """Lead no more."""
+        port_swap(&self.held, FREE)
+        if port_swap(&self.heir_waits, 0) != 0:
+            PyThread_release_lock(self.alarm)
+
+
+@cython.final
 cdef class Loop:
     """One serve(): its listeners, handler, limits and threads.
 
     listeners: the Listeners to serve, in turn; the caller keeps them open.  handler: called with each
     Connection; None when the caller takes them with next().  options: a ServeOptions.
 
-    Whoever holds `lead` may touch the listening descriptors.  Without threads that is the caller of run();
-    threads hold it in turn: one waits, accepts a client, hands the lead over and handles it.  With `busy`
-    an usher holds `door` instead: it accepts without the GIL, refuses who finds no room, and puts the
-    others into the ring, from which the leader takes.
+    Whoever holds `door` may touch the listening descriptors.  Without threads that is the caller of run();
+    threads have the lead in turn: one waits, accepts a client and handles it.  With `busy` it is an usher: it
+    accepts without the GIL, refuses who finds no room, and puts the others into the ring, from which the
+    leader takes.
     """
 
     cdef readonly tuple listeners
@@ -124,7 +237,8 @@ cdef class Loop:
     cdef client_t *ring             # accepted and not yet handled, first come first served
     cdef int room, first, waiting
 
-    cdef PyThread_type_lock lead, door, ring_lock
+    cdef Lead lead
+    cdef PyThread_type_lock door, ring_lock
     cdef port_socket bell[2]        # wakes the caller of run() while others lead
     cdef port_socket arrivals[2]    # wakes the leader when the usher has put somebody in the ring
     cdef bint leader_waits
@@ -199,11 +313,11 @@ cdef class Loop:
         self.ring = <client_t *>calloc(self.room, sizeof(client_t))
         self.sources = <source_t *>calloc(self.count, sizeof(source_t))
         self.polls = <port_pollfd *>calloc(2 * self.count, sizeof(port_pollfd))
-        self.lead = PyThread_allocate_lock()
+        self.lead = Lead()
         self.door = PyThread_allocate_lock()
         self.ring_lock = PyThread_allocate_lock()
         if (self.ring is NULL or self.sources is NULL or self.polls is NULL
-                or self.lead is NULL or self.door is NULL or self.ring_lock is NULL):
+                or self.door is NULL or self.ring_lock is NULL):
             raise MemoryError
         for i in range(self.count):
             ledger = self.listeners[i]._ledger
@@ -216,8 +330,6 @@ cdef class Loop:
         # Not earlier: a handler that outlived its serve() still rings.
         close_pair(self.bell)
         close_pair(self.arrivals)
-        if self.lead is not NULL:
-            PyThread_free_lock(self.lead)
         if self.door is not NULL:
             PyThread_free_lock(self.door)
         if self.ring_lock is not NULL:
@@ -294,7 +406,7 @@ cdef class Loop:
             self.spare = PORT_NO_SOCKET
         self.tell_news()
 
-    # --- accepting: without the GIL, by whoever holds the lead (or the door) -------------------------
+    # --- accepting: without the GIL, by whoever holds the door ----------------------------------------
 
     cdef outcome_t admit(self) noexcept nogil:
         """Wait and accept, until the ring holds a client or something else is due."""
@@ -652,24 +764,23 @@ cdef class Loop:
 
     # --- dispatch -------------------------------------------------------------------------------------
 
-    cdef outcome_t lead_for(self, client_t *client, long long patience) noexcept nogil:
-        """Take the lead for one client.  IDLED: nobody gave the lead up in `patience` microseconds."""
+    cdef outcome_t take(self, client_t *client) noexcept nogil:
+        """Take the next client; for one thread at a time."""
         cdef outcome_t outcome
-        if PyThread_acquire_lock_timed(self.lead, patience, 0) != PY_LOCK_ACQUIRED:
-            return IDLED
         if port_get(&self.over):
-            outcome = ENDED
-        elif self.ushered:
+            return ENDED
+        if self.ushered:
             outcome = self.wait_for_usher()
         elif self.waiting:
             outcome = TAKEN
         else:
+            PyThread_acquire_lock(self.door, WAIT_LOCK)
             outcome = self.admit()
+            PyThread_release_lock(self.door)
         if outcome == TAKEN:
             self.pop(client)
         elif outcome == ENDED or outcome == FAILED:
-            port_swap(&self.over, 1)  # for those who wait for the lead
-        PyThread_release_lock(self.lead)
+            port_swap(&self.over, 1)
         return outcome
 
     cdef bint next_client(self, client_t *client) except -1:
@@ -677,7 +788,7 @@ cdef class Loop:
         cdef outcome_t outcome = LOOK
         while outcome == LOOK or outcome == NOBODY:
             with nogil:
-                outcome = self.lead_for(client, -1)
+                outcome = self.take(client)
             if outcome == LOOK:
                 PyErr_CheckSignals()
             if port_get(&self.news):
@@ -787,28 +898,36 @@ cdef class Loop:
         return 0
 
     def work(self):
-        """One thread's life: lead, accept one, hand the lead over, handle; until the end or idle for long."""
+        """One thread's life: lead, accept a client, handle it; until the end, or idle for long."""
         cdef Worker worker = Worker()
         cdef client_t client
         cdef outcome_t outcome
+        cdef long long patience = -1 if self.least == self.most else IDLE
+        cdef int64_t pocketed
+        cdef bint leads = False
         cdef bint retired = False
         self.workers.add(worker)
         try:
             while not retired:
                 with nogil:
-                    outcome = self.lead_for(&client, -1 if self.least == self.most else IDLE)
+                    leads = leads or self.lead.take(patience)
+                    outcome = self.take(&client) if leads else NOBODY
+                    if outcome == TAKEN:
+                        pocketed = self.lead.pocket()
                 if outcome == TAKEN:
+                    leads = False
                     if port_add(&self.idle, -1) == 0:
                         self.grow_if_possible()
                     try:
                         self.handle(worker, &client)
                     finally:
                         port_add(&self.idle, 1)
+                        leads = self.lead.come_back(pocketed)
                 elif outcome == ENDED:
                     break
                 elif outcome == FAILED:
                     raise_error(self.code)
-                elif outcome == IDLED:
+                elif not leads:
                     retired = port_add(&self.alive, -1) >= self.least
                     if not retired:
                         port_add(&self.alive, 1)
@@ -817,6 +936,8 @@ cdef class Loop:
         except BaseException as error:
             self.fail(error)
         finally:
+            if leads:
+                self.lead.give_up()
             self.workers.discard(worker)
             if not port_get(&self.over):
                 self.threads.remove(threading.current_thread())
@@ -889,12 +1010,11 @@ cdef class Loop:
 
     def release(self, listener):
         """Have no thread of the loop touch this listener any more; it was told to stop and will be closed."""
-        cdef PyThread_type_lock in_use = self.door if self.ushered else self.lead
         cdef int i = self.listeners.index(listener)
         with nogil:
-            PyThread_acquire_lock(in_use, WAIT_LOCK)
+            PyThread_acquire_lock(self.door, WAIT_LOCK)
             self.sources[i].fd = PORT_NO_SOCKET
-            PyThread_release_lock(in_use)
+            PyThread_release_lock(self.door)
 
     def survives_fork(self):
         """In a child that was just forked: whether the loop goes on there.  It does in the one thread that
@@ -907,7 +1027,8 @@ cdef class Loop:
         self.reapers.clear()
         self.threads.clear()
         # a thread that is gone may have held these
-        self.lead = PyThread_allocate_lock()
+        self.lead = Lead()
+        self.door = PyThread_allocate_lock()
         self.ring_lock = PyThread_allocate_lock()
         return False
 

@@ -371,6 +371,10 @@ static inline int64_t port_swap(volatile int64_t *number, int64_t to)
 {
     return _InterlockedExchange64(number, to);
 }
+static inline int port_replace(volatile int64_t *number, int64_t from, int64_t to)
+{
+    return _InterlockedCompareExchange64(number, to, from) == from;
+}
 #else
 static inline int64_t port_add(volatile int64_t *number, int64_t by)
 {
@@ -383,6 +387,10 @@ static inline int64_t port_get(volatile int64_t *number)
 static inline int64_t port_swap(volatile int64_t *number, int64_t to)
 {
     return __atomic_exchange_n(number, to, __ATOMIC_SEQ_CST);
+}
+static inline int port_replace(int64_t *number, int64_t from, int64_t to)
+{
+    return __atomic_compare_exchange_n(number, &from, to, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
 }
 #endif
 

@@ -69,6 +69,7 @@ cdef extern from "_port.h" nogil:
     int64_t port_add(int64_t *number, int64_t by)
     int64_t port_get(int64_t *number)
     int64_t port_swap(int64_t *number, int64_t to)
+    bint port_replace(int64_t *number, int64_t expected, int64_t to)
 
 
 cdef extern from "_port.h":
