@@ -11,7 +11,9 @@ from libc.stdlib cimport calloc, free, malloc
 from fastlisten._connection cimport (
     CODES,
     address_object,
+    ledger_disarm,
     ledger_release,
+    ledger_ring,
     ledger_t,
     new_connection,
     raise_error,
@@ -68,23 +70,26 @@ cdef class Ledger:
         self.at.family = family
         self.at.type = type
         self.at.protocol = protocol
-        self.at.wake[0] = self.at.wake[1] = PORT_NO_SOCKET
 
     def __dealloc__(self):
         if self.at is not NULL:
             ledger_release(self.at)
 
     def arm(self):
-        """Make the wake-up, once; the last holder of the ledger closes it."""
-        if self.at.wake[0] == PORT_NO_SOCKET:
+        """Make the wake-up; disarm() closes it."""
+        if not port_get(&self.at.armed):
             self.at.wake[0], self.at.wake[1] = wake_pair()
+            port_swap(&self.at.armed, 1)
 
-    @property
-    def wake(self):
-        """Both ends of the wake-up, or None while there is none."""
-        if self.at.wake[0] == PORT_NO_SOCKET:
-            return None
-        return self.at.wake[0], self.at.wake[1]
+    def disarm(self):
+        """Close the wake-up; nobody may poll it any more."""
+        ledger_disarm(self.at)
+
+    def after_fork(self):
+        """In the child: who was ringing is not here.  Returns both ends of the wake-up, which is the
+        parent's too, or None while there is none."""
+        self.at.ringing = 0
+        return (self.at.wake[0], self.at.wake[1]) if port_get(&self.at.armed) else None
 
     def stop(self, drain):
         """Ask the loop to end; `drain` as Listener.stop() says.  Takes no lock: signal handlers call it."""
@@ -98,7 +103,7 @@ cdef class Ledger:
             elif drain == 0:
                 port_swap(&self.at.draining, 0)
         port_swap(&self.at.stopping, 1)
-        port_ring(self.at.wake[1])
+        ledger_ring(self.at)
 
     def answered(self):
         """The stop was carried out: another serve() may follow."""
@@ -115,7 +120,7 @@ cdef class Ledger:
     @paused.setter
     def paused(self, bint value):
         port_swap(&self.at.paused, value)
-        port_ring(self.at.wake[1])
+        ledger_ring(self.at)
 
     def counts(self):
         """accepted, handled, active, handler errors, refused, and failed accepts as {errno name: count}."""
@@ -267,6 +272,7 @@ def accept_many(self, int limit=64):
             while taken < limit and take_client(fd, &clients[taken], timeout >= 0):
                 taken += 1
         port_add(&at.accepted, taken)
+        port_add(&at.active, taken)
         connections = []
         try:
             for i in range(taken):
@@ -275,6 +281,7 @@ def accept_many(self, int limit=64):
         except BaseException:
             for i in range(len(connections), taken):
                 port_close(clients[i].fd)
+                port_add(&at.active, -1)
             raise
         return connections
     finally:

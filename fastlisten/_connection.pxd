@@ -15,7 +15,9 @@ cdef struct ledger_t:
     int family
     int type
     int protocol
-    port_socket wake[2]         # whoever leads the loop polls the first end; port_ring() the second
+    port_socket wake[2]         # whoever leads the loop polls the first end; ledger_ring() the second
+    int64_t armed               # wake[] is open: from the begin of a serve() to its end
+    int64_t ringing             # how many are in ledger_ring(): wake[] must not be closed under them
     int64_t wanted              # the loop waits for a Connection to close: ring when one does
     int64_t stopping            # stop() was called and no serve() has answered it yet
     int64_t draining            # ... with a drain: what the kernel has queued is still taken
@@ -29,6 +31,8 @@ cdef struct ledger_t:
     int64_t counts[CODES]
 
 
+cdef void ledger_ring(ledger_t *ledger) noexcept nogil
+cdef void ledger_disarm(ledger_t *ledger) noexcept nogil
 cdef void ledger_release(ledger_t *ledger) noexcept nogil
 
 

@@ -53,12 +53,28 @@ cdef int writable(object buffer, Py_buffer *view) except -1:
     raise TypeError(f"recv_into() argument 1 must be read-write bytes-like object, not {name}")
 
 
+cdef void ledger_ring(ledger_t *ledger) noexcept nogil:
+    """Wake the loop, if there is one: any thread, with the GIL or without."""
+    port_add(&ledger.ringing, 1)
+    if port_get(&ledger.armed):
+        port_ring(ledger.wake[1])
+    port_add(&ledger.ringing, -1)
+
+
+cdef void ledger_disarm(ledger_t *ledger) noexcept nogil:
+    """Close the wake-up.  Nobody may poll it any more; whoever is ringing it is let finish, for its number
+    may be a stranger's the moment it is closed."""
+    if port_swap(&ledger.armed, 0):
+        while port_get(&ledger.ringing):
+            pass
+        port_close(ledger.wake[0])
+        port_close(ledger.wake[1])
+
+
 cdef void ledger_release(ledger_t *ledger) noexcept nogil:
     """Give one hold on the ledger back; the last one frees it and its wake-up."""
     if port_add(&ledger.holders, -1) == 0:
-        if ledger.wake[0] != PORT_NO_SOCKET:
-            port_close(ledger.wake[0])
-            port_close(ledger.wake[1])
+        ledger_disarm(ledger)
         free(ledger)
 
 
@@ -88,7 +104,8 @@ cdef object address_object(const port_address *address, int length):
 
 cdef Connection new_connection(
         port_socket fd, const port_address *address, int length, ledger_t *ledger, double timeout):
-    """A Connection that owns `fd`.  It takes a hold on the ledger, which says where the client came from."""
+    """A Connection that owns `fd`, which the caller has counted as active.  It takes a hold on the ledger,
+    which says where the client came from."""
     cdef Connection connection = Connection.__new__(Connection)
     cdef void *place = connection.address.bytes
     if length > SHORT_ADDRESS:
@@ -99,7 +116,6 @@ cdef Connection new_connection(
     memcpy(place, address, length)
     connection.address_length = length
     port_add(&ledger.holders, 1)
-    port_add(&ledger.active, 1)
     connection.ledger = ledger
     connection.timeout = timeout
     connection.fd = fd
@@ -141,7 +157,7 @@ cdef class Connection:
         self.ledger = NULL
         port_add(&ledger.active, -1)
         if port_get(&ledger.wanted):  # asked after the count went down, so that a waiting loop sees it
-            port_ring(ledger.wake[1])
+            ledger_ring(ledger)
         ledger_release(ledger)
 
     cdef int finish(self) noexcept:

@@ -307,6 +307,7 @@ def _claim(listeners: list[Listener], loop: Loop) -> None:
 
 def _let_go(listeners: list[Listener]) -> None:
     for listener in listeners:
+        listener._ledger.disarm()
         listener._loop = None
         if listener._ledger.stopping:
             listener._ledger.answered()
@@ -325,6 +326,7 @@ def _connections(listener: Listener) -> Iterator[Connection]:
     loop = Loop([listener], None, serve_options(print))
     _claim([listener], loop)
     try:
+        loop.start()
         while (connection := loop.next()) is not None:
             yield connection
     finally:
@@ -544,13 +546,13 @@ def _after_fork_in_child() -> None:
     global _claims, _umask
     _claims, _umask = threading.Lock(), threading.Lock()
     for listener in list(_listeners):
-        shared = listener._ledger.wake
+        shared = listener._ledger.after_fork()
         if shared is not None:
             for old, new in zip(shared, _accept.wake_pair(), strict=True):
                 os.dup2(new, old, inheritable=False)
                 os.close(new)
         if listener._loop is not None and not listener._loop.survives_fork():
-            listener._loop = None
+            _let_go([listener])
 
 
 if hasattr(os, "register_at_fork"):

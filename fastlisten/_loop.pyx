@@ -34,7 +34,13 @@ from fastlisten._accept cimport (
     verdict_t,
 )
 from fastlisten._accept import wake_pair
-from fastlisten._connection cimport Connection, ledger_t, new_connection, raise_error
+from fastlisten._connection cimport (
+    Connection,
+    ledger_ring,
+    ledger_t,
+    new_connection,
+    raise_error,
+)
 from fastlisten._port cimport *
 
 cdef extern from "pythread.h" nogil:
@@ -321,13 +327,11 @@ cdef class Loop:
             raise MemoryError
         for i in range(self.count):
             ledger = self.listeners[i]._ledger
-            ledger.arm()
             share_nonblocking(self.listeners[i])
             self.sources[i].fd = self.listeners[i].fileno()
             self.sources[i].ledger = ledger.at
 
     def __dealloc__(self):
-        # Not earlier: a handler that outlived its serve() still rings.
         close_pair(self.bell)
         close_pair(self.arrivals)
         if self.door is not NULL:
@@ -366,6 +370,8 @@ cdef class Loop:
 
     def start(self):
         """Make the wake-ups, the spare descriptor and the usher."""
+        for listener in self.listeners:
+            listener._ledger.arm()
         if self.most or self.ushered:
             self.bell[0], self.bell[1] = wake_pair()
         if self.ushered and self.most:
@@ -392,11 +398,12 @@ cdef class Loop:
         for i in range(self.count):
             self.sources[i].ledger.wanted = 0
         if self.usher_ended is not None:
-            port_ring(self.sources[0].ledger.wake[1])
+            ledger_ring(self.sources[0].ledger)
             self.usher_ended.acquire()
             self.usher_ended = None
         while self.pop(&client):
             port_close(client.fd)
+            port_add(&client.ledger.active, -1)
             port_add(&self.was_cut, 1)
         self.done.release()
         while self.reapers:
@@ -404,6 +411,10 @@ cdef class Loop:
         if self.spare != PORT_NO_SOCKET:
             port_close(self.spare)
             self.spare = PORT_NO_SOCKET
+        if port_get(&self.alive) == 0:  # a handler that outlives its serve() still rings
+            with cython.critical_section(self):
+                close_pair(self.bell)
+                close_pair(self.arrivals)
         self.tell_news()
 
     # --- accepting: without the GIL, by whoever holds the door ----------------------------------------
@@ -524,6 +535,7 @@ cdef class Loop:
             self.first = (self.first + 1) % self.room
             self.waiting -= 1
             port_add(&self.handling, 1)
+            port_add(&client.ledger.active, 1)  # now, not with its Connection: the next to lead asks
         if self.ushered:
             PyThread_release_lock(self.ring_lock)
         return some
@@ -810,6 +822,7 @@ cdef class Loop:
             return new_connection(client.fd, &client.address, client.length, client.ledger, self.timeout)
         except BaseException:
             port_close(client.fd)
+            port_add(&client.ledger.active, -1)
             raise
 
     cdef int handle(self, Worker worker, client_t *client) except -1:
@@ -872,6 +885,11 @@ cdef class Loop:
                     thread.join()
         return 0
 
+    cdef void ring_bell(self) noexcept:
+        with cython.critical_section(self):  # against finish(), which closes it
+            if self.bell[1] != PORT_NO_SOCKET:
+                port_ring(self.bell[1])
+
     cdef void wait_for_bell(self, int64_t patience) noexcept:
         cdef port_pollfd poll
         poll.fd = self.bell[0]
@@ -882,7 +900,9 @@ cdef class Loop:
 
     cdef int grow(self) except -1:
         """Start a thread, unless there are as many as may be."""
-        if port_get(&self.over) or port_add(&self.alive, 1) > self.most:
+        if port_get(&self.over):
+            return 0
+        if port_add(&self.alive, 1) > self.most:
             port_add(&self.alive, -1)
             return 0
         port_add(&self.idle, 1)
@@ -944,7 +964,7 @@ cdef class Loop:
             port_add(&self.idle, -1)
             if not retired:
                 port_add(&self.alive, -1)
-            port_ring(self.bell[1])
+            self.ring_bell()
 
     cdef int grow_if_possible(self) except -1:
         """Start a thread; when the system has none to give, those that there are go on."""
@@ -960,7 +980,7 @@ cdef class Loop:
             self.failure = error
         port_swap(&self.over, 1)
         for i in range(self.count):
-            port_ring(self.sources[i].ledger.wake[1])
+            ledger_ring(self.sources[i].ledger)
 
     # --- stopping: by any thread, by handlers and by signal handlers ----------------------------------
 
@@ -994,7 +1014,7 @@ cdef class Loop:
             if connection is not None:
                 self.cut(connection)
         self.cut_at = port_now()
-        port_ring(self.bell[1])
+        self.ring_bell()
 
     cdef void cut(self, Connection connection) noexcept:
         if connection.cut():
@@ -1004,7 +1024,7 @@ cdef class Loop:
         """End without an answer to anybody: accept no more, cut what there is."""
         port_swap(&self.over, 1)
         for i in range(self.count):
-            port_ring(self.sources[i].ledger.wake[1])
+            ledger_ring(self.sources[i].ledger)
         self.cut_all()
         return 0
 
@@ -1041,6 +1061,7 @@ cdef void close_pair(port_socket *pair) noexcept nogil:
     if pair[0] != PORT_NO_SOCKET:
         port_close(pair[0])
         port_close(pair[1])
+        pair[0] = pair[1] = PORT_NO_SOCKET
 
 
 def wake_on_signals(fd):
