@@ -97,6 +97,9 @@ def measure(
                 samples.append(take_sample(turn, cell, settings, sizes))
             except SampleError as error:
                 failures.append(f"{cell.workload.name} ({cell.concurrency}), round {turn}: {error}")
+            except KeyboardInterrupt:  # what is measured is measured
+                failures.append(f"interrupted after {i} of {len(order)} samples")
+                break
             now = time.monotonic()
             seconds[cell] = now - before
             # What a cell took is known from its first round on; until then, as the mean so far.
