@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import errno
 import functools
 import glob
@@ -471,7 +470,7 @@ def _counters(stats: ListenerStats, rate: float) -> str:
 
 def _plain(stats: ListenerStats) -> dict[str, object]:
     """Return the stats as JSON can hold them."""
-    values = {field.name: getattr(stats, field.name) for field in dataclasses.fields(stats)}
+    values = stats._asdict()
     return {**values, "accept_errors": dict(stats.accept_errors)}
 
 

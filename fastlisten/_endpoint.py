@@ -8,8 +8,8 @@ import os
 import re
 import socket
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NoReturn
+from functools import total_ordering
+from typing import NamedTuple, NoReturn
 
 __all__ = [
     "Endpoint",
@@ -43,7 +43,8 @@ NAME = re.compile(r"[^\s\x00-\x1f\x7f\[\]:/%@?#\\]+")
 EXPECTED = "expected host:port, [IPv6 address]:port, :port, unix:/path, unix:@abstract-name or fd:number"
 
 
-@dataclass(frozen=True, order=True, slots=True, init=False, repr=False)
+# Written out, as HostEntry is a tuple: importing dataclasses would cost as much as all of fastlisten.
+@total_ordering
 class Endpoint:
     """Where a service listens: an IP address or host name with a port, a unix path, a descriptor.
 
@@ -72,6 +73,8 @@ class Endpoint:
     >>> Endpoint.parse("unix:/run/echo.sock").sockaddr
     '/run/echo.sock'
     """
+
+    __slots__ = ("flowinfo", "host", "port")
 
     host: str
     port: int
@@ -103,6 +106,27 @@ class Endpoint:
         object.__setattr__(self, "host", text)
         object.__setattr__(self, "port", port)
         object.__setattr__(self, "flowinfo", flowinfo)
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"cannot set {name!r}: an Endpoint does not change")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"cannot delete {name!r}: an Endpoint does not change")
+
+    def _key(self) -> tuple[str, int, int]:
+        return self.host, self.port, self.flowinfo
+
+    def __eq__(self, other: object) -> bool:
+        return self._key() == other._key() if isinstance(other, Endpoint) else NotImplemented
+
+    def __lt__(self, other: object) -> bool:
+        return self._key() < other._key() if isinstance(other, Endpoint) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._key())
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _unpickled, self._key()
 
     @classmethod
     def parse(cls, text: str) -> Endpoint:
@@ -195,8 +219,7 @@ class Endpoint:
         return next(name for last, name in PORT_RANGES if self.port <= last)
 
 
-@dataclass(frozen=True, slots=True)
-class HostEntry:
+class HostEntry(NamedTuple):
     """What the system's resolver knows about a host.
 
     name: the host's official name.
@@ -207,6 +230,10 @@ class HostEntry:
     name: str
     aliases: tuple[str, ...]
     addresses: tuple[IPAddress, ...]
+
+
+def _unpickled(host: str, port: int, flowinfo: int) -> Endpoint:
+    return Endpoint(host, port, flowinfo=flowinfo)
 
 
 def get_host_name() -> str:

@@ -10,7 +10,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from fastlisten import _accept
@@ -34,8 +33,7 @@ class ServeResult(NamedTuple):
     cut: int
 
 
-@dataclass(frozen=True, slots=True)
-class ListenerStats:
+class ListenerStats(NamedTuple):
     """The counters of a Listener since `since` (time.time()).
 
     accepted: clients taken from the kernel.  handled: handlers that returned or raised.  active:
@@ -58,8 +56,7 @@ class ListenerStats:
     since: float
 
 
-@dataclass(frozen=True, slots=True)
-class ServeOptions:
+class ServeOptions(NamedTuple):
     """How to serve, checked before any socket opens.  `threads` is (least, most), (0, 0) for none."""
 
     threads: tuple[int, int]

@@ -1,6 +1,5 @@
 """The loop: wait, accept, dispatch, end."""
 
-import logging
 import signal
 import threading
 from _thread import allocate_lock, start_new_thread
@@ -73,7 +72,11 @@ cdef int64_t GRACE = 250_000_000  # nanoseconds
 cdef enum:
     FREE_AT_MOST = 4096
 
-cdef object _log = logging.getLogger("fastlisten")
+
+cdef object log():
+    """The logger; imported late, since it costs as much to import as all the rest and most never log."""
+    import logging
+    return logging.getLogger("fastlisten")
 
 
 # How long a handler may keep the lead in its pocket before the heir takes it.  Shorter than anybody notices,
@@ -707,7 +710,7 @@ cdef class Loop:
 
     cdef bint recover(self, bint caught_up) noexcept nogil:
         """An accept worked again.  The episode is over when all who were queued are in, or a whole round of
-        them: with the last free descriptor in use again after each client there would be news all the time."""
+        them: with the last free descriptor in use again after each client the news would never end."""
         self.eased += 1
         if not caught_up and self.eased < ROUND:
             return False
@@ -727,12 +730,12 @@ cdef class Loop:
         except OSError as trouble:
             error = trouble
         if port_swap(&self.news_began, 0):
-            _log.warning("accepting pauses: %s", error)
+            log().warning("accepting pauses: %s", error)
         if port_swap(&self.news_again, 0) and self.exhausted is not None and self.failures:
             self.retry_at = port_now() + <int64_t>(<double>self.exhausted(error, self.failures) * 1e9)
         if port_swap(&self.news_over, 0):
-            _log.info("accepting again after %.3f s and %d failed tries",
-                      self.episode_length / 1e9, self.episode_failures)
+            log().info("accepting again after %.3f s and %d failed tries",
+                       self.episode_length / 1e9, self.episode_failures)
         return 0
 
     # --- the usher ------------------------------------------------------------------------------------
@@ -853,8 +856,8 @@ cdef class Loop:
                 self.on_error(error, connection)
                 return 0
         except Exception:
-            _log.exception("on_error itself failed")
-        _log.error("the handler of %r failed", connection, exc_info=error)
+            log().exception("on_error itself failed")
+        log().error("the handler of %r failed", connection, exc_info=error)
         return 0
 
     # --- threads --------------------------------------------------------------------------------------
@@ -879,7 +882,7 @@ cdef class Loop:
             raise
         finally:
             if port_get(&self.alive):
-                _log.warning("%d handlers go on without their connections", port_get(&self.alive))
+                log().warning("%d handlers go on without their connections", port_get(&self.alive))
             else:
                 for thread in self.threads.copy():
                     thread.join()
@@ -971,7 +974,7 @@ cdef class Loop:
         try:
             self.grow()
         except RuntimeError as error:
-            _log.warning("no more than %d threads: %s", port_get(&self.alive), error)
+            log().warning("no more than %d threads: %s", port_get(&self.alive), error)
         return 0
 
     cdef void fail(self, error) noexcept:
