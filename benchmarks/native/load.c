@@ -257,17 +257,25 @@ static uint64_t percentile(long long n, double p)
 /* Connects all, says so, keeps them until a line or the end of standard input. */
 static void hold(long concurrency)
 {
-    for (long i = 0; i < concurrency; i++) {
-        while (connect(slots[i].fd, (struct sockaddr *)&server, sizeof server) < 0) {
-            if (errno != EINPROGRESS && errno != EALREADY)
+    bool all;
+    do { /* all at once: on a busy machine each may wait for the kernel's network thread */
+        all = true;
+        for (long i = 0; i < concurrency; i++) {
+            if (slots[i].open)
+                continue;
+            if (connect(slots[i].fd, (struct sockaddr *)&server, sizeof server) == 0)
+                slots[i].open = true;
+            else if (errno == EINPROGRESS || errno == EALREADY)
+                all = false;
+            else
                 fail("connect");
-            if (now() > deadline) {
-                errno = ETIMEDOUT;
-                fail("time limit");
-            }
-            nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
         }
-    }
+        if (now() > deadline) {
+            errno = ETIMEDOUT;
+            fail("time limit");
+        }
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    } while (!all);
     printf("{\"held\": %ld}\n", concurrency);
     fflush(stdout);
     (void)getchar();
