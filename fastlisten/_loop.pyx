@@ -764,13 +764,13 @@ cdef class Loop:
         cdef bint some, allowed
         PyThread_acquire_lock(self.ring_lock, WAIT_LOCK)
         some = self.waiting > 0
-        allowed = self.most_active == 0 or self.active() < self.most_active
+        allowed = self.most_active == 0 or self.active() < self.most_active or self.overdue()
         self.leader_waits = not (some and allowed)
         PyThread_release_lock(self.ring_lock)
         if some and allowed:
             return TAKEN
-        if port_get(&self.usher_gone) and not some:
-            return self.usher_outcome
+        if port_get(&self.usher_gone):  # nobody else hears the Connections ring
+            return self.sleep(-1) if some else self.usher_outcome
         poll.fd = self.arrivals[0] if self.most else self.bell[0]
         poll.events = POLLIN
         if port_poll_ns(&poll, 1, -1) > 0:

@@ -262,6 +262,21 @@ def test_max_connections_with_busy_refuses(busy: Any, threads: int) -> None:
 
 
 @needs("Linux")
+def test_a_stop_at_the_limit_still_handles_who_waits() -> None:
+    """The thread that refuses ends with the stop; the closes that make room must still be heard."""
+    gate = Gate()
+    options = {"threads": 4, "max_connections": 1, "pending": 10, "busy": "reset"}
+    with fastlisten.bind(LOOPBACK) as listener, contextlib.ExitStack() as clients:
+        with serving(listener, gate, **options) as served:
+            for _ in range(4):
+                clients.enter_context(connect(listener)).sendall(b"x")
+            wait_until(lambda: listener.stats().accepted == 4)
+            listener.stop()
+            gate.opened.set()
+            assert served.wait() == (4, 0)
+        assert gate.most == 1
+
+
 @pytest.mark.parametrize("mode", [{}, {"threads": 4}, {"busy": "reset", "pending": 10}], ids=str)
 def test_two_thousand_that_reset_before_they_are_accepted(mode: Any) -> None:
     with server(backlog=2500, **mode) as process:
