@@ -1042,6 +1042,9 @@ cdef class Loop:
     def survives_fork(self):
         """In a child that was just forked: whether the loop goes on there.  It does in the one thread that
         is left, if that is all it needs; else the child has a loop that is over."""
+        cdef Worker worker
+        for worker in self.workers:
+            worker.takes(None)  # the parent has the connection too, and a cut of ours would end it there
         if not self.most and not self.ushered and self.caller == threading.get_ident():
             return True
         port_swap(&self.over, 1)
