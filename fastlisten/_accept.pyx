@@ -2,11 +2,12 @@
 
 import errno
 import socket as _socket
+from operator import index
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t
-from libc.stdlib cimport calloc, free, malloc
+from libc.stdlib cimport calloc, free, malloc, realloc
 
 from fastlisten._connection cimport (
     CODES,
@@ -19,6 +20,10 @@ from fastlisten._connection cimport (
     raise_error,
 )
 from fastlisten._port cimport *
+
+# For how many clients accept_many() has room before it asks for more memory.
+cdef enum:
+    FIRST_ROOM = 64
 
 # Whether SO_REUSEADDR means what it does on POSIX (a port in TIME_WAIT may be bound again); on Windows it
 # would let another process steal the port.
@@ -86,10 +91,8 @@ cdef class Ledger:
         ledger_disarm(self.at)
 
     def after_fork(self):
-        """In the child: who was ringing is not here.  Returns both ends of the wake-up, which is the
-        parent's too, or None while there is none."""
+        """In the child: whoever was ringing is not here."""
         self.at.ringing = 0
-        return (self.at.wake[0], self.at.wake[1]) if port_get(&self.at.armed) else None
 
     def stop(self, drain):
         """Ask the loop to end; `drain` as Listener.stop() says.  Takes no lock: signal handlers call it."""
@@ -108,6 +111,11 @@ cdef class Ledger:
     def answered(self):
         """The stop was carried out: another serve() may follow."""
         self.at.stopping = self.at.draining = self.at.deadline = 0
+
+    @property
+    def wake(self):
+        """Both ends of the wake-up, or None while there is none."""
+        return (self.at.wake[0], self.at.wake[1]) if port_get(&self.at.armed) else None
 
     @property
     def stopping(self):
@@ -246,7 +254,7 @@ cdef object standard_socket(port_socket fd, ledger_t *ledger):
     return sock
 
 
-def accept_many(self, int limit=64):
+def accept_many(self, limit=64):
     """Accept up to `limit` clients that are queued; returns their Connections, at least one.
 
     Waits for the first as accept() does: without end, TimeoutError after the timeout, BlockingIOError when
@@ -256,12 +264,15 @@ def accept_many(self, int limit=64):
     cdef Ledger ledger = self._ledger
     cdef ledger_t *at = ledger.at
     cdef client_t *clients
+    cdef client_t *more
     cdef double timeout = default_timeout()
     cdef port_socket fd
-    cdef int i, taken = 1
-    if limit < 1:
-        raise ValueError(f"limit must be at least 1, not {limit}")
-    clients = <client_t *>malloc(limit * sizeof(client_t))
+    cdef int most = index(limit)
+    cdef int i, room, taken = 1
+    if most < 1:
+        raise ValueError(f"limit must be at least 1, not {most}")
+    room = min(most, <int>FIRST_ROOM)
+    clients = <client_t *>malloc(room * sizeof(client_t))
     if clients is NULL:
         raise MemoryError
     try:
@@ -269,7 +280,15 @@ def accept_many(self, int limit=64):
         clients[0].fd = accept_one(self, &clients[0].address, &clients[0].length, timeout >= 0)
         fd = _fileno(self)
         with nogil:
-            while taken < limit and take_client(fd, &clients[taken], timeout >= 0):
+            while taken < most:
+                if taken == room:
+                    more = <client_t *>realloc(clients, 2 * room * sizeof(client_t))
+                    if more is NULL:
+                        break  # the others stay queued
+                    clients = more
+                    room *= 2
+                if not take_client(fd, &clients[taken], timeout >= 0):
+                    break
                 taken += 1
         port_add(&at.accepted, taken)
         port_add(&at.active, taken)

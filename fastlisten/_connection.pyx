@@ -314,7 +314,7 @@ cdef class Connection:
 
     def setblocking(self, flag):
         """settimeout(None) for a true flag, settimeout(0.0) for a false one."""
-        self.settimeout(None if flag else 0.0)
+        self.ask("setblocking", (flag,))  # what counts as a flag differs between versions of Python
 
     # --- the exchange ------------------------------------------------------------------------------
 

@@ -543,7 +543,8 @@ def _after_fork_in_child() -> None:
     global _claims, _umask
     _claims, _umask = threading.Lock(), threading.Lock()
     for listener in list(_listeners):
-        shared = listener._ledger.after_fork()
+        listener._ledger.after_fork()
+        shared = listener._ledger.wake
         if shared is not None:
             for old, new in zip(shared, _accept.wake_pair(), strict=True):
                 os.dup2(new, old, inheritable=False)
