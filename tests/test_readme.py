@@ -1,0 +1,164 @@
+"""Every block of code in the documents runs; CONTRIBUTING.md says how a block is read."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support import LIMIT, posix_only, read_all, wait_until
+
+ROOT = Path(__file__).parent.parent
+PORT = 11000
+# The two commands that set everything up; .ci/run runs them, in a fresh copy.
+SET_UP = "python3 -m venv "
+
+
+class Block(NamedTuple):
+    """A fenced block of a document."""
+
+    document: str
+    line: int
+    language: str
+    code: str
+
+
+def blocks() -> list[Block]:
+    found = []
+    for document in ("README.md", "DESIGN.md", "CONTRIBUTING.md"):
+        path = ROOT / document
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for fence in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            line = text.count("\n", 0, fence.start()) + 1
+            found.append(Block(document, line, fence[1], fence[2]))
+    return found
+
+
+def these(language: str) -> pytest.MarkDecorator:
+    chosen = [block for block in blocks() if block.language == language]
+    return pytest.mark.parametrize(
+        "block", chosen, ids=[f"{block.document}-{block.line}" for block in chosen]
+    )
+
+
+def is_set_up(block: Block) -> bool:
+    return block.code.startswith(SET_UP)
+
+
+def environment() -> dict[str, str]:
+    """Return an environment in which this interpreter's commands come first in the path."""
+    scripts = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
+    # The package under test, also where it is not installed; a block runs in a folder of its own.
+    import fastlisten
+
+    package = str(Path(fastlisten.__file__).parent.parent)
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([*scripts, os.environ["PATH"]]),
+        "PYTHONPATH": package,
+    }
+
+
+@contextlib.contextmanager
+def running(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run a command in a folder; it is killed if it has not ended by the end."""
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def client_of(process: subprocess.Popen[str]) -> socket.socket:
+    """Connect to the documents' port as soon as the process listens there."""
+
+    def connected() -> socket.socket | None:
+        assert process.poll() is None, process.communicate()
+        try:
+            return socket.create_connection(("localhost", PORT), LIMIT)
+        except ConnectionRefusedError:
+            return None
+
+    client = wait_until(connected, LIMIT, f"{process.args} listens on {PORT}")
+    assert isinstance(client, socket.socket)
+    return client
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    """Press Ctrl-C if the process still runs, and return its output."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=LIMIT)
+    if process.returncode in (-signal.SIGINT, 130):
+        assert err.rstrip().endswith("KeyboardInterrupt") or not err, err
+    else:
+        assert (process.returncode, err) == (0, "")
+    return out
+
+
+def test_the_readme_has_two_commands_that_set_everything_up() -> None:
+    commands = [b.code for b in blocks() if b.document == "README.md" and is_set_up(b)]
+    assert len(commands) == 2
+    serve, test = commands
+    assert "fastlisten serve" in serve
+    assert "pytest" in test
+    assert all(command.count("\n") == 1 for command in commands)
+
+
+def test_no_block_of_the_readme_goes_untried() -> None:
+    assert {block.language for block in blocks() if block.document == "README.md"} <= {"python", "sh"}
+
+
+@posix_only("Ctrl-C ends one process")
+@these("python")
+def test_python(block: Block, tmp_path: Path) -> None:
+    file = tmp_path / "block.py"
+    file.write_text(block.code, encoding="utf-8")
+    with running([sys.executable, "-W", "error", "-u", str(file)], tmp_path) as process:
+        if str(PORT) in block.code and "bind(" in block.code:
+            with client_of(process) as client:
+                if "recv" in block.code:
+                    client.sendall(b"hello\n")
+                client.shutdown(socket.SHUT_WR)
+                assert read_all(client) == b"hello\n"
+            end(process)
+        else:
+            out, err = process.communicate(timeout=LIMIT)
+            assert (process.returncode, err) == (0, ""), out
+
+
+@posix_only("a block of shell is for bash")
+@these("sh")
+def test_shell(block: Block, tmp_path: Path) -> None:
+    if is_set_up(block):
+        assert block.code.startswith(f"{SET_UP}.venv && .venv/bin/pip install ")
+        return  # .ci/run runs it
+    with contextlib.ExitStack() as stack:
+        if str(PORT) in block.code:  # what talks to the service that README.md has just started
+            serve = [sys.executable, "-m", "fastlisten", "serve"]
+            server = stack.enter_context(running(serve, tmp_path))
+            client_of(server).close()
+        shell = stack.enter_context(running(["bash", "-euo", "pipefail", "-c", block.code], tmp_path))
+        out, err = shell.communicate(timeout=LIMIT)
+        assert (shell.returncode, err) == (0, ""), out
+        if str(PORT) in block.code:
+            assert "hello" in out
+            server.terminate()
+            server.communicate(timeout=LIMIT)
+            assert server.returncode == 0
