@@ -6,7 +6,8 @@ CI=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 REPO=${CI%/*}
 CACHE=$(readlink -m "${FASTLISTEN_CI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/fastlisten-ci}")
 mkdir -p "$CACHE"
-export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# A download that fails for the network's sake is tried again.
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_RETRIES=8 PIP_TIMEOUT=30
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -24,16 +25,16 @@ quietly() {
 debian_packages() {
     if dpkg -s "$@" > /dev/null 2>&1; then return; fi
     [ "$(id -u)" = 0 ] || die "root is needed to install: $*"
-    quietly apt-get -q -o DPkg::Lock::Timeout=300 update
+    quietly apt-get -q -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 update
     DEBIAN_FRONTEND=noninteractive quietly \
-        apt-get -yq -o DPkg::Lock::Timeout=300 install --no-install-recommends "$@"
+        apt-get -yq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 install --no-install-recommends "$@"
 }
 
 # host_python X.Y: prints an interpreter of this machine of that version, with its headers.
 # A pyenv shim may stand in PATH and yet run nothing, so each candidate is tried.
 host_python() {
     local p
-    for p in "python$1" python3 "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
+    for p in "python$1" "/usr/bin/python$1" python3 "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
         if "$p" -c "
 import os, sys, sysconfig
 ok = '%d.%d' % sys.version_info[:2] == '$1' and sys.implementation.name == 'cpython'
@@ -44,6 +45,14 @@ sys.exit(not ok)" 2> /dev/null; then
         fi
     done
     return 1
+}
+
+# host_versions: the X.Y of every CPython from 3.11 up that host_python finds, a line each
+host_versions() {
+    local minor
+    for ((minor = 11; minor < 40; minor++)); do
+        if host_python "3.$minor" > /dev/null; then echo "3.$minor"; fi
+    done
 }
 
 # source_copy DIR: the tracked and new files of the working tree, without build products
