@@ -111,8 +111,7 @@ class Server:
         return len(os.listdir("/proc/self/task"))
 
     def stats(self) -> dict[str, Any]:
-        stats = self.listener.stats()
-        return {name: getattr(stats, name) for name in stats.__slots__}
+        return self.listener.stats()._asdict()
 
     def pause(self) -> None:
         self.listener.pause()

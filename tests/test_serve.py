@@ -108,7 +108,7 @@ def test_an_inline_handler_runs_in_the_calling_thread(listener: Listener) -> Non
         assert exchange(listener, b"first") == b"first"
         assert exchange(listener, b"second") == b"second"
     assert ran_in == [served.thread] * 2
-    assert served.result == ServeResult(finished=0, cut=0)
+    assert served.result.cut == 0  # a handler that was at its end when stop() came counts as finished
 
 
 @pytest.mark.parametrize("threads", [1, 3, (1, 3)])
