@@ -237,7 +237,9 @@ cdef class Connection:
         family, type, protocol = ledger.family, ledger.type, ledger.protocol
         # given up first: if a signal handler raises in between, nobody closes the descriptor twice
         sock = _StandardSocket(family, type, protocol, fileno=self.detach())
-        sock.settimeout(self.gettimeout())
+        timeout = self.gettimeout()
+        if sock.gettimeout() != timeout:  # it began with socket.getdefaulttimeout(), as the connection did
+            sock.settimeout(timeout)
         return sock
 
     @property

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from fastlisten import _accept
 from fastlisten._connection import Connection
@@ -57,7 +57,11 @@ class ListenerStats(NamedTuple):
 
 
 class ServeOptions(NamedTuple):
-    """How to serve, checked before any socket opens.  `threads` is (least, most), (0, 0) for none."""
+    """How to serve, checked before any socket opens.
+
+    threads: (least, most), (0, 0) for none.  The last two are for the drop-in socketserver: serve() leaves
+    without waiting for the handlers of its threads, and whether those are daemon threads.
+    """
 
     threads: tuple[int, int]
     max_connections: int | None
@@ -65,6 +69,8 @@ class ServeOptions(NamedTuple):
     busy: bytes | None
     exhausted: Exhausted
     on_error: OnError | None
+    leave: bool = False
+    daemon: bool = True
 
 
 def _whole(name: str, value: object, least: int) -> int:
@@ -269,6 +275,9 @@ class Listener(socket.socket):
             loop.release(self)
 
 
+SomeListener = TypeVar("SomeListener", bound=Listener)
+
+
 class _OwnPath(NamedTuple):
     """A unix socket's path, to be unlinked by the process that made it while it is what was made."""
 
@@ -311,7 +320,12 @@ def _let_go(listeners: list[Listener]) -> None:
 
 
 def _run(listeners: list[Listener], handler: Handler, options: ServeOptions) -> ServeResult:
-    loop = Loop(listeners, handler, options)
+    return run_loop(Loop(listeners, handler, options))
+
+
+def run_loop(loop: Loop) -> ServeResult:
+    """Claim the loop's listeners, run it, let them go; RuntimeError when one is claimed already."""
+    listeners = list(loop.listeners)
     _claim(listeners, loop)
     try:
         return ServeResult(*loop.run())
@@ -495,9 +509,17 @@ def create_server(
         reuse_port=reuse_port,
         dualstack_ipv6=dualstack_ipv6,
     )
+    return adopt(sock, Listener)
+
+
+def adopt(sock: socket.socket, kind: type[SomeListener]) -> SomeListener:
+    """A Listener, of this class, in place of a socket; closes the socket when that fails."""
     with sock:
-        listener = Listener(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+        timeout = sock.gettimeout()
+        listener = kind(sock.family, sock.type, sock.proto, fileno=sock.fileno())
         sock.detach()
+    if listener.gettimeout() != timeout:
+        listener.settimeout(timeout)
     return listener
 
 

@@ -274,6 +274,8 @@ cdef class Loop:
     cdef int64_t news_began, news_again, news_over
 
     cdef int least, most            # threads; 0 for none
+    cdef bint daemon                # they are daemon threads
+    cdef bint leave                 # run() does not wait for their handlers; join() does
     cdef int64_t alive, idle, handling
     cdef unsigned long caller       # the thread of run()
     cdef set workers
@@ -299,6 +301,7 @@ cdef class Loop:
         self.handler = handler
         self.on_error = options.on_error
         self.least, self.most = options.threads
+        self.daemon, self.leave = options.daemon, options.leave
         self.most_active = options.max_connections or 0
         self.ushered = options.busy is not None
         self.busy = options.busy or b""
@@ -868,7 +871,7 @@ cdef class Loop:
         try:
             while port_get(&self.alive) < self.least and not port_get(&self.over):
                 self.grow()
-            while port_get(&self.alive) and patience >= 0:
+            while port_get(&self.alive) and patience >= 0 and not self.may_leave():
                 patience = self.cut_at + GRACE - port_now() if self.cut_at else -1
                 self.wait_for_bell(patience)
                 PyErr_CheckSignals()
@@ -876,17 +879,31 @@ cdef class Loop:
         except BaseException:
             self.stop_now()
             patience = GRACE
-            while port_get(&self.alive) and patience > 0:
+            while port_get(&self.alive) and patience > 0 and not self.may_leave():
                 self.wait_for_bell(patience)
                 patience = self.cut_at + GRACE - port_now()
             raise
         finally:
-            if port_get(&self.alive):
+            if port_get(&self.alive) == 0:
+                self.join()
+            elif not self.leave:
                 log().warning("%d handlers go on without their connections", port_get(&self.alive))
-            else:
-                for thread in self.threads.copy():
-                    thread.join()
         return 0
+
+    cdef bint may_leave(self) noexcept:
+        """Whether run() may return while handlers are at work: the loop is over, and nobody leads."""
+        if not self.leave or not (port_get(&self.over) or self.asked_to_stop() is not NULL):
+            return False
+        with nogil:
+            self.lead.take(-1)  # whoever leads was rung; a handler does not keep it for long
+            port_swap(&self.over, 1)
+            self.lead.give_up()
+        return True
+
+    def join(self):
+        """Wait for the threads, and with them for the handlers that run() has left at work."""
+        for thread in self.threads.copy():
+            thread.join()
 
     cdef void ring_bell(self) noexcept:
         with cython.critical_section(self):  # against finish(), which closes it
@@ -909,7 +926,7 @@ cdef class Loop:
             port_add(&self.alive, -1)
             return 0
         port_add(&self.idle, 1)
-        thread = threading.Thread(target=self.work, name="fastlisten", daemon=True)
+        thread = threading.Thread(target=self.work, name="fastlisten", daemon=self.daemon)
         self.threads.append(thread)
         try:
             thread.start()
@@ -989,7 +1006,9 @@ cdef class Loop:
 
     def stop(self, drain):
         """After the ledger was told: cut the handlers' connections when their time is over."""
-        if drain == 0:
+        if self.leave:
+            self.ring_bell()  # all threads may be with handlers: run() itself looks up
+        elif drain == 0:
             self.cut_all()
         elif drain is not None:
             reaped = allocate_lock()

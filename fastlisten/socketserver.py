@@ -1,0 +1,417 @@
+"""Drop-in for `socketserver`: the stream servers serve with fastlisten's loop.
+
+Every name of the original is here and means the same.  What differs:
+
+- TCPServer, UnixStreamServer and their threading variants accept and dispatch in fastlisten's loop; the
+  threading variants keep threads, as many as are needed, in place of starting one for each client.
+- shutdown() in the thread that serves - in a handler, or in a signal handler - only asks the loop to end.
+  The original waits there for itself, without end.
+- Out of descriptors or memory the servers pause, where the original spins.
+
+A hook that a subclass overrides is called where the original calls it.  What of the loop cannot work with it
+is then the original's: all of it for get_request() and service_actions(), the threads for verify_request()
+and process_request().  Datagram and forking servers are the original's throughout.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import errno
+import logging
+import socket as _socket
+import socketserver as _original
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from socketserver import __all__ as __all__
+from typing import TYPE_CHECKING, Any
+
+from fastlisten._connection import Connection
+from fastlisten._listener import Listener, run_loop, serve_options
+from fastlisten._loop import Loop
+
+# As many threads as clients, as in the original.
+UNLIMITED = 2**31 - 1
+
+# The pause after the original's loop ran out of descriptors or memory, in seconds: from the first, doubled
+# each time, to the last; as in fastlisten's.
+PAUSE_FIRST, PAUSE_LAST = 0.010, 0.100
+OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
+
+# A poll_interval above this, in seconds, is for the original to accept or refuse.
+LONGEST_INTERVAL = 1e6
+
+_StandardSocket = _socket.socket
+_log = logging.getLogger("fastlisten")
+_states = threading.RLock()  # re-entrant: a signal handler may call shutdown() while its thread holds it
+
+# The hooks that the loop stands for; where one of them is another function, a subclass has overridden it.
+_HOOKS = {
+    "fileno": _original.TCPServer.fileno,
+    "get_request": _original.TCPServer.get_request,
+    "service_actions": _original.BaseServer.service_actions,
+    "_handle_request_noblock": getattr(_original.BaseServer, "_handle_request_noblock", None),
+}
+_THREAD_HOOKS = {
+    "verify_request": _original.BaseServer.verify_request,
+    "process_request": _original.ThreadingMixIn.process_request,
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Every name that is not defined here is the original's, as it is now."""
+    return getattr(_original, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *dir(_original)})
+
+
+class AcceptMixIn:
+    """Gives fastlisten's loop to any class made of the original's stream servers; put it first.
+
+    `class Server(AcceptMixIn, xmlrpc.server.SimpleXMLRPCServer): ...`
+    """
+
+    # What the original's classes, later in the order of the bases, have.
+    socket: _socket.socket
+    block_on_close: bool
+    daemon_threads: bool
+    _BaseServer__is_shut_down: threading.Event
+    _BaseServer__shutdown_request: bool
+
+    _serving: tuple[threading.Thread, ...] = ()  # that are in serve_forever()
+    _steps = False  # handle_request() was called: shutdown() may have nothing to wait for
+    _listener: Listener | None = None  # what fastlisten's loop serves
+    _loops: tuple[Loop, ...] = ()  # whose threads may still have handlers at work
+    _pause = 0.0  # after the last get_request(), if it ran out of resources
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Serve until shutdown().
+
+        poll_interval: how often, in seconds, service_actions() is called, if a subclass has one.
+        Raises what a hook or the listening socket raised, and KeyboardInterrupt.
+        """
+        thread = threading.current_thread()
+        with _states:
+            self._serving += (thread,)
+        try:
+            served = False
+            if self._fits_loop(poll_interval):
+                with _listener_on(self.socket) as listener:
+                    served = self._serve(listener)
+            if not served:
+                super().serve_forever(poll_interval)  # type: ignore[misc]
+        finally:
+            with _states:
+                left = list(self._serving)
+                left.remove(thread)
+                self._serving = tuple(left)
+
+    def _fits_loop(self, poll_interval: object) -> bool:
+        """Whether fastlisten's loop does what this server's class asks for."""
+        sock = self.socket
+        return (
+            (isinstance(sock, Listener) or type(sock) is _StandardSocket)
+            and sock.fileno() >= 0
+            and sock.type == _socket.SOCK_STREAM
+            and (
+                poll_interval is None
+                or (isinstance(poll_interval, int | float) and poll_interval < LONGEST_INTERVAL)
+            )
+            and _untouched(self, _HOOKS)
+        )
+
+    def _serve(self, listener: Listener) -> bool:
+        """Serve with the loop; returns False, and has done nothing, when another thread does so already."""
+        way = _Way(self, listener)
+        options = serve_options(way.in_line)
+        if _untouched(self, _THREAD_HOOKS):
+            options = serve_options(way.in_thread, threads=(1, UNLIMITED))
+            options = options._replace(leave=True, daemon=self.daemon_threads)
+        loop = Loop([listener], way.in_thread if options.leave else way.in_line, options)
+        with _states:
+            if self._listener is not None:
+                return False
+            self._listener = listener
+            if options.leave:
+                self._loops = (*(old for old in self._loops if old.threads_now()[0]), loop)
+                _with_threads.add(self)
+            self._BaseServer__is_shut_down.clear()
+            asked = self._BaseServer__shutdown_request
+        try:
+            if not asked:
+                run_loop(loop)
+        finally:
+            with _states:
+                self._listener = None
+                if self._BaseServer__shutdown_request:
+                    self._BaseServer__shutdown_request = False
+                    listener._ledger.answered()  # shutdown() may have come when the loop was over
+            self._BaseServer__is_shut_down.set()
+        way.raise_failure()
+        return True
+
+    def shutdown(self) -> None:
+        """Ask serve_forever() to end, and wait for that.
+
+        In the thread that serves, which is the handlers' if there are no others, it does not wait.
+        """
+        with _states:
+            self._BaseServer__shutdown_request = True
+            if self._listener is not None:
+                self._listener.stop()
+            wait = bool(self._serving) or not self._steps
+            if threading.current_thread() in self._serving:
+                wait = False
+        if wait:
+            self._BaseServer__is_shut_down.wait()
+
+    def server_close(self) -> None:
+        """Close the listening socket; with block_on_close, wait for the handlers in other threads.
+
+        A serve_forever() that runs ends.
+        """
+        with _states:
+            listener = self._listener
+        if listener is not None:
+            listener._leave_loop()
+        super().server_close()  # type: ignore[misc]
+        if self._loops and self.block_on_close and not self.daemon_threads:
+            for loop in self._loops:
+                loop.join()
+            self._loops = ()
+
+    def handle_request(self) -> None:
+        """Handle one request, waiting for it as long as `timeout` says."""
+        self._steps = True
+        super().handle_request()  # type: ignore[misc]
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept one client: (socket, address).
+
+        Before an OSError that says that descriptors or memory ran out it pauses: the original's loop drops
+        the error and tries again at once.
+        """
+        try:
+            request: tuple[Any, Any] = super().get_request()  # type: ignore[misc]
+        except OSError as error:
+            if error.errno in OUT_OF_RESOURCES:
+                if not self._pause:
+                    _log.warning("accepting pauses: %s", error)
+                self._pause = min(2 * self._pause, PAUSE_LAST) or PAUSE_FIRST
+                time.sleep(self._pause)
+            raise
+        if self._pause:
+            self._pause = 0.0
+            _log.info("accepting again")
+        return request
+
+
+class _Way:
+    """How a client comes from the loop to a server's hooks, in their order, with the original's errors."""
+
+    def __init__(self, server: Any, listener: Listener) -> None:
+        self.server = server
+        self.listener = listener
+        self.failure: Exception | None = None
+
+    def in_line(self, connection: Connection) -> None:
+        """Handle a client in the thread of serve_forever()."""
+        server = self.server
+        client_address = connection.peer
+        request = connection.socket()
+        try:
+            if not server.verify_request(request, client_address):
+                server.shutdown_request(request)
+                return
+            try:
+                server.process_request(request, client_address)
+            except Exception:
+                server.handle_error(request, client_address)
+                server.shutdown_request(request)
+            except BaseException:
+                server.shutdown_request(request)
+                raise
+        except Exception as error:  # of a hook: the original's serve_forever() raises it
+            if self.failure is None:
+                self.failure = error
+            self.listener.stop()
+
+    def in_thread(self, connection: Connection) -> None:
+        """Handle a client in a thread of the loop, as if the thread had been started for it alone."""
+        client_address = connection.peer
+        request = connection.socket()
+        try:
+            new_context().run(self.server.process_request_thread, request, client_address)
+        except BaseException:  # a thread's end, not the loop's; SystemExit is passed over in silence
+            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
+
+    def raise_failure(self) -> None:
+        """Raise what a hook raised in the thread of serve_forever()."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            try:
+                raise failure
+            finally:
+                del failure  # else it keeps itself alive, and through its traceback the client's socket
+
+
+# A new thread's context is empty, or from Python 3.14 on, if so asked, a copy of that of who starts it.
+new_context: Callable[[], contextvars.Context] = contextvars.Context
+if getattr(sys.flags, "thread_inherit_context", False):
+    new_context = contextvars.copy_context
+
+
+def _untouched(server: object, hooks: dict[str, Any]) -> bool:
+    """Whether all these methods of a server are the original's, or AcceptMixIn's in their place."""
+    for name, original in hooks.items():
+        if name in vars(server):
+            return False
+        for base in type(server).__mro__:
+            if base is not AcceptMixIn and name in vars(base):
+                if vars(base)[name] is not original:
+                    return False
+                break
+    return True
+
+
+@contextmanager
+def _listener_on(sock: _socket.socket) -> Iterator[Listener]:
+    """A Listener on this socket's descriptor, which stays the socket's."""
+    if isinstance(sock, Listener):
+        yield sock
+        return
+    listener = Listener(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+    try:
+        listener.settimeout(sock.gettimeout())
+        yield listener
+    finally:
+        if sock.fileno() == listener.fileno():
+            listener.detach()
+        else:  # closed meanwhile: the number may be somebody else's by now
+            _StandardSocket.detach(listener)
+
+
+# --- threads at exit ------------------------------------------------------------------------------
+
+_with_threads: weakref.WeakSet[AcceptMixIn] = weakref.WeakSet()
+
+
+def _let_threads_end() -> None:
+    """At exit: an idle thread, unless it is a daemon, would keep the process alive without reason.
+
+    The original has threads only for clients, and a process lives until they are done, or as long as
+    serve_forever() is in a thread that is no daemon.
+    """
+    for server in list(_with_threads):
+        with _states:
+            if server._listener is not None and all(thread.daemon for thread in server._serving):
+                server._listener.stop()
+
+
+# atexit would be too late: it comes after the threads were joined.
+threading._register_atexit(_let_threads_end)  # type: ignore[attr-defined]
+
+
+# --- the original's classes, with the loop ----------------------------------------------------------
+# Each comes from the original of the same name, and from the class here that its base has become.  They go by
+# the original's names in repr() too.
+
+
+class TCPServer(AcceptMixIn, _original.TCPServer):
+    """As the original; `socket` is a Listener."""
+
+    __module__ = _original.__name__
+
+    def __init__(
+        self,
+        server_address: Any,
+        RequestHandlerClass: Any,  # noqa: N803
+        bind_and_activate: bool = True,
+    ) -> None:
+        super().__init__(server_address, RequestHandlerClass, False)
+        sock = self.socket
+        if type(sock) is _StandardSocket and sock.type == _socket.SOCK_STREAM:
+            self.socket = Listener(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+            sock.detach()
+        if bind_and_activate:
+            try:
+                self.server_bind()
+                self.server_activate()
+            except BaseException:
+                self.server_close()
+                raise
+
+
+class UDPServer(_original.UDPServer, TCPServer):
+    """As the original."""
+
+    __module__ = _original.__name__
+
+
+class ThreadingTCPServer(_original.ThreadingTCPServer, TCPServer):
+    """As the original, with threads that are kept."""
+
+    __module__ = _original.__name__
+
+
+class ThreadingUDPServer(_original.ThreadingUDPServer, UDPServer):
+    """As the original."""
+
+    __module__ = _original.__name__
+
+
+if hasattr(_original, "UnixStreamServer"):
+
+    class UnixStreamServer(_original.UnixStreamServer, TCPServer):
+        """As the original; `socket` is a Listener."""
+
+        __module__ = _original.__name__
+
+    class UnixDatagramServer(_original.UnixDatagramServer, UDPServer):
+        """As the original."""
+
+        __module__ = _original.__name__
+
+    class ThreadingUnixStreamServer(_original.ThreadingUnixStreamServer, UnixStreamServer):
+        """As the original, with threads that are kept."""
+
+        __module__ = _original.__name__
+
+    class ThreadingUnixDatagramServer(_original.ThreadingUnixDatagramServer, UnixDatagramServer):
+        """As the original."""
+
+        __module__ = _original.__name__
+
+
+if hasattr(_original, "ForkingMixIn"):
+
+    class ForkingTCPServer(_original.ForkingTCPServer, TCPServer):
+        """As the original."""
+
+        __module__ = _original.__name__
+
+    class ForkingUDPServer(_original.ForkingUDPServer, UDPServer):
+        """As the original."""
+
+        __module__ = _original.__name__
+
+    if hasattr(_original, "ForkingUnixStreamServer"):  # 3.12
+
+        class ForkingUnixStreamServer(_original.ForkingUnixStreamServer, UnixStreamServer):
+            """As the original."""
+
+            __module__ = _original.__name__
+
+        class ForkingUnixDatagramServer(_original.ForkingUnixDatagramServer, UnixDatagramServer):
+            """As the original."""
+
+            __module__ = _original.__name__
+
+
+if TYPE_CHECKING:  # last: what is defined above is not the original's
+    from socketserver import *  # type: ignore[assignment]  # noqa: F403
