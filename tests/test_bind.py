@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import connect, echo, exchange, needs, posix_only, read_all, serving
+from support import connect, echo, exchange, needs, posix_only, read_all, serving, under_wine
 
 import fastlisten
 from fastlisten import Endpoint, Listener, bind, create_server
@@ -225,6 +225,8 @@ def test_an_option_that_the_system_lacks_is_refused_by_name(
     keyword: str, value: object, constant: str, made: list[object]
 ) -> None:
     if hasattr(socket, constant):
+        if under_wine() and constant == "TCP_FASTOPEN":
+            pytest.skip("Wine has the constant of TCP_FASTOPEN and not the option")
         with socket.socket() as probe:
             probe.bind(LOOPBACK)  # for a port that nobody else is given meanwhile
             address = probe.getsockname()
@@ -511,6 +513,8 @@ def settings(sock: socket.socket) -> dict[str, object]:
         "host": sock.getsockname()[0],
     }
     for level, name in SETTINGS:
+        if name == "TCP_FASTOPEN" and under_wine():
+            continue  # it has the constant and not the option
         if hasattr(socket, name) and (level != "IPPROTO_IPV6" or sock.family == socket.AF_INET6):
             found[name] = option(sock, level, name)
     return found
@@ -552,8 +556,9 @@ def test_the_default_timeout_is_kept_as_the_standard_library_does(default: float
 
 def test_serve_closes_what_it_has_bound_when_a_later_endpoint_fails(made: list[Any]) -> None:
     with bind(LOOPBACK) as taken, bind(LOOPBACK) as mine:
-        with pytest.raises(OSError, match=os.strerror(errno.EADDRINUSE)):
+        with pytest.raises(OSError) as caught:  # noqa: PT011
             fastlisten.serve(echo, mine, "127.0.0.1:0", taken.endpoint)
+        assert caught.value.errno == errno.EADDRINUSE
         assert mine.fileno() != -1  # a Listener that was handed in stays open
         assert [sock.fileno() for sock in made[2:] if isinstance(sock, Listener)] == [-1, -1]
 

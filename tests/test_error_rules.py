@@ -539,6 +539,11 @@ def test_rule_13_what_cannot_accept(how: str, timeout: float | None) -> None:
         # The library waits for a datagram first and then says that it cannot accept; we say so.
         assert told(accept, OURS) == told(accept, Surface(None, Now))
         return
+    if timeout and os.name == "nt" and how in ("unbound", "not listening"):
+        # Winsock's select() never finds such a socket ready, and the library times out; we say so.
+        assert told(accept, STANDARD)[0] is TimeoutError
+        assert told(accept, OURS)[1] == errno.EINVAL
+        return
     outcome = same(accept)
     if os.name == "posix":
         codes = {"datagram": errno.EOPNOTSUPP, "closed": errno.EBADF, "detached": errno.EBADF}
@@ -677,7 +682,8 @@ def test_rule_14_keeps_the_protocol_number() -> None:
             listener.listen()
             return accepted_facts(listener)
 
-    assert same(act)[1]["proto"] == socket.IPPROTO_TCP
+    # Windows Python does not ask the system for it: there it is 0 on both sides.
+    assert same(act)[1]["proto"] == (socket.IPPROTO_TCP if os.name == "posix" else 0)
 
 
 @pytest.mark.parametrize("call", ["accept", "accept_many"])

@@ -175,6 +175,16 @@ def test_windows_has_no_reuse_port_and_the_error_is_the_standard_library_s() -> 
 
 
 @on_windows
+def test_windows_has_no_sendmsg_and_the_error_is_the_standard_library_s() -> None:
+    with fastlisten.bind(("127.0.0.1", 0)) as listener, connect(listener) as client:
+        [connection] = listener.accept_many()
+        with connection:
+            for end in (client, connection):
+                with pytest.raises(AttributeError, match="'sendmsg'"):
+                    end.sendmsg([b"x"])
+
+
+@on_windows
 def test_reuse_address_is_never_set_on_windows() -> None:
     """There it lets another process steal the port."""
     for listener in (
