@@ -190,7 +190,7 @@ cdef class Connection:
             if self.fd == PORT_NO_SOCKET or self.was_cut:
                 return False
             self.was_cut = True
-            port_shutdown(self.fd, PORT_SHUT_BOTH)
+            port_cut(self.fd)
         return True
 
     def close(self):

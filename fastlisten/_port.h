@@ -27,7 +27,6 @@ typedef WSAPOLLFD port_pollfd;
 typedef int port_length;                        /* how long a buffer may be in one call */
 #  define PORT_LENGTH_MAX INT_MAX
 #  define PORT_SHUT_WRITE SD_SEND
-#  define PORT_SHUT_BOTH SD_BOTH
 #  define PORT_REUSE_ADDRESS 0
 #else
 #  include <arpa/inet.h>
@@ -48,7 +47,6 @@ typedef struct pollfd port_pollfd;
 typedef size_t port_length;
 #  define PORT_LENGTH_MAX PY_SSIZE_T_MAX
 #  define PORT_SHUT_WRITE SHUT_WR
-#  define PORT_SHUT_BOTH SHUT_RDWR
 #  ifdef __CYGWIN__
 #    define PORT_REUSE_ADDRESS 0
 #  else
@@ -82,6 +80,7 @@ typedef size_t port_length;
 #  define PORT_ESOCKTNOSUPPORT WSAESOCKTNOSUPPORT
 #  define PORT_EPROTONOSUPPORT WSAEPROTONOSUPPORT
 #  define PORT_ENETNAME_DELETED ERROR_NETNAME_DELETED
+#  define PORT_ENOTCONN WSAENOTCONN             /* Wine: the client had reset, and has no address any more */
 #  define PORT_EMFILE WSAEMFILE
 #  define PORT_ENFILE PORT_NEVER(5)
 #  define PORT_ENOBUFS WSAENOBUFS
@@ -119,6 +118,7 @@ typedef size_t port_length;
 #  define PORT_ESOCKTNOSUPPORT ESOCKTNOSUPPORT
 #  define PORT_EPROTONOSUPPORT EPROTONOSUPPORT
 #  define PORT_ENETNAME_DELETED PORT_NEVER(7)
+#  define PORT_ENOTCONN PORT_NEVER(8)           /* nor this */
 #  define PORT_EMFILE EMFILE
 #  define PORT_ENFILE ENFILE
 #  define PORT_ENOBUFS ENOBUFS
@@ -254,6 +254,19 @@ static inline Py_ssize_t port_send(port_socket s, const void *buffer, Py_ssize_t
 static inline int port_shutdown(port_socket s, int how)
 {
     return shutdown(s, how);
+}
+
+/* End both directions, so that a thread that is blocked in a call on the socket comes back.  Winsock does
+ * not say whether shutdown() alone does that, and in Wine it does not: CancelIoEx() ends what has begun. */
+static inline void port_cut(port_socket s)
+{
+    /* No result matters: the client may be gone already, and nothing may be under way. */
+#ifdef _WIN32
+    (void)port_shutdown(s, SD_BOTH);
+    (void)CancelIoEx((HANDLE)s, NULL);
+#else
+    (void)port_shutdown(s, SHUT_RDWR);
+#endif
 }
 
 /* Tell a client that there is no place for it, and close.  With no message it gets a

@@ -45,7 +45,7 @@ cdef extern from "_port.h" nogil:
     int PORT_EAGAIN, PORT_EWOULDBLOCK, PORT_EINTR
     int PORT_ECONNABORTED, PORT_ECONNRESET, PORT_ENETNAME_DELETED, PORT_EPROTO, PORT_ENOPROTOOPT
     int PORT_ENETDOWN, PORT_ENETUNREACH, PORT_EHOSTDOWN, PORT_EHOSTUNREACH, PORT_ENONET
-    int PORT_EPERM, PORT_ETIMEDOUT, PORT_ENOSR, PORT_ESOCKTNOSUPPORT, PORT_EPROTONOSUPPORT
+    int PORT_EPERM, PORT_ETIMEDOUT, PORT_ENOSR, PORT_ESOCKTNOSUPPORT, PORT_EPROTONOSUPPORT, PORT_ENOTCONN
     int PORT_EMFILE, PORT_ENFILE, PORT_ENOBUFS, PORT_ENOMEM
     int PORT_EBADF, PORT_EINVAL, PORT_ENOTSOCK
 
@@ -55,8 +55,8 @@ cdef extern from "_port.h" nogil:
         port_socket listener, port_address *address, int *length, int nonblocking)
     Py_ssize_t port_recv(port_socket s, void *buffer, Py_ssize_t length, int flags)
     Py_ssize_t port_send(port_socket s, const void *buffer, Py_ssize_t length, int flags)
-    int PORT_SHUT_BOTH
     int port_shutdown(port_socket s, int how)
+    void port_cut(port_socket s)
     void port_refuse(port_socket s, const char *message, Py_ssize_t length)
 
     int port_poll_ns(port_pollfd *polls, int n, int64_t ns)

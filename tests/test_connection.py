@@ -27,6 +27,7 @@ from support import (
     connect,
     echo,
     needs,
+    not_under_wine,
     posix_only,
     read_all,
     reset,
@@ -476,6 +477,7 @@ def test_shutdown(how: Any) -> None:
     same(act)
 
 
+@not_under_wine("its shutdown() leaves a blocked recv() waiting; a cut of the loop's does not rely on that")
 def test_shutdown_releases_a_thread_in_recv(connection: Any) -> None:
     received: list[Any] = []
     begun = threading.Event()
