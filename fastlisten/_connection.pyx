@@ -130,6 +130,16 @@ cdef class Connection:
     Connections come from Listener.serve(), accept_many() and iteration; they are not made by hand.  One
     that a handler got is closed when the handler returns, unless detach() or socket() took the descriptor
     over; any other is closed by whoever got it.  A method of a closed Connection raises OSError (EBADF).
+
+    >>> import socket, fastlisten
+    >>> with fastlisten.bind("127.0.0.1:0") as listener:
+    ...     client = socket.create_connection(listener.getsockname())
+    ...     with client, listener.accept_many()[0] as connection:
+    ...         connection.peer == client.getsockname()
+    ...         connection.sendall(b"hello")
+    ...         client.recv(100)
+    True
+    b'hello'
     """
 
     def __cinit__(self):

@@ -225,6 +225,10 @@ class HostEntry(NamedTuple):
     name: the host's official name.
     aliases: its other names.
     addresses: its addresses in the resolver's order, each one once.
+
+    >>> entry = get_host_entry("127.0.0.1")
+    >>> Endpoint(entry.addresses[0], 11000)
+    Endpoint('127.0.0.1', 11000)
     """
 
     name: str
@@ -237,7 +241,11 @@ def _unpickled(host: str, port: int, flowinfo: int) -> Endpoint:
 
 
 def get_host_name() -> str:
-    """Return this machine's name, as socket.gethostname does."""
+    """Return this machine's name, as socket.gethostname does.
+
+    >>> get_host_name() == socket.gethostname()
+    True
+    """
     return socket.gethostname()
 
 
@@ -248,6 +256,9 @@ def get_host_entry(host: str | IPAddress | None = None) -> HostEntry:
 
     Raises socket.gaierror for an unknown name and socket.herror for an address without a name,
     as socket.getaddrinfo and socket.gethostbyaddr do.
+
+    >>> ipaddress.ip_address("127.0.0.1") in get_host_entry("localhost").addresses
+    True
     """
     host = get_host_name() if host is None else str(host)
     if _is_ipv4(host) or _is_ipv6(host):

@@ -27,7 +27,10 @@ DEFAULT_BACKLOG = min(socket.SOMAXCONN, 128)
 
 
 class ServeResult(NamedTuple):
-    """What a stop did: connections whose handlers finished after it, and connections that were cut."""
+    """What a stop did: connections whose handlers finished after it, and connections that were cut.
+
+    >>> finished, cut = ServeResult(finished=3, cut=0)
+    """
 
     finished: int
     cut: int
@@ -40,6 +43,14 @@ class ListenerStats(NamedTuple):
     Connections handed out and not yet closed.  handler_errors: handlers that raised.  accept_errors: failed
     accepts by errno name.  refused: clients told `busy`.  paused: by pause().  threads, idle_threads: of
     the serve() that runs.  queue_depth, queue_limit: of the kernel's queue, None where it does not tell.
+
+    >>> with bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
+    ...     connections = listener.accept_many()
+    ...     (listener.stats().accepted, listener.stats().active)
+    ...     connections[0].close()
+    ...     (listener.stats().accepted, listener.stats().active)
+    (1, 1)
+    (1, 0)
     """
 
     accepted: int
@@ -128,6 +139,16 @@ class Listener(socket.socket):
 
     bind() and create_server() make Listeners that listen.  Listener(family, type, proto) is bound and
     set to listen by hand, as a socket.socket is; Listener(fileno=...) adopts a descriptor.
+
+    >>> def shout(connection):
+    ...     connection.sendall(connection.recv(100).upper())
+    ...     listener.stop()
+    >>> with bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()) as client:
+    ...     client.sendall(b"hello")
+    ...     listener.serve(shout)
+    ...     client.recv(100)
+    ServeResult(finished=1, cut=0)
+    b'HELLO'
     """
 
     def __init__(
@@ -364,6 +385,10 @@ def serve(
     endpoints: as bind() takes them; Listeners are served too and stay open, what serve() bound it closes.
     The other arguments are those of bind() and of Listener.serve().  stop() of any of the listeners ends
     the loop.  Returns and raises as Listener.serve().
+
+    >>> with bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
+    ...     serve(lambda connection: listener.stop(), listener, "127.0.0.1:0")
+    ServeResult(finished=1, cut=0)
     """
     checked = serve_options(handler, **options)
     if not endpoints:
@@ -432,6 +457,10 @@ def bind(
 
     Raises OSError as socket.bind() does, ValueError for an option that this system or this kind of endpoint
     lacks, before a socket opens.
+
+    >>> with bind("127.0.0.1:0", backlog=100, keep_alive=True) as listener:
+    ...     listener.endpoint.host
+    '127.0.0.1'
     """
     where = endpoint_of(endpoint)
     unix_path = where.host[5:] if where.host.startswith("unix:") else None
@@ -501,7 +530,12 @@ def create_server(
     reuse_port: bool = False,
     dualstack_ipv6: bool = False,
 ) -> Listener:
-    """socket.create_server(), with its arguments, its checks and its errors; returns a Listener."""
+    """socket.create_server(), with its arguments, its checks and its errors; returns a Listener.
+
+    >>> with create_server(("127.0.0.1", 0)) as listener:
+    ...     isinstance(listener, socket.socket)
+    True
+    """
     sock = socket.create_server(
         address,
         family=family,
