@@ -367,6 +367,8 @@ cdef class Connection:
                 PyErr_CheckSignals()
             elif self.timeout > 0 and port_would_block(code):
                 self.wait(POLLIN, &deadline)
+            elif self.was_cut and port_says_cut(code):
+                return 0  # as everywhere else: no more comes
             else:
                 raise_error(code)
 

@@ -269,6 +269,18 @@ static inline void port_cut(port_socket s)
 #endif
 }
 
+/* Whether this is what a call says on a socket that port_cut() has cut.  POSIX says nothing: recv() returns
+ * 0, as if the client had sent all. */
+static inline int port_says_cut(int code)
+{
+#ifdef _WIN32
+    return code == WSAESHUTDOWN || code == WSA_OPERATION_ABORTED;
+#else
+    (void)code;
+    return 0;
+#endif
+}
+
 /* Tell a client that there is no place for it, and close.  With no message it gets a
  * reset (SO_LINGER 0, socket(7)).  With one, what it has sent is read first: closing over unread bytes
  * would reset the connection and could take the message away (RFC 1122, 4.2.2.13). */

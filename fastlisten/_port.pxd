@@ -57,6 +57,7 @@ cdef extern from "_port.h" nogil:
     Py_ssize_t port_send(port_socket s, const void *buffer, Py_ssize_t length, int flags)
     int port_shutdown(port_socket s, int how)
     void port_cut(port_socket s)
+    bint port_says_cut(int code)
     void port_refuse(port_socket s, const char *message, Py_ssize_t length)
 
     int port_poll_ns(port_pollfd *polls, int n, int64_t ns)

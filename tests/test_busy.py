@@ -18,6 +18,7 @@ from support import (
     echo,
     exchange,
     needs,
+    not_under_wine,
     posix_only,
     read_all,
     refusal,
@@ -284,6 +285,7 @@ def test_a_stop_at_the_limit_still_handles_who_waits() -> None:
         assert gate.most == 1
 
 
+@not_under_wine("its accept() raises for a client that has reset, where the others return it")
 @pytest.mark.parametrize("mode", [{}, {"threads": 4}, {"busy": "reset", "pending": 10}], ids=str)
 def test_two_thousand_that_reset_before_they_are_accepted(mode: Any) -> None:
     with server(backlog=2500, **mode) as process:

@@ -662,7 +662,10 @@ print("main done", flush=True)
 def test_exit_waits_for_handlers_and_not_for_idle_threads(module):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", AT_EXIT.format(module=module)],
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert (done.stdout.split("\n"), done.stderr) == (["main done", "handler done", ""], "")
 
@@ -675,7 +678,10 @@ def test_a_process_lives_while_a_thread_serves(module):
     program = program.replace('print("handler', f'{stop}; print("handler')
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", program],
-        capture_output=True, text=True, timeout=30, check=False,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
     )
     assert (done.stdout.split("\n"), done.stderr) == (["main done", "handler done", ""], "")
 
@@ -729,7 +735,10 @@ with Server(("127.0.0.1", 0), Handler) as server:
 def test_out_of_descriptors_it_pauses(base, body):
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", EMFILE.format(base=base, body=body)],
-        capture_output=True, text=True, timeout=50, check=False,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()

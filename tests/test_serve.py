@@ -29,6 +29,7 @@ from support import (
     read_all,
     reset,
     serving,
+    under_wine,
     wait_until,
 )
 
@@ -685,8 +686,9 @@ def test_stop_ends_an_idle_serve_within_10_ms(threads: Any, listener: Listener) 
         listener.stop()
         served.wait()
         took.append(time.perf_counter() - begin)
-    # The middle one of 11: a busy machine may hold up any single one.
-    assert statistics.median(took) < 0.010, sorted(took)
+    # The middle one of 11: a busy machine may hold up any single one. Wine's calls go through a process
+    # of its own, and each wait for that is one more.
+    assert statistics.median(took) < (0.050 if under_wine() else 0.010), sorted(took)
 
 
 @pytest.mark.parametrize("threads", THREADS)
