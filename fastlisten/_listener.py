@@ -276,7 +276,8 @@ class Listener(socket.socket):
         self._leave_loop()
         self._unlink = None
         if self.fileno() != -1:
-            self.settimeout(self.gettimeout())  # sets the description's mode, which serve() changed
+            with suppress(OSError):  # closed behind our back: detach() is not where that is told
+                self.settimeout(self.gettimeout())  # sets the description's mode, which serve() changed
         return super().detach()
 
     def settimeout(self, value: float | None, /) -> None:
