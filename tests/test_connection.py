@@ -261,7 +261,6 @@ def test_a_client_that_resets(then: Any, timeout: float | None) -> None:
         (None,),
         (7,),
         (b"x", "flags"),
-        (b"x", 2**70),
     ],
     ids=repr,
 )
@@ -272,6 +271,14 @@ def test_send(method: str, arguments: Any) -> None:
         return result, read_all(client)
 
     same(act)
+
+
+@pytest.mark.parametrize("method", ["send", "sendall"])
+@pytest.mark.parametrize("flags", [2**40, -(2**70)])
+def test_flags_out_of_range(method: str, flags: int) -> None:
+    """CPython 3.15 has other words for it in these two methods than in recv(), and than before."""
+    expected, ours = both(lambda accepted, _: getattr(accepted, method)(b"x", flags))
+    assert ours[0] is expected[0] is OverflowError
 
 
 @needs("unix sockets")

@@ -101,7 +101,11 @@ def test_command_line(module, tmp_path):
     (tmp_path / "hello.txt").write_text("hello\n")
     command = [sys.executable, "-u", "-m", module, "--bind", "127.0.0.1", "--directory", str(tmp_path), "0"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))},
     ) as process:
         try:
@@ -129,7 +133,11 @@ def test_command_line_uses_the_loop(tmp_path):
     )
     done = subprocess.run(
         [sys.executable, "-W", "ignore::RuntimeWarning", "-c", program],
-        capture_output=True, text=True, timeout=30, check=True, cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))},
     )
     assert done.stdout.endswith("True\n")

@@ -251,7 +251,10 @@ def test_audit_events():
     outputs = [
         subprocess.run(
             [sys.executable, "-c", AUDIT.format(module=name)],
-            capture_output=True, text=True, timeout=30, check=True,
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
         ).stdout
         for name in ("socket", "fastlisten.socket")
     ]
