@@ -43,6 +43,11 @@ def hold(connection: Any) -> None:
     connection.sendall(line)
 
 
+def answer(connection: Any) -> None:
+    """Send the first message back and hang up."""
+    connection.sendall(connection.recv(100))
+
+
 def sheds(error: OSError, attempt: int) -> float:
     seen.append([error.errno, attempt])
     return 0.02
@@ -59,7 +64,7 @@ def bad_pause(error: OSError, attempt: int) -> Any:
 
 
 seen: list[Any] = []
-NAMED = {f.__name__: f for f in (echo, hold, sheds, gives_up, bad_pause)}
+NAMED = {f.__name__: f for f in (answer, echo, hold, sheds, gives_up, bad_pause)}
 
 
 class Server:

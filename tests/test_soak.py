@@ -54,7 +54,7 @@ def connections(load: str, process: Server, work: str, count: int) -> dict[str, 
     ids=["inline", "threads", "growing threads", "busy"],
 )
 def test_a_million_connections_leave_nothing(load: str, mode: dict[str, Any]) -> None:
-    with server(backlog=1000, **mode) as process:
+    with server(backlog=1000, handler="answer", **mode) as process:
         connections(load, process, "echo", WARM_UP)
         before = process.ask("usage")
         connections(load, process, "echo", COUNT)
