@@ -283,6 +283,7 @@ cdef class Loop:
     cdef object failure             # what ends the loop and comes out of run()
 
     cdef int64_t over               # nobody accepts any more
+    cdef int64_t finished_run       # run() has come to its end
     cdef bint stopping
     cdef int to_drain               # clients the kernel has queued that a drain still takes; < 0: not asked
     cdef int64_t deadline           # of the drain; 0: none
@@ -417,11 +418,16 @@ cdef class Loop:
         if self.spare != PORT_NO_SOCKET:
             port_close(self.spare)
             self.spare = PORT_NO_SOCKET
-        if port_get(&self.alive) == 0:  # a handler that outlives its serve() still rings
+        port_swap(&self.finished_run, 1)
+        self.close_wake_ups()
+        self.tell_news()
+
+    cdef void close_wake_ups(self) noexcept:
+        """After run(): a handler that outlives it still rings, and the last one closes them."""
+        if port_get(&self.finished_run) and port_get(&self.alive) == 0:
             with cython.critical_section(self):
                 close_pair(self.bell)
                 close_pair(self.arrivals)
-        self.tell_news()
 
     # --- accepting: without the GIL, by whoever holds the door ----------------------------------------
 
@@ -985,6 +991,7 @@ cdef class Loop:
             if not retired:
                 port_add(&self.alive, -1)
             self.ring_bell()
+            self.close_wake_ups()
 
     cdef int grow_if_possible(self) except -1:
         """Start a thread; when the system has none to give, those that there are go on."""

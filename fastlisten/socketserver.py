@@ -180,10 +180,10 @@ class AcceptMixIn:
         if listener is not None:
             listener._leave_loop()
         super().server_close()  # type: ignore[misc]
-        if self._loops and self.block_on_close and not self.daemon_threads:
-            for loop in self._loops:
+        loops, self._loops = self._loops, ()
+        if loops and self.block_on_close and not self.daemon_threads:
+            for loop in loops:
                 loop.join()
-            self._loops = ()
 
     def handle_request(self) -> None:
         """Handle one request, waiting for it as long as `timeout` says."""

@@ -595,6 +595,7 @@ def test_server_close_that_does_not_wait(module, attribute):
             go_on.wait(LIMIT)
 
         def finish(self):
+            self.request.close()  # not later, in a thread that nobody joins
             done.set()
 
     server = type("Server", (module.ThreadingTCPServer,), {attribute: attribute == "daemon_threads"})(
