@@ -756,7 +756,7 @@ cdef class Loop:
             PyThread_acquire_lock(self.door, WAIT_LOCK)
             while outcome != ENDED and outcome != FAILED:
                 outcome = self.admit()
-                if outcome == LOOK:
+                if outcome == LOOK or port_get(&self.news):
                     self.ring_for_leader()  # for the log, or a place that came free under max_connections
             self.usher_outcome = outcome
             port_swap(&self.usher_gone, 1)

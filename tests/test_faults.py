@@ -213,6 +213,12 @@ def answered(client: Any) -> float:
 NOFILE = 40
 
 
+def logged(process: Any, *levels: str) -> None:
+    """Check that just these were logged; a line may come a moment after what it tells of."""
+    wait_until(lambda: len(process.ask("logs")) >= len(levels))
+    assert tuple(level for level, _ in process.ask("logs")) == levels
+
+
 @pytest.mark.parametrize("mode", ["inline", "threads", "busy threads"])
 def test_no_descriptors_costs_nothing_and_ends_within_150_ms(mode: str) -> None:
     with server(nofile=NOFILE, **MODES[mode]) as process:
@@ -225,15 +231,14 @@ def test_no_descriptors_costs_nothing_and_ends_within_150_ms(mode: str) -> None:
             waits(client, 3)
             spent = process.ask("cpu") - begun
             assert spent < 0.03, f"{spent:.3f} s of CPU in 3 s"
-            assert [level for level, _ in process.ask("logs")] == ["WARNING"]
+            logged(process, "WARNING")
             assert list(process.ask("stats")["accept_errors"]) == ["EMFILE"]
             freed = process.ask("free")
             assert answered(client) - freed < 0.15
         # With the last descriptor in use again the episode goes on; now it ends.
         process.ask("empty")
         assert exchange(process.address, b"last") == b"last"
-        levels = [level for level, _ in process.ask("logs")]
-        assert levels == ["WARNING", "INFO"], process.ask("logs")
+        logged(process, "WARNING", "INFO")
         took, result = process.ask("stop")
         assert result == [0, 0]
         assert took < 0.2
@@ -281,12 +286,12 @@ def test_the_same_for_what_the_whole_system_runs_out_of(
             assert list(process.ask("stats")["accept_errors"]) == [code]
             # 10, 20, 40, 80 ms and then one try in 100 ms
             assert 8 <= process.ask("stats")["accept_errors"][code] <= 20
-            assert [level for level, _ in process.ask("logs")] == ["WARNING"]
+            logged(process, "WARNING")
             switch.unlink()
             freed = time.monotonic()
             assert answered(client) - freed < 0.15
         assert exchange(process.address, b"last") == b"last"
-        assert [level for level, _ in process.ask("logs")] == ["WARNING", "INFO"]
+        logged(process, "WARNING", "INFO")
 
 
 @modes
@@ -324,12 +329,18 @@ def test_shed(mode: Any, busy: Any) -> None:
         process.ask("fill")
         for _ in range(10):
             assert refusal(process.address) == (busy or "reset")
-        stats = process.ask("stats")
-        assert stats["refused"] == 10
-        assert stats["handled"] == 1
-        assert [level for level, _ in process.ask("logs")] == ["WARNING"]
+        assert process.ask("stats")["refused"] == 10
+        wait_until(lambda: process.ask("stats")["handled"] == 1)
+        logged(process, "WARNING")
         process.ask("empty")
-        assert exchange(process.address, b"second") == b"second"
+
+        def served() -> bool:
+            # The round of refusals may not be over, and then this client is in it.
+            with contextlib.suppress(ConnectionError):
+                return exchange(process.address, b"second") == b"second"
+            return False
+
+        wait_until(served)
 
 
 def test_shed_without_its_descriptor_pauses(faults: Faults, tmp_path: Path) -> None:
@@ -346,7 +357,7 @@ def test_shed_without_its_descriptor_pauses(faults: Faults, tmp_path: Path) -> N
             waits(client, 1)
             spent = process.ask("cpu") - begun
             assert spent < 0.01, f"{spent:.3f} s of CPU in 1 s"
-            assert [level for level, _ in process.ask("logs")] == ["WARNING"]
+            logged(process, "WARNING")
             switch.unlink()
             answered(client)
 
