@@ -1,5 +1,6 @@
 """Accepts that fail, each fault really happening: the error table, and running out of things."""
 
+import contextlib
 import errno
 import select
 import socket
