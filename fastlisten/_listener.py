@@ -288,7 +288,8 @@ class Listener(socket.socket):
 
     def setblocking(self, flag: bool, /) -> None:
         """As socket.setblocking()."""
-        self.settimeout(None if flag else 0.0)
+        super().setblocking(flag)
+        self.settimeout(self.gettimeout())
 
     def _leave_loop(self) -> None:
         loop = self._loop
