@@ -1,6 +1,7 @@
 """More clients than can be served: pending and busy, max_connections, clients that do harm."""
 
 import contextlib
+import errno
 import os
 import select
 import socket
@@ -70,9 +71,12 @@ def crowd(target: Any, count: int) -> Iterator[list[socket.socket]]:
 
 def is_served(target: Any) -> bool:
     """Tell whether a client is served now; while there is no place it is refused."""
-    with contextlib.suppress(ConnectionResetError):
+    try:
         return exchange(target) == b"ping"
-    return False
+    except OSError as error:  # the reset can come before any of the client's calls
+        if error.errno not in (errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN):
+            raise
+        return False
 
 
 # --- pending and busy
