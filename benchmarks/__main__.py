@@ -19,6 +19,14 @@ CPU_SECONDS = 3.0
 
 QUICK_ROUNDS = 3
 QUICK_CPU_SECONDS = 0.1
+QUICK_PROBE = 300
+QUICK_LIMIT = 50.0
+"""Seconds that the rounds of --quick may take: on a slow machine there are fewer."""
+
+
+CLONE = Path(__file__).parent.parent
+PICTURE = "benchmarks/results/latest.svg"
+"""Of the run that README.md shows; its samples are not kept in git."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,10 +52,14 @@ def parser() -> argparse.ArgumentParser:
         help=f"server CPU time that a sample should take, {CPU_SECONDS:g} by default",
     )
     p.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json, STEM.svg, STEM.png")
-    p.add_argument(
-        "--compare", type=Path, metavar="OLD.json", help="say what is better or worse than then"
-    )
+    p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what is better or worse than then")
     p.add_argument("--show", type=Path, metavar="OLD.json", help="show an old run, measure nothing")
+    p.add_argument(
+        "--readme",
+        type=Path,
+        metavar="OLD.json",
+        help=f"print an old run for README.md, and draw its picture there: {PICTURE} (or --out)",
+    )
     return p
 
 
@@ -58,18 +70,25 @@ def choose(names: str, quick: bool) -> list[Cell]:
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
     workloads = chosen & WORKLOADS.keys() or (QUICK if quick else WORKLOADS.keys())
     servers = chosen & SERVERS.keys()
-    return [
+    cells = [
         Cell(workload, clients, server)
         for name, workload in WORKLOADS.items()
         if name in workloads
         for clients in workload.concurrency
         for server in workload.choose(servers)
     ]
+    if idle := servers - {cell.server.name for cell in cells}:
+        raise ValueError(f"in none of the workloads: {', '.join(sorted(idle))}")
+    return cells
 
 
-def measure(
-    cells: list[Cell], settings: Settings, console: Console
-) -> tuple[list[Sample], list[str]]:
+def too_late(order: list[tuple[int, Cell]], i: int, elapsed: float, limit: float) -> bool:
+    """Whether sample `i` begins a round that would end after `limit` seconds."""
+    turn = order[i][0]
+    return turn > order[i - 1][0] and elapsed * (turn + 1) / turn > limit
+
+
+def measure(cells: list[Cell], settings: Settings, console: Console) -> tuple[list[Sample], list[str]]:
     """Take all samples, with a progress bar and the time left."""
     order = plan(cells, settings.rounds, settings.seed)
     samples: list[Sample] = []
@@ -84,6 +103,7 @@ def measure(
         TextColumn("{task.fields[left]}"),
     )
     start = time.monotonic()
+    limit = settings.limit_s
     with Progress(*columns, console=console, refresh_per_second=1, transient=True) as progress:
         task = progress.add_task("", total=len(order), place="", left="")
         for i, (turn, cell) in enumerate(order):
@@ -93,6 +113,9 @@ def measure(
                 place=f"{i + 1} of {len(order)}",
             )
             before = time.monotonic()
+            if limit and too_late(order, i, before - start, limit):
+                console.print(f"{turn} of {settings.rounds} rounds: more would take over {limit:g} s")
+                break
             try:
                 samples.append(take_sample(turn, cell, settings, sizes))
             except SampleError as error:
@@ -120,6 +143,13 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_args(arguments)
     # A file is wider than the 80 columns that are assumed of it.
     console = Console() if sys.stdout.isatty() else Console(width=120)
+    if options.readme:
+        results = Results.read(options.readme)
+        stem = options.out or CLONE / PICTURE
+        stem.parent.mkdir(exist_ok=True)
+        draw(results, stem, (".svg",))
+        print(readme(results, os.path.relpath(stem.with_suffix(".svg"), CLONE)))
+        return 0
     if options.show:
         results = Results.read(options.show)
     else:
@@ -138,6 +168,8 @@ def main(arguments: Sequence[str]) -> int:
                 console.print(f"left out: {name}, which needs {missing}")
         cells = [cell for cell in cells if not cell.server.missing()]
         settings = Settings(rounds, cpu)
+        if options.quick:
+            settings.probe, settings.limit_s = QUICK_PROBE, QUICK_LIMIT
         raise_file_limit()
         os.sched_setaffinity(0, {settings.load_core})  # and so every child that does not move
         results = Results.of(settings, *measure(cells, settings, console))
@@ -156,7 +188,7 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from .picture import draw
-    from .report import compare, show
+    from .report import compare, readme, show
     from .results import Results
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install -e '.[bench]'") from None

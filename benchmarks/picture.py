@@ -8,9 +8,12 @@ from pathlib import Path
 from .results import Results, Summary
 from .servers import BASELINE
 
+PANELS = ("close", "echo", "http")
+"""The workloads that are drawn, as far as a run has them."""
 
-def draw(results: Results, stem: Path) -> list[Path]:
-    """Write STEM.svg and STEM.png; return their paths, [] when no workload has a split to show."""
+
+def draw(results: Results, stem: Path, suffixes: tuple[str, ...] = (".svg", ".png")) -> list[Path]:
+    """Write STEM.svg and STEM.png; return their paths, [] when there is nothing of PANELS."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -18,15 +21,13 @@ def draw(results: Results, stem: Path) -> list[Path]:
 
     panels = [
         (name, clients, sorted(rows, key=lambda row: row.middle))
-        for (name, clients), group in groupby(
-            results.summaries(), key=lambda s: (s.workload, s.concurrency)
-        )
-        if (rows := [row for row in group if row.user + row.system > 0])
-        and name in ("close", "echo", "http")
+        for (name, clients), group in groupby(results.summaries(), key=lambda s: (s.workload, s.concurrency))
+        if name in PANELS and (rows := list(group))
     ]
     if not panels:
         return []
     mpl.rcParams["svg.hashsalt"] = "fastlisten"  # the same figures make the same file
+    mpl.rcParams["svg.fonttype"] = "none"  # letters as letters: a third of the size
     tallest = max(len(rows) for *_, rows in panels)
     figure, axes = plt.subplots(
         1,
@@ -45,9 +46,9 @@ def draw(results: Results, stem: Path) -> list[Path]:
         f"CPython {m['python']}",
         fontsize=10,
     )
-    paths = [stem.with_suffix(".svg"), stem.with_suffix(".png")]
-    figure.savefig(paths[0], metadata={"Date": None})
-    figure.savefig(paths[1], dpi=150)
+    paths = [stem.with_suffix(suffix) for suffix in suffixes]
+    for path in paths:
+        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
     return paths
 
@@ -58,6 +59,9 @@ def _panel(axis, title: str, rows: list[Summary]) -> None:  # type: ignore[no-un
     ours = ["#1b7837" if row.server.startswith("fastlisten") else "#4477aa" for row in rows]
     axis.barh(places, user, color=ours, label="user")
     axis.barh(places, [row.system for row in rows], left=user, color="#bbbbbb", label="system")
+    whole = [0.0 if row.user + row.system else row.middle for row in rows]
+    if any(whole):  # too few ticks to split it
+        axis.barh(places, whole, color="#ddcc77", label="user and system")
     for place, row in enumerate(rows):
         ratio = f" ({row.ratio:.2f})" if row.ratio is not None else ""
         axis.annotate(

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .results import Results, Summary, rank_test
+from .servers import SERVERS
 from .workloads import WORKLOADS
 
 SURE = 0.01
@@ -18,6 +19,44 @@ equal runs, one is called different. Five rounds a side are the fewest that can 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
+README_WORKLOADS = ("close", "echo", "http")
+
+
+def readme(results: Results, picture: str) -> str:
+    """Return what README.md says of a run, in Markdown. `picture`: the path to its picture.
+
+    Raises ValueError when the run has none of README_WORKLOADS.
+    """
+    rows = [row for row in results.summaries() if row.workload in README_WORKLOADS]
+    if not rows:
+        raise ValueError(f"the run has none of {', '.join(README_WORKLOADS)}")
+    cells = {(row.server, row.workload): _cell(row) for row in rows}
+    workloads = tuple(name for name in README_WORKLOADS if any(row.workload == name for row in rows))
+    servers = [name for name in SERVERS if any(row.server == name for row in rows)]
+    titles = [f"{name}: {WORKLOADS[name].about}" for name in workloads]
+    lines = [
+        "µs of the server's CPU for one connection, user + system = **total**, and in brackets the "
+        f"total's ratio to the C `accept4` loop; median of {max(row.rounds for row in rows)} rounds.",
+        f"{_machine(results)}.",
+        "",
+        f"![The same as bars]({picture})",
+        "",
+        f"| server | {' | '.join(titles)} |",
+        f"|---|{'---|' * len(titles)}",
+    ]
+    for server in servers:
+        name = f"**{server}**" if server.startswith("fastlisten") else server
+        words = " | ".join(cells.get((server, workload), "") for workload in workloads)
+        lines.append(f"| {name} | {words} |")
+    return "\n".join(lines)
+
+
+def _cell(row: Summary) -> str:
+    split = f"{row.user:.1f} + {row.system:.1f} = " if row.user + row.system else ""
+    ratio = f" ({row.ratio:.2f})" if row.ratio is not None else ""
+    return f"{split}**{row.middle:.1f}**{ratio}"
 
 
 def show(results: Results, console: Console) -> None:
@@ -55,9 +94,7 @@ def _table(name: str, rows: list[Summary]) -> Table:
     table.add_column("to the C loop", justify="right")
     for row in rows:
         ratio = (
-            f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})"
-            if row.ratio is not None
-            else ""
+            f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})" if row.ratio is not None else ""
         )
         table.add_row(
             row.server,
@@ -78,9 +115,7 @@ def verdict(old: Summary, new: Summary) -> tuple[str, float]:
     chance = rank_test(a, b)
     if chance <= SURE:
         return ("better" if median(b) < median(a) else "worse"), chance
-    fewest = rank_test(
-        tuple(map(float, range(len(a)))), tuple(float(len(a) + i) for i in range(len(b)))
-    )
+    fewest = rank_test(tuple(map(float, range(len(a)))), tuple(float(len(a) + i) for i in range(len(b))))
     return ("within noise" if fewest <= SURE else "too few rounds"), chance
 
 

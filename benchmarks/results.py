@@ -22,6 +22,9 @@ from .workloads import WORKLOADS
 
 SCHEMA = 1
 
+SPLIT_TICKS = 200
+"""Ticks to split user from system by: with fewer, chance moves a part by more than 7 % of the total."""
+
 
 def _first(path: str, pattern: str) -> str:
     found = re.search(pattern, Path(path).read_text(), re.MULTILINE)
@@ -83,7 +86,7 @@ class Summary:
     """Least and greatest of the figure."""
     user: float
     system: float
-    """The median shared out by all rounds' ticks; 0 where the workload does not tell."""
+    """The median shared out by all rounds' ticks; both 0 where those are too few, or not told."""
     ratio: float | None
     """Median of the ratios to BASELINE in the same round; None without BASELINE."""
     ratio_low: float
@@ -109,9 +112,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         """Write them as JSON."""
-        servers = {
-            name: SERVERS[name].settings for name in dict.fromkeys(s.server for s in self.samples)
-        }
+        servers = {name: SERVERS[name].settings for name in dict.fromkeys(s.server for s in self.samples)}
         document = {
             "schema": SCHEMA,
             "date": self.date,
@@ -154,9 +155,7 @@ class Results:
         return [self._summary(key, cells) for key in keys]
 
     @staticmethod
-    def _summary(
-        key: tuple[str, int, str], cells: dict[tuple[str, int, str], dict[int, Sample]]
-    ) -> Summary:
+    def _summary(key: tuple[str, int, str], cells: dict[tuple[str, int, str], dict[int, Sample]]) -> Summary:
         workload, concurrency, server = key
         figure = WORKLOADS[workload].figure
         samples = cells[key]
@@ -173,7 +172,7 @@ class Results:
         user = sum(sample.figures.get("user_ticks", 0) for sample in samples.values())
         system = sum(sample.figures.get("system_ticks", 0) for sample in samples.values())
         middle = median(values)
-        split = middle / (user + system) if user + system and figure == "cpu_us" else 0.0
+        split = middle / (user + system) if user + system >= SPLIT_TICKS and figure == "cpu_us" else 0.0
         return Summary(
             workload,
             concurrency,

@@ -37,8 +37,7 @@ LOAD_LIMIT = 120
 """Seconds one run of the load generator may take."""
 
 WARM_UP = 500
-PROBE = 2_000
-"""Connections before the measured ones: to warm caches, then to learn what one costs."""
+"""Connections before the measured ones, to warm caches."""
 
 CONNECTIONS = (200, 400_000)
 """Least and most connections of a sample."""
@@ -83,6 +82,10 @@ class Settings:
     rounds: int
     cpu_seconds: float
     """CPU time of the server that a sample should be made of."""
+    probe: int = 2_000
+    """Connections after the warm-up and before the measured ones, to learn what one costs."""
+    limit_s: float | None = None
+    """No round begins that would probably end later than this; the first always does."""
     server_core: int = field(default_factory=lambda: sorted(os.sched_getaffinity(0))[0])
     load_core: int = field(default_factory=lambda: sorted(os.sched_getaffinity(0))[-1])
     seed: int = 1
@@ -158,9 +161,7 @@ def running(server: Server, work: str, core: int | None, *prefix: str) -> Iterat
         except (SampleError, OSError, ValueError) as error:  # TimeoutError is an OSError
             words.seek(0)
             said = words.read()[-2000:].strip()
-            raise SampleError(
-                f"{server.name} {work}: {error}" + (f"\n{said}" if said else "")
-            ) from error
+            raise SampleError(f"{server.name} {work}: {error}" + (f"\n{said}" if said else "")) from error
         finally:
             process.terminate()
             process.communicate()
@@ -178,9 +179,7 @@ def load(
     server: Running, work: str, warm_up: int, count: int, concurrency: int, bursts: int = 1
 ) -> dict[str, float]:
     """Run the load generator on a server and return what it measured, raw."""
-    command = load_command(
-        work, server.port, server.process.pid, warm_up, count, concurrency, bursts
-    )
+    command = load_command(work, server.port, server.process.pid, warm_up, count, concurrency, bursts)
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise SampleError(answer.stderr.strip())
@@ -216,21 +215,19 @@ def measure_load(server: Running, cell: Cell, settings: Settings, sizes: Sizes) 
     work = cell.workload.work
     count = sizes.get(cell)
     if count is None:
-        probe = load(server, work, WARM_UP, PROBE, cell.concurrency)
+        probe = load(server, work, WARM_UP, settings.probe, cell.concurrency)
         least, most = CONNECTIONS
-        count = round(settings.cpu_seconds / (probe["cpu_ns"] * 1e-9 / PROBE))
+        count = round(settings.cpu_seconds / (probe["cpu_ns"] * 1e-9 / settings.probe))
         # A run should be long against its own beginning and end.
         count = max(min(count, most), least, 4 * cell.concurrency)
         sizes[cell] = count
         return figures(load(server, work, 0, count, cell.concurrency))
-    return figures(load(server, work, WARM_UP + PROBE, count, cell.concurrency))
+    return figures(load(server, work, WARM_UP + settings.probe, count, cell.concurrency))
 
 
 def measure_burst(server: Running, cell: Cell, _: Settings, __: Sizes) -> dict[str, float]:
     """All at once, several times; the next begins when the last client has its answer."""
-    return figures(
-        load(server, cell.workload.work, WARM_UP, cell.concurrency, cell.concurrency, BURSTS)
-    )
+    return figures(load(server, cell.workload.work, WARM_UP, cell.concurrency, cell.concurrency, BURSTS))
 
 
 @contextmanager

@@ -51,18 +51,20 @@ HELD = 10_000
 """Idle clients that a server holds."""
 
 _EVIDENCE = (BASELINE, "c-epoll", "socket.accept", "asyncio-protocol", "uvloop-protocol", "go")
-_FAST = ("fastlisten-serve", "fastlisten-threads-8")
+_FAST = (
+    "fastlisten-serve",
+    "fastlisten-threads-8",
+    "fastlisten-asyncio-protocol",
+    "fastlisten-uvloop-protocol",
+)
+_HTTP = ("ThreadingHTTPServer", "fastlisten-ThreadingHTTPServer")
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
         Workload("close", "close", "load", (CLIENTS,), "cpu_us", "µs", about="accept and close"),
-        Workload(
-            "echo", "echo", "load", (CLIENTS,), "cpu_us", "µs", about="18 bytes in, 18 out, close"
-        ),
-        Workload(
-            "http", "http", "load", (CLIENTS,), "cpu_us", "µs", about="a request, a 200, close"
-        ),
+        Workload("echo", "echo", "load", (CLIENTS,), "cpu_us", "µs", about="18 bytes in, 18 out, close"),
+        Workload("http", "http", "load", (CLIENTS,), "cpu_us", "µs", about="a request, a 200, close"),
         Workload(
             "http-ab",
             "http",
@@ -70,7 +72,7 @@ WORKLOADS: dict[str, Workload] = {
             (CLIENTS,),
             "cpu_us",
             "µs",
-            (*_EVIDENCE, *_FAST),
+            (*_EVIDENCE, *_FAST, *_HTTP),
             about="http, asked by ApacheBench",
         ),
         Workload(
@@ -80,7 +82,7 @@ WORKLOADS: dict[str, Workload] = {
             (CLIENTS,),
             "cpu_us",
             "µs",
-            (*_EVIDENCE, *_FAST),
+            (*_EVIDENCE, *_FAST, *_HTTP),
             about="http, asked by wrk",
         ),
         Workload(
@@ -121,6 +123,7 @@ WORKLOADS: dict[str, Workload] = {
             (
                 BASELINE,
                 "ThreadingTCPServer",
+                "fastlisten-ThreadingTCPServer",
                 *(name for name in SERVERS if name.startswith("fastlisten-threads-")),
             ),
             about="echo with 1 to 64 threads",

@@ -43,6 +43,12 @@ def run(*arguments):
     )
 
 
+def results_of(stem):
+    from benchmarks.results import Results
+
+    return Results.read(stem.with_suffix(".json")).summaries()
+
+
 @needs_extra
 @pytest.mark.skipif(
     len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="one core for each side"
@@ -67,6 +73,12 @@ def test_a_tiny_run_prints_a_table_and_writes_json_and_pictures(tmp_path):
     again = run("--show", stem.with_suffix(".json"), "--compare", stem.with_suffix(".json"))
     assert again.returncode == 0, again.stdout + again.stderr
     assert "too few rounds" in again.stdout
+    words = run("--readme", stem.with_suffix(".json"), "--out", tmp_path / "picture").stdout
+    (row,) = (line for line in words.splitlines() if line.startswith("| socket.accept |"))
+    (close,) = (s for s in results_of(stem) if s.server == "socket.accept")
+    assert row == f"| socket.accept | **{close.middle:.1f}** ({close.ratio:.2f}) |"
+    assert (tmp_path / "picture.svg").exists()
+    assert not (tmp_path / "picture.png").exists()
 
 
 @needs_extra
@@ -74,6 +86,9 @@ def test_an_unknown_name_is_refused():
     answer = run("--only", "close,nonesuch")
     assert answer.returncode == 1
     assert answer.stderr.strip() == "--only: unknown: nonesuch"
+    answer = run("--only", "shed,trio")
+    assert answer.returncode == 1
+    assert answer.stderr.strip() == "--only: in none of the workloads: trio"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +173,53 @@ def test_rounds_are_interleaved_over_servers():
         assert len({(turn, cell.group) for turn, cell in group}) == 1
         assert {cell.server.name for _, cell in group} == set(names)
     assert [turn for turn, _ in order] == sorted(turn for turn, _ in order)
+
+
+def test_a_server_says_what_it_lacks():
+    from benchmarks.servers import Server
+
+    def lacks(*needs):
+        return Server("x", "native", "program", (), frozenset(), "", needs).missing()
+
+    assert lacks() == lacks("sh", "json.decoder") == ""
+    assert lacks("json.nonesuch", "sh", "nonesuch") == "json.nonesuch, nonesuch"
+    assert lacks("nonesuch.module") == "nonesuch.module"
+
+
+@pytest.mark.parametrize("name", ["fastlisten-socket", "fastlisten-ThreadingHTTPServer"])
+def test_a_drop_in_answers_each_connection(name):
+    from benchmarks.runner import load_command, running
+    from benchmarks.servers import SERVERS
+
+    with running(SERVERS[name], "http", None) as server:
+        command = load_command("http", server.port, 0, 0, 100, 10)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["connections"] == 100
+
+
+def test_a_busy_server_refuses_with_a_reset():
+    from benchmarks.runner import running
+    from benchmarks.servers import SERVERS
+
+    with running(SERVERS["fastlisten-busy"], "shed", None) as server:
+        for _ in range(3):
+            with (
+                pytest.raises(ConnectionResetError),  # it may come before connect() returns
+                socket.create_connection(("127.0.0.1", server.port), 20) as client,
+            ):
+                client.recv(1)
+
+
+@needs_extra
+def test_rounds_end_before_the_limit():
+    from benchmarks.__main__ import too_late
+
+    order = [(turn, None) for turn in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
+    assert not too_late(order, 2, 100, 10), "a round that began is finished"
+    assert not too_late(order, 3, 5, 10)
+    assert too_late(order, 3, 5.1, 10), "two rounds would take 10.2 s"
+    assert too_late(order, 6, 7, 10), "three rounds would take 10.5 s"
 
 
 def test_growth_is_told_by_counts_on_one_build_and_by_ratios_on_another():

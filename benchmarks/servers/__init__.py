@@ -29,20 +29,31 @@ class Server:
     arguments: tuple[str | int, ...]
     works: frozenset[str]
     settings: str
-    needs: str = ""
-    """Module or command that must be installed, "" for none."""
+    needs: tuple[str, ...] = ()
+    """Modules or commands that must be installed."""
 
     def missing(self) -> str:
         """Return what this server lacks on this machine, "" when it can run."""
-        if not self.needs or shutil.which(self.needs):
-            return ""
-        return "" if importlib.util.find_spec(self.needs) else self.needs
+        return ", ".join(need for need in self.needs if not _is_there(need))
+
+
+def _is_there(need: str) -> bool:
+    if shutil.which(need):
+        return True
+    try:
+        return importlib.util.find_spec(need) is not None
+    except ModuleNotFoundError:  # the package that a module would be in
+        return False
 
 
 BASELINE = "c-accept"
 """Every figure is also given as a ratio to this one, of the same round."""
 
-_F = "fastlisten"
+_F = ("fastlisten",)
+_AIO = "fastlisten.aio"
+
+DEFER = 5
+"""Seconds of TCP_DEFER_ACCEPT in the rows that have it."""
 
 SERVERS: dict[str, Server] = {
     server.name: server
@@ -54,7 +65,7 @@ SERVERS: dict[str, Server] = {
             ("accept_loop.c",),
             ALL | {"shed", "take"},
             "C: blocking accept4, one client after the other, -O2",
-            "cc",
+            ("cc",),
         ),
         Server(
             "c-epoll",
@@ -63,37 +74,45 @@ SERVERS: dict[str, Server] = {
             ("epoll_loop.c",),
             ALL,
             "C: epoll, accept4 until EAGAIN, non-blocking clients, -O2",
-            "cc",
+            ("cc",),
         ),
-        Server("go", "native", "program", ("server.go",), ALL, "a goroutine a connection", "go"),
+        Server("go", "native", "program", ("server.go",), ALL, "a goroutine a connection", ("go",)),
         Server(
             "socket.accept",
             "stdlib",
             "accept_loop",
-            (),
-            ALL | {"take"},
+            ("socket",),
+            ALL | {"shed", "take"},
             "socket.accept() in a loop, one client after the other",
         ),
         Server(
             "TCPServer",
             "stdlib",
             "tcp_server",
-            (),
+            ("socketserver", "TCPServer"),
             ANSWERS,
             "socketserver.TCPServer, BaseRequestHandler",
         ),
         Server(
             "ThreadingTCPServer",
             "stdlib",
-            "threading_tcp_server",
-            (),
+            "tcp_server",
+            ("socketserver", "ThreadingTCPServer"),
             ALL,
             "socketserver.ThreadingTCPServer, daemon threads, BaseRequestHandler",
         ),
+        Server(
+            "ThreadingHTTPServer",
+            "stdlib",
+            "http_server",
+            ("http.server",),
+            frozenset({"http"}),
+            "http.server.ThreadingHTTPServer, do_GET writes the answer",
+        ),
         Server("asyncio-protocol", "aio", "protocol", ("asyncio",), ALL, "create_server"),
         Server("asyncio-streams", "aio", "streams", ("asyncio",), ALL, "start_server"),
-        Server("uvloop-protocol", "aio", "protocol", ("uvloop",), ALL, "create_server", "uvloop"),
-        Server("uvloop-streams", "aio", "streams", ("uvloop",), ALL, "start_server", "uvloop"),
+        Server("uvloop-protocol", "aio", "protocol", ("uvloop",), ALL, "create_server", ("uvloop",)),
+        Server("uvloop-streams", "aio", "streams", ("uvloop",), ALL, "start_server", ("uvloop",)),
         Server(
             "gevent",
             "greenlets",
@@ -101,10 +120,16 @@ SERVERS: dict[str, Server] = {
             (),
             ALL,
             "gevent.server.StreamServer, a greenlet a connection",
-            "gevent",
+            ("gevent",),
         ),
         Server(
-            "trio", "nursery", "serve_tcp", (), ALL, "trio.serve_tcp, a task a connection", "trio"
+            "trio",
+            "nursery",
+            "serve_tcp",
+            (),
+            ALL,
+            "trio.serve_tcp, a task a connection",
+            ("trio",),
         ),
         Server(
             "fastlisten-serve",
@@ -144,6 +169,67 @@ SERVERS: dict[str, Server] = {
                 _F,
             )
             for threads in (1, 2, 4, 8, 16, 32, 64)
+        ),
+        Server(
+            "fastlisten-busy",
+            "fast",
+            "refuse",
+            (),
+            frozenset({"shed"}),
+            "Listener.serve(handler, pending=0, busy='reset'), the handler busy all the time",
+            _F,
+        ),
+        Server(
+            "fastlisten-socket",
+            "stdlib",
+            "accept_loop",
+            ("fastlisten.socket",),
+            ALL | {"shed", "take"},
+            "the program of socket.accept, from fastlisten import socket",
+            ("fastlisten.socket",),
+        ),
+        Server(
+            "fastlisten-TCPServer",
+            "stdlib",
+            "tcp_server",
+            ("fastlisten.socketserver", "TCPServer"),
+            ANSWERS,
+            "the program of TCPServer, from fastlisten import socketserver",
+            ("fastlisten.socketserver",),
+        ),
+        Server(
+            "fastlisten-ThreadingTCPServer",
+            "stdlib",
+            "tcp_server",
+            ("fastlisten.socketserver", "ThreadingTCPServer"),
+            ALL,
+            "the program of ThreadingTCPServer, from fastlisten import socketserver",
+            ("fastlisten.socketserver",),
+        ),
+        Server(
+            "fastlisten-ThreadingHTTPServer",
+            "stdlib",
+            "http_server",
+            ("fastlisten.http.server",),
+            frozenset({"http"}),
+            "the program of ThreadingHTTPServer, from fastlisten.http import server",
+            ("fastlisten.http.server",),
+        ),
+        *(
+            Server(
+                f"fastlisten-{loop}-{api}{'-defer' * bool(defer)}",
+                "aio",
+                api,
+                (loop, _AIO, defer),
+                # Who says nothing is not accepted before the time is over.
+                frozenset({"echo", "http"}) if defer else ALL,
+                f"the program of {loop}-{api}, with fastlisten.aio.{call}"
+                + f", defer_accept={defer}" * bool(defer),
+                (_AIO, loop),
+            )
+            for loop in ("asyncio", "uvloop")
+            for api, call in (("protocol", "create_server"), ("streams", "start_server"))
+            for defer in (0, DEFER)
         ),
     )
 }

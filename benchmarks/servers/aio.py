@@ -1,8 +1,13 @@
-"""asyncio and uvloop, each with protocols and with streams."""
+"""asyncio and uvloop, each with protocols and with streams, and the same on fastlisten.aio.
+
+`module` has create_server() and start_server(): "" for the loop's own and asyncio's, else fastlisten.aio,
+with `defer_accept` in seconds, 0 for without.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import importlib
 from collections.abc import Coroutine
 from typing import Any, cast
 
@@ -59,13 +64,13 @@ PROTOCOLS: dict[str, type[asyncio.Protocol]] = {
 }
 
 
-def protocol(work: str, loop: str) -> None:
-    """loop.create_server with a Protocol."""
+def protocol(work: str, loop: str, module: str = "", defer_accept: int = 0) -> None:
+    """create_server with a Protocol."""
 
     async def main() -> None:
-        server = await asyncio.get_running_loop().create_server(
-            PROTOCOLS[work], *ADDRESS, backlog=BACKLOG
-        )
+        place: Any = importlib.import_module(module) if module else asyncio.get_running_loop()
+        options = {"defer_accept": defer_accept} if defer_accept else {}
+        server = await place.create_server(PROTOCOLS[work], *ADDRESS, backlog=BACKLOG, **options)
         print(server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()
 
@@ -83,12 +88,17 @@ async def _answer(work: str, reader: asyncio.StreamReader, writer: asyncio.Strea
     writer.close()
 
 
-def streams(work: str, loop: str) -> None:
-    """asyncio.start_server with a coroutine a connection."""
+def streams(work: str, loop: str, module: str = "asyncio", defer_accept: int = 0) -> None:
+    """start_server with a coroutine a connection."""
 
     async def main() -> None:
-        server = await asyncio.start_server(
-            lambda reader, writer: _answer(work, reader, writer), *ADDRESS, backlog=BACKLOG
+        place = importlib.import_module(module)
+        options = {"defer_accept": defer_accept} if defer_accept else {}
+        server = await place.start_server(
+            lambda reader, writer: _answer(work, reader, writer),
+            *ADDRESS,
+            backlog=BACKLOG,
+            **options,
         )
         print(server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import socket
+import threading
+from typing import Any, NoReturn
 
 import fastlisten
 
@@ -18,6 +20,19 @@ def _listen() -> fastlisten.Listener:
 def serve(work: str, threads: int) -> None:
     """Listener.serve, inline or with threads."""
     _listen().serve(HANDLERS[work], threads=threads)
+
+
+def refuse(_: str) -> None:
+    """Listener.serve with pending and busy: one handler, which a client of our own keeps for ever."""
+    listener = fastlisten.bind(ADDRESS, backlog=BACKLOG)
+
+    def handler(_: fastlisten.Connection) -> NoReturn:
+        print(listener.getsockname()[1], flush=True)  # from here on everybody else is refused
+        while True:
+            threading.Event().wait()
+
+    with socket.create_connection(listener.getsockname()):
+        listener.serve(handler, pending=0, busy="reset")
 
 
 def accept_loop(work: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -11,8 +13,7 @@ BACKLOG = 4096
 ADDRESS = ("127.0.0.1", 0)
 QUESTION_LIMIT = 4096
 HTTP_ANSWER = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 6\r\nConnection: close\r\n\r\n"
-    b"hello\n"
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 6\r\nConnection: close\r\n\r\nhello\n"
 )
 
 
@@ -47,7 +48,15 @@ def http(connection: Client) -> None:
     connection.sendall(HTTP_ANSWER)
 
 
-HANDLERS: dict[str, Handler] = {"close": close, "echo": echo, "http": http}
+RESET = struct.pack("ii", 1, 0)  # struct linger: on, 0 s
+
+
+def shed(connection: socket.socket) -> None:
+    """Have the close be a reset (SO_LINGER, socket(7))."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+
+HANDLERS: dict[str, Handler] = {"close": close, "echo": echo, "http": http, "shed": shed}
 
 
 def take_on_demand(take: Callable[[int], Sequence[Any]]) -> None:
