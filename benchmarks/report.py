@@ -39,7 +39,7 @@ def readme(results: Results, picture: str) -> str:
     lines = [
         "µs of the server's CPU for one connection, user + system = **total**, and in brackets the "
         f"total's ratio to the C `accept4` loop; median of {max(row.rounds for row in rows)} rounds.",
-        f"{_machine(results)}.",
+        f"{_machine(results)}; commit {results.machine['commit'] or 'unknown'}.",
         "",
         f"![The same as bars]({picture})",
         "",
@@ -73,7 +73,7 @@ def _machine(results: Results) -> str:
     packages = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
     return (
         f"{results.date}, {m['system']} {m['kernel']} {m['architecture']}, {m['processor']}, "
-        f"{m['cores']} cores, CPython {m['python']}, {m['cc']}; {packages}"
+        f"{m['cores']} cores, CPython {m['python']}, {m['cc']}, {m['go'] or 'no go'}; {packages}"
     )
 
 
