@@ -308,6 +308,46 @@ def accept_many(self, limit=64):
         free(clients)
 
 
+def take(self):
+    """The client that is queued first, as a non-blocking Connection of the caller's; None if nobody is.
+
+    Raises OSError as accept(); a client that was lost before it was ours is counted and passed over.
+    """
+    cdef Ledger ledger = self._ledger
+    cdef client_t client
+    cdef verdict_t answer
+    cdef int code
+    share_nonblocking(self)
+    while not take_client(_fileno(self), &client, 1):
+        code = port_error()
+        answer = verdict(code)
+        if answer in (AGAIN, INTERRUPTED):
+            return None
+        if answer in (CONNECTION, RESOURCES):
+            count_error(ledger.at, code)
+        if answer != CONNECTION:
+            raise_error(code)
+    port_add(&ledger.at.accepted, 1)
+    port_add(&ledger.at.active, 1)
+    try:
+        return new_connection(client.fd, &client.address, client.length, ledger.at, 0)
+    except BaseException:
+        port_close(client.fd)
+        port_add(&ledger.at.active, -1)
+        raise
+
+
+def ran_out(error):
+    """Whether this OSError of an accept says that there are no descriptors or no memory."""
+    code = getattr(error, "winerror", None) or error.errno
+    return code is not None and verdict(code) == RESOURCES
+
+
+def unring(port_socket fd):
+    """Take the rings out of a wake-up's first end."""
+    port_unring(fd)
+
+
 cdef bint take_client(port_socket fd, client_t *client, int nonblocking) noexcept nogil:
     client.fd = port_accept(fd, &client.address, &client.length, nonblocking)
     return client.fd != PORT_NO_SOCKET

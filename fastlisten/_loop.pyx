@@ -257,6 +257,7 @@ cdef class Loop:
     cdef Py_ssize_t busy_length
     cdef int64_t pending
     cdef bint ushered
+    cdef bint evented               # an event loop takes the clients, with next_waiting()
     cdef int64_t usher_gone
     cdef outcome_t usher_outcome
     cdef object usher_ended
@@ -305,12 +306,13 @@ cdef class Loop:
         self.daemon, self.leave = options.daemon, options.leave
         self.most_active = options.max_connections or 0
         self.ushered = options.busy is not None
+        self.evented = self.ushered and handler is None
         self.busy = options.busy or b""
         self.busy_text, self.busy_length = self.busy, len(self.busy)
         self.pending = options.pending or 0
         self.shed = options.exhausted == "shed"
         self.exhausted = options.exhausted if callable(options.exhausted) else None
-        self.timeout = default_timeout()
+        self.timeout = 0 if self.evented else default_timeout()
         self.caller = threading.get_ident()
         self.to_drain = -1
         self.workers = set()
@@ -555,6 +557,10 @@ cdef class Loop:
     cdef int64_t free_places(self) noexcept nogil:
         """How many more clients could be with a handler right now."""
         cdef int64_t places = max(self.most, 1) - port_get(&self.handling)
+        if self.evented and self.most_active:
+            places = FREE_AT_MOST  # an event loop has as many handlers as there may be connections
+        elif self.evented and self.pending:
+            places = 0  # ... and who is not with it yet waits
         if self.most_active:
             places = min(places, self.most_active - self.active())
         return min(max(places, 0), FREE_AT_MOST)
@@ -767,19 +773,23 @@ cdef class Loop:
     cdef void ring_for_leader(self) noexcept nogil:
         port_ring(self.arrivals[1] if self.most else self.bell[1])
 
-    cdef outcome_t wait_for_usher(self) noexcept nogil:
-        """The leader's wait while an usher accepts."""
-        cdef port_pollfd poll
+    cdef bint look_in_ring(self) noexcept nogil:
+        """Whether somebody waits there and may be taken; if not, have the usher ring."""
         cdef bint some, allowed
         PyThread_acquire_lock(self.ring_lock, WAIT_LOCK)
         some = self.waiting > 0
         allowed = self.most_active == 0 or self.active() < self.most_active or self.overdue()
         self.leader_waits = not (some and allowed)
         PyThread_release_lock(self.ring_lock)
-        if some and allowed:
+        return some and allowed
+
+    cdef outcome_t wait_for_usher(self) noexcept nogil:
+        """The leader's wait while an usher accepts."""
+        cdef port_pollfd poll
+        if self.look_in_ring():
             return TAKEN
         if port_get(&self.usher_gone):  # nobody else hears the Connections ring
-            return self.sleep(-1) if some else self.usher_outcome
+            return self.sleep(-1) if self.waiting else self.usher_outcome
         poll.fd = self.arrivals[0] if self.most else self.bell[0]
         poll.events = POLLIN
         if port_poll_ns(&poll, 1, -1) > 0:
@@ -825,6 +835,24 @@ cdef class Loop:
         """The next Connection, the caller's to close; None when the loop is over."""
         cdef client_t client
         if not self.next_client(&client):
+            return None
+        port_add(&self.handling, -1)
+        return self.connection(&client)
+
+    # --- for an event loop, which waits by itself ----------------------------------------------------
+
+    def bell_fd(self):
+        """What the usher rings when somebody has come or may be taken again: poll it, and unring it."""
+        return self.bell[0]
+
+    def next_waiting(self):
+        """The client the usher let in first, as a Connection of the caller's; None if there is none now."""
+        cdef client_t client
+        if port_get(&self.news):
+            self.tell_news()
+        if port_get(&self.usher_gone) and self.usher_outcome == FAILED and not self.waiting:
+            raise_error(self.code)
+        if not self.look_in_ring() or not self.pop(&client):
             return None
         port_add(&self.handling, -1)
         return self.connection(&client)

@@ -41,6 +41,7 @@ typedef int port_length;                        /* how long a buffer may be in o
 #  include <unistd.h>
 #  ifdef __linux__
 #    include <netinet/tcp.h>
+#    include <sys/epoll.h>
 #  endif
 typedef int port_socket;
 typedef struct pollfd port_pollfd;
@@ -319,6 +320,49 @@ static inline int port_poll_ns(port_pollfd *polls, int n, int64_t ns)
 {
     int64_t ms = ns < 0 ? -1 : (ns + 999999) / 1000000;
     return port_poll(polls, n, ms > INT_MAX ? INT_MAX : (int)ms);
+}
+
+/* A poller watches any number of sockets and is itself a descriptor that another loop can watch:
+ * epoll(7).  PORT_NO_SOCKET where it cannot be had; port_error() tells why only where there is one. */
+static inline port_socket port_poller(void)
+{
+#ifdef __linux__
+    return epoll_create1(EPOLL_CLOEXEC);
+#else
+    return PORT_NO_SOCKET;
+#endif
+}
+
+/* Watch s for other events (POLLIN, POLLOUT; 0: not at all) than before. */
+static inline int port_poller_set(port_socket poller, port_socket s, short before, short events)
+{
+#ifdef __linux__
+    struct epoll_event event;
+    memset(&event, 0, sizeof event);
+    event.events = (uint32_t)events;            /* epoll's EPOLLIN and EPOLLOUT are poll's numbers */
+    event.data.fd = s;
+    return epoll_ctl(poller, !before ? EPOLL_CTL_ADD : !events ? EPOLL_CTL_DEL : EPOLL_CTL_MOD, s, &event);
+#else
+    (void)poller; (void)s; (void)before; (void)events;
+    return -1;
+#endif
+}
+
+/* Which of the poller's sockets are ready now, at most n (and 64); returns how many, never waits. */
+static inline int port_poller_ready(port_socket poller, port_pollfd *ready, int n)
+{
+#ifdef __linux__
+    struct epoll_event events[64];
+    int i, found = epoll_wait(poller, events, n < 64 ? n : 64, 0);
+    for (i = 0; i < found; i++) {
+        ready[i].fd = events[i].data.fd;
+        ready[i].revents = (short)events[i].events;
+    }
+    return found;
+#else
+    (void)poller; (void)ready; (void)n;
+    return 0;
+#endif
 }
 
 /* A monotonic clock, in nanoseconds from an arbitrary start. */

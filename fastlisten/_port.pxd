@@ -55,12 +55,16 @@ cdef extern from "_port.h" nogil:
         port_socket listener, port_address *address, int *length, int nonblocking)
     Py_ssize_t port_recv(port_socket s, void *buffer, Py_ssize_t length, int flags)
     Py_ssize_t port_send(port_socket s, const void *buffer, Py_ssize_t length, int flags)
+    int PORT_SHUT_WRITE
     int port_shutdown(port_socket s, int how)
     void port_cut(port_socket s)
     bint port_says_cut(int code)
     void port_refuse(port_socket s, const char *message, Py_ssize_t length)
 
     int port_poll_ns(port_pollfd *polls, int n, int64_t ns)
+    port_socket port_poller()
+    int port_poller_set(port_socket poller, port_socket s, short before, short events)
+    int port_poller_ready(port_socket poller, port_pollfd *ready, int n)
     int64_t port_now()
     void port_ring(port_socket s)
     void port_unring(port_socket s)
