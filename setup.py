@@ -42,7 +42,7 @@ def extension(name: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [extension("_accept"), extension("_connection"), extension("_loop")],
+        [extension("_accept"), extension("_connection"), extension("_loop"), extension("_transport")],
         build_dir="build/cython",  # generated C stays out of the source tree
         compiler_directives=DIRECTIVES,
     ),

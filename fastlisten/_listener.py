@@ -8,14 +8,17 @@ import stat
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from fastlisten import _accept
 from fastlisten._connection import Connection
 from fastlisten._endpoint import Endpoint, endpoint_of, resolve
 from fastlisten._loop import Loop
+
+if TYPE_CHECKING:
+    from fastlisten.aio import Arrivals
 
 Handler = Callable[[Connection], object]
 OnError = Callable[[Exception, Connection], object]
@@ -163,6 +166,7 @@ class Listener(socket.socket):
         self._since = time.time()
         self._loop: Loop | None = None
         self._unlink: _OwnPath | None = None
+        self._arrivals: Arrivals | None = None
         _listeners.add(self)
 
     accept = _accept.accept
@@ -214,6 +218,25 @@ class Listener(socket.socket):
     def __iter__(self) -> Iterator[Connection]:
         """Connections until stop(); each is the caller's to close."""
         return _connections(self)
+
+    def __aiter__(self) -> AsyncIterator[Connection]:
+        """Connections until stop() or close(), on the event loop that runs (not on Windows' proactor).
+
+        They are non-blocking, so that loop.sock_recv() and the like take them, and the caller's to close.
+        """
+        from fastlisten.aio import arrivals  # asyncio is much to import for those who never ask
+
+        return arrivals(self).connections()
+
+    async def accept_async(self) -> tuple[socket.socket, Any]:
+        """Wait for a client on the event loop that runs; returns (socket.socket, address) as accept() does.
+
+        The socket is non-blocking and the caller's to close.  Several tasks may wait; cancelling one loses
+        no client.  Raises OSError as accept().
+        """
+        from fastlisten.aio import arrivals
+
+        return await arrivals(self).accept()
 
     def stop(self, drain: float | None = None) -> None:
         """Ask serve() to end, and return at once; any thread, handler or signal handler may call it.
@@ -292,6 +315,8 @@ class Listener(socket.socket):
         self.settimeout(self.gettimeout())
 
     def _leave_loop(self) -> None:
+        if self._arrivals is not None:
+            self._arrivals.end()
         loop = self._loop
         if loop is not None:
             self.stop(drain=0)

@@ -1,0 +1,857 @@
+"""The transport of the asyncio servers: asyncio.Transport's contract, on each loop and way of watching."""
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import io
+import logging
+import socket
+import tempfile
+import threading
+from typing import Any
+
+import pytest
+from aio_support import Echo, Notes, Run, asyncios, run, server
+from support import LIMIT, connect, read_all, reset, wait_until
+
+from fastlisten import aio
+
+__all__ = ["run"]  # a fixture
+
+SMALL_BUFFER = 4096
+BIG = 8 << 20
+
+
+async def in_thread(function: Any, *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+
+# --- reading
+
+
+def test_what_was_sent_before_the_accept_is_read_in_the_same_turn(run: Run) -> None:
+    class Turns(Echo):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            asyncio.get_running_loop().call_soon(self.note, "turn")
+
+    async def main() -> list[str]:
+        async with server(Turns) as serving:
+            with connect(serving.address) as client:
+                client.sendall(b"hello")
+                protocol = await serving.first()
+                await protocol.until(lambda p: "turn" in p.events)
+                assert await in_thread(client.recv, 100) == b"hello"
+            return protocol.events[:3]
+
+    assert run(main()) == ["made", "data", "turn"]
+
+
+def test_echo_until_the_client_ends(run: Run) -> None:
+    async def main() -> tuple[Any, ...]:
+        async with server(Echo) as serving:
+            reader, writer = await asyncio.open_connection(*serving.address)
+            for i in range(50):
+                writer.write(b"%d\n" % i)
+                assert await reader.readline() == b"%d\n" % i
+            writer.write_eof()
+            assert await reader.read() == b""
+            writer.close()
+            await writer.wait_closed()
+            protocol = serving.made[0]
+            assert await protocol.lost is None
+            assert protocol.transport.is_closing()
+            assert protocol.transport.get_protocol() is None
+            stats = serving.server.stats()
+            return protocol.events[0], protocol.events[-2:], stats.accepted, stats.handled, stats.active
+
+    assert run(main()) == ("made", ["eof", "lost"], 1, 1, 0)
+
+
+def test_between_the_last_data_and_the_end_the_loop_turns(run: Run) -> None:
+    # A task that data_received() starts has to come to its first step before the end is told,
+    # or the answer to a client that half-closes would be lost.
+    class Answer(Notes):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            asyncio.get_running_loop().call_soon(self.answer)
+
+        def answer(self) -> None:
+            self.note("answer")
+            self.transport.write(b"answer")
+
+    async def main() -> tuple[bytes, list[str]]:
+        async with server(Answer) as serving:
+            with connect(serving.address) as client:
+                client.sendall(b"question")
+                client.shutdown(socket.SHUT_WR)
+                return await in_thread(read_all, client), serving.made[0].events
+
+    answer, events = run(main())
+    assert (answer, events) == (b"answer", ["made", "data", "answer", "eof", "lost"])
+
+
+def test_paused_reading_gets_nothing_and_loses_nothing(run: Run) -> None:
+    class Paused(Notes):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.pause_reading()
+            transport.pause_reading()
+
+    async def main() -> None:
+        async with server(Paused) as serving:
+            with connect(serving.address) as client:
+                client.sendall(b"one")
+                protocol = await serving.first()
+                assert not protocol.transport.is_reading()
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                assert protocol.data == b""
+                protocol.transport.resume_reading()
+                protocol.transport.resume_reading()
+                assert protocol.transport.is_reading()
+                await protocol.until(lambda p: p.data == b"one")
+                protocol.transport.pause_reading()
+                client.sendall(b"two")
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                assert protocol.data == b"one"
+                protocol.transport.resume_reading()
+                await protocol.until(lambda p: p.data == b"onetwo")
+
+    run(main())
+
+
+def test_a_batch_of_clients_leaves_room_for_other_tasks(run: Run) -> None:
+    clients = 200
+    made_between: list[int] = []
+
+    async def main() -> None:
+        async with server(Notes, backlog=clients) as serving:
+            sockets = [connect(serving.address) for _ in range(clients)]
+            seen = 0
+            while seen < clients:
+                await asyncio.sleep(0)
+                made_between.append(len(serving.made) - seen)
+                seen = len(serving.made)
+            for client in sockets:
+                client.close()
+
+    run(main())
+    assert max(made_between) <= 32
+
+
+def test_a_firehose_leaves_room_for_other_tasks(run: Run) -> None:
+    async def main() -> int:
+        async with server(Notes) as serving:
+            with connect(serving.address) as client:
+                sender = in_thread(client.sendall, bytes(BIG))
+                sending = asyncio.ensure_future(sender)
+                most, turns, last = 0, 0, 0
+                protocol = await serving.first()
+                while len(protocol.data) < BIG:
+                    await asyncio.sleep(0)
+                    turns += 1
+                    most = max(most, len(protocol.data) - last)
+                    last = len(protocol.data)
+                await sending
+                assert turns > BIG // (1 << 20)
+                return most
+
+    assert run(main()) <= 1 << 20
+
+
+# --- writing and flow control
+
+
+class Pour(Notes):
+    """Sends 100 MB as fast as it may."""
+
+    total = 100 << 20
+    chunk = bytes(range(256)) * 256
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.may_write, self.sent, self.most_kept = True, 0, 0
+        self.pour()
+
+    def pour(self) -> None:
+        while self.may_write and self.sent < self.total:
+            self.transport.write(self.chunk)
+            self.sent += len(self.chunk)
+            self.most_kept = max(self.most_kept, self.transport.get_write_buffer_size())
+        if self.sent == self.total:
+            self.transport.close()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.may_write = False
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self.may_write = True
+        self.pour()
+
+
+def drink(client: socket.socket) -> int:
+    size, expected = 0, 0
+    while part := client.recv(1 << 16):
+        assert part[0] == expected
+        assert part[-1] == (expected + len(part) - 1) % 256
+        expected = (expected + len(part)) % 256
+        size += len(part)
+    return size
+
+
+def test_a_slow_reader_and_100_mb_stay_under_the_high_water_mark(run: Run) -> None:
+    async def main() -> tuple[int, int, list[str]]:
+        async with server(Pour) as serving:
+            with connect(serving.address, receive_buffer=SMALL_BUFFER * 16) as client:
+                size = await in_thread(drink, client)
+            protocol = serving.made[0]
+            assert await protocol.lost is None
+            return size, protocol.most_kept, protocol.events
+
+    size, kept, events = run(main(), 40)
+    assert size == Pour.total
+    high = 64 * 1024
+    assert kept <= high + len(Pour.chunk)
+    assert events.count("pause") == events.count("resume") >= 1
+
+
+def test_one_big_write_of_each_kind_arrives_as_it_was(run: Run) -> None:
+    data = bytes(range(256)) * (BIG // 256)
+
+    class Kinds(Notes):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            changing = bytearray(data)
+            transport.write(changing)
+            changing[:] = bytes(len(changing))  # it is not locked, and what is sent is what it was
+            transport.write(data)
+            transport.write(memoryview(data).cast("I"))
+            transport.write(b"")
+            transport.writelines([b"a", bytearray(b"b"), memoryview(b"c")])
+            transport.writelines([])
+            transport.close()
+            assert transport.get_write_buffer_size() > 0
+
+    async def main() -> bytes:
+        async with server(Kinds) as serving:
+            with connect(serving.address) as client:
+                return await in_thread(read_all, client)
+
+    assert run(main()) == data * 3 + b"abc"
+
+
+def test_many_small_writes_arrive_in_order(run: Run) -> None:
+    pieces = [b"%06d" % i for i in range(100_000)]
+
+    class Small(Notes):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            for piece in pieces:
+                transport.write(piece)
+            transport.close()
+
+    async def main() -> bytes:
+        async with server(Small) as serving:
+            with connect(serving.address, receive_buffer=SMALL_BUFFER) as client:
+                return await in_thread(read_all, client)
+
+    assert run(main()) == b"".join(pieces)
+
+
+def test_the_marks_decide_when_the_protocol_is_paused(run: Run) -> None:
+    async def main() -> None:
+        async with server(Notes) as serving:
+            with connect(serving.address, receive_buffer=SMALL_BUFFER) as client:
+                protocol = await serving.first()
+                transport = protocol.transport
+                assert transport.get_write_buffer_limits() == (16384, 65536)
+                transport.write(bytes(BIG))
+                assert protocol.events[-1] == "pause"
+                kept = transport.get_write_buffer_size()
+                assert 0 < kept <= BIG
+                transport.write(b"x")
+                assert protocol.events.count("pause") == 1
+                transport.set_write_buffer_limits(low=10)
+                assert transport.get_write_buffer_limits() == (10, 40)
+                reading = asyncio.ensure_future(in_thread(read_all, client, BIG + 1))
+                await protocol.until(lambda p: p.events[-1] == "resume")
+                assert transport.get_write_buffer_size() <= 10
+                await reading
+                transport.set_write_buffer_limits(0)
+                assert transport.get_write_buffer_limits() == (0, 0)
+
+    run(main())
+
+
+# --- ends
+
+
+def test_the_client_ends_and_the_server_goes_on_writing(run: Run) -> None:
+    class KeepsOpen(Notes):
+        keep_open = True
+
+    async def main() -> tuple[bytes, list[str]]:
+        async with server(KeepsOpen) as serving:
+            with connect(serving.address) as client:
+                client.shutdown(socket.SHUT_WR)
+                protocol = await serving.first()
+                await protocol.until(lambda p: "eof" in p.events)
+                for part in (b"a", b"b", b"c"):
+                    await asyncio.sleep(0)
+                    protocol.transport.write(part)
+                protocol.transport.close()
+                answer = await in_thread(read_all, client)
+                await protocol.lost
+                return answer, protocol.events
+
+    assert run(main()) == (b"abc", ["made", "eof", "lost"])
+
+
+@pytest.mark.parametrize("size", [10, BIG])
+def test_the_server_ends_and_the_client_goes_on_writing(run: Run, size: int) -> None:
+    class Ends(Notes):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.write(bytes(size))
+            assert transport.can_write_eof()
+            transport.write_eof()
+            transport.write_eof()
+            with pytest.raises(RuntimeError, match=r"Cannot call write\(\) after write_eof\(\)"):
+                transport.write(b"x")
+
+    async def main() -> bytes:
+        async with server(Ends) as serving:
+            with connect(serving.address) as client:
+                assert len(await in_thread(read_all, client)) == size
+                client.sendall(b"still here")
+                client.shutdown(socket.SHUT_WR)
+                protocol = await serving.first()
+                assert await protocol.lost is None
+                return protocol.data
+
+    assert run(main()) == b"still here"
+
+
+def test_close_sends_what_was_written_and_reads_no_more(run: Run) -> None:
+    class Closes(Notes):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self.transport.write(bytes(BIG))
+            self.transport.close()
+            self.transport.close()
+            assert not self.transport.is_reading()
+            assert self.transport.is_closing()
+
+    async def main() -> list[str]:
+        async with server(Closes) as serving:
+            with connect(serving.address) as client:
+                client.sendall(b"x")
+                assert len(await in_thread(read_all, client)) == BIG
+            protocol = serving.made[0]
+            assert await protocol.lost is None
+            return [event for event in protocol.events if event in ("made", "data", "eof", "lost")]
+
+    assert run(main()) == ["made", "data", "lost"]
+
+
+def test_abort_drops_what_was_written(run: Run) -> None:
+    async def main() -> None:
+        async with server(Notes) as serving:
+            with connect(serving.address, receive_buffer=SMALL_BUFFER) as client:
+                protocol = await serving.first()
+                protocol.transport.write(bytes(BIG))
+                protocol.transport.abort()
+                protocol.transport.abort()
+                assert protocol.transport.get_write_buffer_size() == 0
+                assert not protocol.lost.done()  # never from inside the call
+                assert await protocol.lost is None
+                assert len(await in_thread(read_all, client)) < BIG
+
+    run(main())
+
+
+def test_close_does_not_call_the_protocol_from_inside(run: Run) -> None:
+    async def main() -> None:
+        async with server(Notes) as serving:
+            with connect(serving.address):
+                protocol = await serving.first()
+                protocol.transport.close()
+                assert protocol.events == ["made"]
+                assert await protocol.lost is None
+                assert protocol.events == ["made", "lost"]
+
+    run(main())
+
+
+def test_a_reset_reaches_connection_lost(run: Run) -> None:
+    async def main() -> BaseException | None:
+        async with server(Notes) as serving:
+            client = connect(serving.address)
+            protocol = await serving.first()
+            reset(client)
+            return await protocol.lost
+
+    assert type(run(main())) is ConnectionResetError
+    assert run.reports == []
+
+
+def test_a_reset_before_the_first_read(run: Run) -> None:
+    async def main() -> tuple[Any, list[str]]:
+        async with server(Notes) as serving:
+            reset(connect(serving.address))
+            protocol = await serving.first()
+            return await protocol.lost, protocol.events
+
+    error, events = run(main())
+    assert type(error) is ConnectionResetError
+    assert events == ["made", "lost"]
+    assert run.reports == []
+
+
+def test_a_reset_with_unsent_data(run: Run) -> None:
+    async def main() -> BaseException | None:
+        async with server(Notes) as serving:
+            client = connect(serving.address, receive_buffer=SMALL_BUFFER)
+            protocol = await serving.first()
+            protocol.transport.pause_reading()
+            protocol.transport.write(bytes(BIG))
+            protocol.transport.close()
+            reset(client)
+            return await protocol.lost
+
+    assert isinstance(run(main()), ConnectionResetError | BrokenPipeError)
+    assert run.reports == []
+
+
+def test_writes_after_the_end_are_dropped_and_logged(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def main() -> None:
+        async with server(Notes) as serving:
+            with connect(serving.address):
+                protocol = await serving.first()
+                protocol.transport.abort()
+                for _ in range(6):
+                    protocol.transport.write(b"x")
+                await protocol.lost
+                protocol.transport.write(b"x")
+                protocol.transport.close()
+                protocol.transport.abort()
+                protocol.transport.pause_reading()
+                protocol.transport.resume_reading()
+
+    with caplog.at_level(logging.WARNING, "asyncio"):
+        run(main())
+    assert caplog.messages == ["socket.send() raised exception."] * 3
+
+
+def test_a_transport_that_is_dropped_open_warns(run: Run) -> None:
+    async def main() -> None:
+        running = await aio.create_server(asyncio.Protocol, "127.0.0.1", 0)
+
+        class Drops(asyncio.Protocol):
+            def connection_made(self, transport: Any) -> None:
+                transport.pause_reading()  # nobody watches it now
+
+        running.close()
+        await running.wait_closed()
+        running = await aio.create_server(Drops, "127.0.0.1", 0)
+        with connect(running.sockets[0].getsockname()) as client:
+            while running.stats().accepted == 0:
+                await asyncio.sleep(0)
+            gc.collect()
+            assert await in_thread(client.recv, 1) == b""
+        running.close()
+        await running.wait_closed()
+        assert running.stats().active == 0
+
+    gc.disable()
+    try:
+        with pytest.warns(ResourceWarning, match=r"unclosed transport <fastlisten\.Transport open fd="):
+            run(main())
+    finally:
+        gc.enable()
+
+
+# --- protocols
+
+
+def test_set_protocol_in_the_middle(run: Run) -> None:
+    async def main() -> tuple[bytes, bytes]:
+        async with server(Notes) as serving:
+            with connect(serving.address) as client:
+                client.sendall(b"first")
+                protocol = await serving.first()
+                await protocol.until(lambda p: p.data)
+                second = Notes()
+                protocol.transport.set_protocol(second)
+                assert protocol.transport.get_protocol() is second
+                client.sendall(b"second")
+                await second.until(lambda p: p.data)
+                client.close()
+                await second.lost
+                assert not protocol.lost.done()
+                return protocol.data, second.data
+
+    assert run(main()) == (b"first", b"second")
+
+
+class Buffered(Notes, asyncio.BufferedProtocol):
+    size = 5
+
+    def get_buffer(self, sizehint: int) -> Any:
+        assert sizehint == -1
+        self.buffer = bytearray(self.size)
+        return self.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self.buffer[:nbytes]))
+
+
+def test_a_buffered_protocol(run: Run) -> None:
+    async def main() -> bytes:
+        async with server(Buffered) as serving:
+            with connect(serving.address) as client:
+                client.sendall(b"more than five bytes")
+                client.shutdown(socket.SHUT_WR)
+                protocol = await serving.first()
+                assert await protocol.lost is None
+                assert protocol.events[-2:] == ["eof", "lost"]
+                return protocol.data
+
+    assert run(main()) == b"more than five bytes"
+
+
+def fails(*args: Any) -> Any:
+    raise ZeroDivisionError("on purpose")
+
+
+FAILURES = {
+    "connection_made": (Notes, {"connection_made": fails}),
+    "data_received": (Notes, {"data_received": fails}),
+    "eof_received": (Notes, {"eof_received": fails}),
+    "get_buffer": (Buffered, {"get_buffer": fails}),
+    "buffer_updated": (Buffered, {"buffer_updated": fails}),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_callback_that_raises_ends_its_connection_and_is_reported_once(run: Run, name: str) -> None:
+    base, methods = FAILURES[name]
+    protocols = [type("Fails", (base,), methods), Echo, Echo]
+
+    async def main() -> Any:
+        async with server(lambda: protocols.pop(0)()) as serving:
+            with connect(serving.address) as client:
+                client.sendall(b"data")
+                client.shutdown(socket.SHUT_WR)
+                with contextlib.suppress(ConnectionResetError):  # who closes over unread data resets
+                    assert await in_thread(read_all, client) == b""
+            error = await serving.made[0].lost
+            for _ in range(2):
+                reader, writer = await asyncio.open_connection(*serving.address)
+                writer.write(b"hello")
+                assert await reader.readexactly(5) == b"hello"
+                writer.close()
+                await writer.wait_closed()
+            assert serving.server.stats().handler_errors == 1
+            return error
+
+    assert type(run(main())) is ZeroDivisionError
+    assert run.messages() == [f"Fatal error: protocol.{name}() call failed."]
+    assert type(run.reports[0]["exception"]) is ZeroDivisionError
+
+
+def test_a_factory_that_raises_closes_its_connection_and_is_reported_once(run: Run) -> None:
+    factories = [fails, Echo]
+
+    async def main() -> None:
+        async with server(lambda: factories.pop(0)()) as serving:
+            with connect(serving.address) as client:
+                assert await in_thread(client.recv, 1) == b""
+            with connect(serving.address) as client:
+                client.sendall(b"hello")
+                assert await in_thread(client.recv, 5) == b"hello"
+
+    run(main())
+    assert run.messages() == ["Error on transport creation for incoming connection"]
+
+
+def test_connection_lost_that_raises_is_reported(run: Run) -> None:
+    class Fails(asyncio.Protocol):
+        connection_lost = fails
+
+    async def main() -> None:
+        async with server(Fails) as serving:
+            connect(serving.address).close()
+            while serving.server.stats().handled == 0:
+                await asyncio.sleep(0)
+
+    run(main())
+    assert run.messages() == ["Fatal error: protocol.connection_lost() call failed."]
+
+
+@pytest.mark.parametrize("name", ["pause_writing", "resume_writing"])
+def test_flow_control_that_raises_is_reported_and_changes_nothing(run: Run, name: str) -> None:
+    protocol = type("Fails", (Notes,), {name: fails})
+
+    async def main() -> int:
+        async with server(protocol) as serving:
+            with connect(serving.address) as client:
+                (await serving.first()).transport.write(bytes(BIG))
+                serving.made[0].transport.close()
+                return len(await in_thread(read_all, client))
+
+    assert run(main()) == BIG
+    assert run.messages() == [f"protocol.{name}() failed"]
+
+
+def test_system_exit_comes_out_and_the_other_clients_are_not_lost() -> None:
+    class Leaves(Notes):
+        count = 0
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            Leaves.count += 1
+            if Leaves.count == 2:
+                raise SystemExit(7)
+
+    loop = asyncio.SelectorEventLoop()
+    made: list[Leaves] = []
+
+    def factory() -> Leaves:
+        made.append(Leaves())
+        return made[-1]
+
+    async def serve() -> Any:
+        return await aio.create_server(factory, "127.0.0.1", 0)
+
+    try:
+        running = loop.run_until_complete(serve())
+        clients = [connect(running.sockets[0].getsockname()) for _ in range(5)]
+        with pytest.raises(SystemExit):
+            loop.run_forever()
+
+        async def rest() -> None:
+            while Leaves.count < 5:
+                await asyncio.sleep(0)
+            for protocol in made:
+                protocol.transport.abort()
+                await protocol.lost
+            running.close()
+            await running.wait_closed()
+
+        loop.run_until_complete(asyncio.wait_for(rest(), LIMIT))
+        for client in clients:
+            client.close()
+        assert running.stats().accepted == 5
+    finally:
+        loop.close()
+
+
+def test_each_connection_has_its_own_context(run: Run) -> None:
+    mark: contextvars.ContextVar[int] = contextvars.ContextVar("mark")
+    count = iter(range(100))
+
+    class Marks(Notes):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            assert mark.get() == -1  # what it was where the server was made
+            self.number = next(count)
+            mark.set(self.number)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            assert mark.get() == self.number
+            self.transport.close()
+
+        def connection_lost(self, error: Any) -> None:
+            assert mark.get() == self.number
+            super().connection_lost(error)
+
+    async def main() -> None:
+        mark.set(-1)
+        async with server(Marks, max_connections=1) as serving:
+            for i in range(6):
+                with connect(serving.address) as client:
+                    if i % 2:
+                        client.sendall(b"x")
+                    else:
+                        while len(serving.made) == i:
+                            await asyncio.sleep(0)
+                        client.sendall(b"x")
+                    assert await in_thread(client.recv, 1) == b""
+                assert await serving.made[i].lost is None
+
+    run(main())
+    assert run.reports == []
+
+
+# --- what a transport tells
+
+
+def test_extra_info_is_asyncios(run: Run) -> None:
+    async def told(create: Any) -> tuple[Any, ...]:
+        async with server(Notes, create) as serving:
+            with connect(serving.address) as client:
+                transport = (await serving.first()).transport
+                sock = transport.get_extra_info("socket")
+                assert sock.fileno() > 0
+                assert sock.getpeername() == client.getsockname()
+                found = (
+                    transport.get_extra_info("peername") == client.getsockname(),
+                    transport.get_extra_info("sockname") == serving.address,
+                    sock.family,
+                    sock.type,
+                    bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)),
+                    transport.get_extra_info("cipher"),
+                    transport.get_extra_info("nothing", 7),
+                    transport.is_reading(),
+                    transport.is_closing(),
+                    transport.can_write_eof(),
+                    transport.get_write_buffer_limits()[1],  # uvloop's low mark is 16 bytes
+                    transport.get_write_buffer_size(),
+                )
+                transport.abort()
+                await serving.made[0].lost
+                assert transport.get_extra_info("peername") == client.getsockname()
+                assert transport.get_extra_info("sockname") == serving.address
+                assert sock.fileno() == -1
+                return found
+
+    ours, theirs = run(told(aio.create_server)), run(told(asyncios))
+    assert ours == theirs
+
+
+def test_it_is_an_asyncio_transport(run: Run) -> None:
+    async def main() -> None:
+        async with server(Notes) as serving:
+            with connect(serving.address):
+                transport = (await serving.first()).transport
+                assert isinstance(transport, asyncio.Transport)
+                assert isinstance(transport, aio.Transport)
+                assert isinstance(transport.get_extra_info("socket"), asyncio.trsock.TransportSocket)
+                assert repr(transport).startswith("<fastlisten.Transport open fd=")
+            await serving.made[0].lost
+            assert repr(transport) == "<fastlisten.Transport closed not reading unsent=0>"
+
+    run(main())
+    with pytest.raises(TypeError, match="a Transport comes from a server"):
+        aio.Transport()
+
+
+MISTAKES: dict[str, Any] = {
+    "write str": lambda t: t.write("text"),
+    "write int": lambda t: t.write(5),
+    "write None": lambda t: t.write(None),
+    "writelines str": lambda t: t.writelines(["text"]),
+    "writelines int": lambda t: t.writelines(5),
+    "limits": lambda t: t.set_write_buffer_limits(1, 2),
+    "negative limits": lambda t: t.set_write_buffer_limits(-1),
+    "negative low": lambda t: t.set_write_buffer_limits(5, -1),
+    "str limits": lambda t: t.set_write_buffer_limits("5"),
+    "write after eof": lambda t: (t.write_eof(), t.write(b"x")),
+    "write nothing after eof": lambda t: (t.write_eof(), t.write(b"")),
+    "writelines after eof": lambda t: (t.write_eof(), t.writelines([b"x"])),
+    "wrong type after eof": lambda t: (t.write_eof(), t.write("x")),
+    "writelines nothing": lambda t: t.writelines([]),
+    "write after close": lambda t: (t.close(), t.write(b"x")),
+    "eof after close": lambda t: (t.close(), t.write_eof()),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_raise_what_asyncio_raises(mistake: str) -> None:
+    run = Run("asyncio")
+
+    async def outcome(create: Any) -> Any:
+        async with server(Notes, create) as serving:
+            with connect(serving.address):
+                transport = (await serving.first()).transport
+                await asyncio.sleep(0)
+                try:
+                    MISTAKES[mistake](transport)
+                except Exception as error:
+                    return type(error), str(error)
+                return None
+
+    assert run(outcome(aio.create_server)) == run(outcome(asyncios))
+
+
+# --- what asyncio does with a transport
+
+
+def test_sendfile(run: Run) -> None:
+    content = bytes(range(256)) * 4096
+
+    class Sends(Notes):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.task = asyncio.get_running_loop().create_task(self.send())
+
+        async def send(self) -> Any:
+            with tempfile.TemporaryFile() as file:
+                file.write(content)
+                file.flush()
+                try:
+                    return await asyncio.get_running_loop().sendfile(self.transport, file, 100)
+                finally:
+                    self.transport.close()
+
+    async def main() -> tuple[bytes, Any]:
+        async with server(Sends) as serving:
+            with connect(serving.address) as client:
+                data = await in_thread(read_all, client)
+            return data, (await asyncio.wait([serving.made[0].task]))[0].pop()
+
+    data, task = run(main())
+    if run.loop == "uvloop":  # it has none, and says so
+        assert isinstance(task.exception(), NotImplementedError)
+    else:
+        assert task.result() == len(content) - 100
+        assert data == content[100:]
+
+
+def test_a_file_like_object_is_no_data(run: Run) -> None:
+    async def main() -> None:
+        async with server(Notes) as serving:
+            with connect(serving.address):
+                transport = (await serving.first()).transport
+                with pytest.raises(TypeError):
+                    transport.write(io.BytesIO(b"x"))
+
+    run(main())
+
+
+def test_reading_from_another_thread_sees_the_server_alive(run: Run) -> None:
+    # The loop of the server in one thread, clients of another: nothing is shared but the sockets.
+    ready = threading.Event()
+    address: list[Any] = []
+
+    async def main() -> int:
+        async with server(Echo) as serving:
+            address.append(serving.address)
+            ready.set()
+            while len(serving.made) < 20:
+                await asyncio.sleep(0.001)
+            for protocol in serving.made:
+                await protocol.lost
+            return len(serving.made)
+
+    def clients() -> None:
+        ready.wait(LIMIT)
+        for i in range(20):
+            with connect(address[0]) as client:
+                client.sendall(b"%d" % i)
+                assert client.recv(10) == b"%d" % i
+
+    thread = threading.Thread(target=clients)
+    thread.start()
+    assert run(main()) == 20
+    thread.join(LIMIT)
+    wait_until(lambda: not thread.is_alive())
