@@ -596,7 +596,8 @@ cdef class Loop:
             self.want(True)
             if self.at_limit():  # it could have closed before it knew that we wait
                 return -1
-        self.want(False)
+        # In a shortage they go on ringing: one that closes while we try again must cut the next pause short.
+        self.want(self.failures > 0)
         return 0
 
     cdef outcome_t sleep(self, int64_t shut) noexcept nogil:
