@@ -263,8 +263,9 @@ def test_a_descriptor_of_ours_that_comes_free_is_used_at_once(mode: Any) -> None
                     begun = time.monotonic()
                     delays.append(answered(late) - begun)
             process.ask("empty")
+    # Were the pauses waited out, these would be spread over 100 ms. One may be the machine's doing.
     assert statistics.median(delays) < 0.02, delays
-    assert max(delays) < 0.1, delays
+    assert sorted(delays)[-2] < 0.05, delays
 
 
 @pytest.mark.parametrize(
