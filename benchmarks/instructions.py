@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from ._build import cc, compiler_version
@@ -32,7 +31,12 @@ WORKS = ("close", "echo")
 
 CONNECTIONS = 1_000
 CLIENTS = 16
-"""Under valgrind a server is so slow that clients always wait: the batches are always full."""
+"""Under valgrind a server is so slow that clients always wait, and batches are full, unless other
+processes keep the clients off the cores."""
+
+RECOUNTS = 2
+"""A count that grew too much is taken so often again, and the least is believed: a batch that is not
+full adds to it, and nothing takes away."""
 
 GROWTH = 0.05
 """A count may grow by so much before the check fails."""
@@ -63,9 +67,9 @@ def count_run(server: str, work: str, connections: int) -> int:
 
 def count(server: str, work: str) -> int:
     """Return the user-mode instructions for one more connection."""
-    # Other processes cost time and change no count: the two run at once.
-    with ThreadPoolExecutor(2) as pool:
-        less, more = pool.map(count_run, (server,) * 2, (work,) * 2, (CONNECTIONS, 3 * CONNECTIONS))
+    # One after the other: side by side they would take the core that the clients need.
+    less = count_run(server, work, CONNECTIONS)
+    more = count_run(server, work, 3 * CONNECTIONS)
     return round((more - less) / (2 * CONNECTIONS))
 
 
@@ -105,9 +109,12 @@ def minor() -> str:
     return ".".join(platform.python_version_tuple()[:2])
 
 
-def complaints(recorded: Counts, counts: Counts, same: bool) -> list[str]:
-    """Return a line for each count that grew too much. `same`: the record is of this very build."""
-    lines = []
+def complaints(recorded: Counts, counts: Counts, same: bool) -> dict[tuple[str, str], str]:
+    """Return a line for each work and server whose count grew too much.
+
+    `same`: the record is of this very build.
+    """
+    lines = {}
     for work, servers in recorded.items():
         for server, was in servers.items():
             now = counts[work][server]
@@ -119,7 +126,7 @@ def complaints(recorded: Counts, counts: Counts, same: bool) -> list[str]:
                 then, today = was / servers[STDLIB], now / counts[work][STDLIB]
                 unit, allowed = f"of {STDLIB}'s", OTHER_BUILD_GROWTH
             if today > then * (1 + allowed):
-                lines.append(
+                lines[work, server] = (
                     f"{work} {server}: {today:,.5g} {unit}, was {then:,.5g}: "
                     f"{today / then - 1:+.1%}, allowed {allowed:+.0%}"
                 )
@@ -128,6 +135,14 @@ def complaints(recorded: Counts, counts: Counts, same: bool) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
+    try:
+        return run(arguments)
+    except SampleError as error:
+        raise SystemExit(str(error)) from None
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Do what the command line says; SampleError when a server cannot be counted."""
     p = argparse.ArgumentParser(
         prog="python -m benchmarks instructions",
         description="User-mode instructions for one connection, counted by callgrind.",
@@ -141,10 +156,7 @@ def main(arguments: Sequence[str]) -> int:
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     if options.check and minor() not in record:
         raise SystemExit(f"nothing is recorded for Python {minor()}; --record does it")
-    try:
-        counts = count_all()
-    except SampleError as error:
-        raise SystemExit(str(error)) from None
+    counts = count_all()
     if options.record:
         record[minor()] = {**build_facts(), "counts": counts}
         RECORD.write_text(json.dumps(dict(sorted(record.items())), indent=1) + "\n")
@@ -158,6 +170,12 @@ def main(arguments: Sequence[str]) -> int:
     if differ:
         print(f"the record is of another build ({', '.join(differ)}): ratios are compared")
     bad = complaints(recorded["counts"], counts, not differ)
+    for _ in range(RECOUNTS):
+        for work, server in bad:
+            again = count(server, work)
+            print(f"{work:6} {server:24} {again:8,}, counted again", file=sys.stderr, flush=True)
+            counts[work][server] = min(counts[work][server], again)
+        bad = complaints(recorded["counts"], counts, not differ)
     allowed = OTHER_BUILD_GROWTH if differ else GROWTH
-    print("\n".join(bad) or f"no count grew by more than {allowed:.0%}")
+    print("\n".join(bad.values()) or f"no count grew by more than {allowed:.0%}")
     return 1 if bad else 0
