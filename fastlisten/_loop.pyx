@@ -192,6 +192,9 @@ cdef class Lead:
 
     cdef int64_t pocket(self) noexcept nogil:
         """The leader goes to handle a client; returns what come_back() wants to see."""
+        if PORT_PARALLEL:  # without the GIL even quick handlers gain from a second thread
+            self.give_up()
+            return FREE
         if self.eager > 0:
             self.eager -= 1
             self.give_up()

@@ -424,6 +424,13 @@ static inline int port_queue(port_socket listener, int *depth, int *limit)
     return -1;
 }
 
+/* Whether Python code of several threads runs at the same time. */
+#ifdef Py_GIL_DISABLED
+#  define PORT_PARALLEL 1
+#else
+#  define PORT_PARALLEL 0
+#endif
+
 /* --- Numbers that several threads count ------------------------------------------------------------- */
 
 #ifdef _MSC_VER

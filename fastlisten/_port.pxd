@@ -71,6 +71,7 @@ cdef extern from "_port.h" nogil:
     port_socket port_spare()
     int port_queue(port_socket listener, int *depth, int *limit)
 
+    bint PORT_PARALLEL
     int64_t port_add(int64_t *number, int64_t by)
     int64_t port_get(int64_t *number)
     int64_t port_swap(int64_t *number, int64_t to)

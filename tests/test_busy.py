@@ -15,6 +15,7 @@ import pytest
 from preload import server
 from support import (
     LIMIT,
+    PROBES,
     connect,
     echo,
     exchange,
@@ -337,7 +338,7 @@ def test_two_thousand_silent_and_slow_clients() -> None:
         assert exchange(process.address) == b"ping"
         took, result = process.ask("stop")
         assert result[1] == 0
-        assert took < 1
+        assert took < (3 if PROBES["a free-threaded interpreter"]() else 1)  # it ends 2,000 threads
 
 
 @needs("Linux")
