@@ -9,6 +9,9 @@ mkdir -p "$CACHE"
 # A download that fails for the network's sake is tried again.
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_RETRIES=8 PIP_TIMEOUT=30
 
+# Root may check a tree that belongs to somebody else.
+export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=$REPO
+
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 die() { say "$*"; exit 1; }
 
