@@ -1,16 +1,23 @@
 """The extension modules; everything else about the build is in pyproject.toml."""
 
 import platform
+import struct
 import sysconfig
 
-from Cython.Build import cythonize
-from setuptools import Extension, setup
-
+# Before anything that such a system may lack.
 if platform.python_implementation() != "CPython":
     raise SystemExit(
         f"fastlisten needs CPython: its accept loop is a C extension that "
         f"{platform.python_implementation()} has not been shown to run"
     )
+if struct.calcsize("P") < 8 or sysconfig.get_platform() == "win32":
+    raise SystemExit(
+        "fastlisten needs a 64-bit Python: its counters are 64-bit numbers that threads share, and no "
+        "32-bit system has been shown to run it"
+    )
+
+from Cython.Build import cythonize  # noqa: E402
+from setuptools import Extension, setup  # noqa: E402
 
 # A cross build for Windows runs on Linux, so ask for the target, not for the running system.
 WINDOWS = sysconfig.get_platform().startswith("win")

@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -306,3 +307,20 @@ def test_the_gil_stays_off() -> None:
     code = "import sys, fastlisten; sys.exit(sys._is_gil_enabled())"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=30)
     assert sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
+@pytest.mark.parametrize(
+    ("pretend", "message"),
+    [
+        ("import platform; platform.python_implementation = lambda: 'PyPy'", "fastlisten needs CPython"),
+        ("import struct; struct.calcsize = lambda _: 4", "fastlisten needs a 64-bit Python"),
+    ],
+    ids=["PyPy", "32 bits"],
+)
+def test_the_build_refuses_what_was_never_run_and_says_so(pretend: str, message: str) -> None:
+    setup = Path(__file__).parent.parent / "setup.py"
+    code = f"{pretend}; exec(compile(open({str(setup)!r}).read(), 'setup.py', 'exec'))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert "Traceback" not in done.stderr
