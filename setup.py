@@ -16,8 +16,8 @@ if struct.calcsize("P") < 8 or sysconfig.get_platform() == "win32":
         "32-bit system has been shown to run it"
     )
 
-from Cython.Build import cythonize  # noqa: E402
-from setuptools import Extension, setup  # noqa: E402
+from Cython.Build import cythonize
+from setuptools import Extension, setup
 
 # A cross build for Windows runs on Linux, so ask for the target, not for the running system.
 WINDOWS = sysconfig.get_platform().startswith("win")
