@@ -49,7 +49,10 @@ def extension(name: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [extension("_accept"), extension("_connection"), extension("_loop"), extension("_transport")],
+        [
+            extension(name)
+            for name in ("_accept", "_connection", "_loop", "_request", "_transport")
+        ],
         build_dir="build/cython",  # generated C stays out of the source tree
         compiler_directives=DIRECTIVES,
     ),

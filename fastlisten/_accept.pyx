@@ -18,6 +18,7 @@ from fastlisten._connection cimport (
     ledger_t,
     new_connection,
     raise_error,
+    standard_socket,
 )
 from fastlisten._port cimport *
 
@@ -29,12 +30,9 @@ cdef enum:
 # would let another process steal the port.
 REUSE_ADDRESS = bool(PORT_REUSE_ADDRESS)
 
-cdef object _StandardSocket = _socket.socket
 cdef object _accept = _socket.socket.accept
 cdef object _fileno = _socket.socket.fileno
 cdef object _gettimeout = _socket.socket.gettimeout
-cdef object _new_socket = _socket.SocketType.__new__
-cdef object _init_socket = _socket.SocketType.__init__
 cdef object _getdefaulttimeout = _socket.getdefaulttimeout
 
 
@@ -234,25 +232,7 @@ def accept(self):
     # accept4() makes it blocking; with a default timeout socket.socket() makes it non-blocking itself
     client = accept_one(self, &address, &length, 0)
     port_add(&ledger.at.accepted, 1)
-    return standard_socket(client, ledger.at), address_object(&address, length)
-
-
-cdef object standard_socket(port_socket fd, ledger_t *ledger):
-    """A socket.socket that owns `fd`, made as socket.socket.__init__ does.
-
-    It is not called, because it is Python code: a signal handler that raised in the middle of it would leave
-    a descriptor that both or neither of us would close.
-    """
-    sock = _new_socket(_StandardSocket)
-    try:
-        _init_socket(sock, ledger.family, ledger.type, ledger.protocol, fd)
-    except BaseException:
-        if sock.fileno() == -1:
-            port_close(fd)
-        raise
-    sock._io_refs = 0
-    sock._closed = False
-    return sock
+    return standard_socket(client, ledger.at.family, ledger.at.type, ledger.at.protocol), address_object(&address, length)
 
 
 def accept_many(self, limit=64):

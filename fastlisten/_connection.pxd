@@ -70,5 +70,6 @@ cdef class Connection:
 
 cdef Connection new_connection(
     port_socket fd, const port_address *address, int length, ledger_t *ledger, double timeout)
+cdef object standard_socket(port_socket fd, int family, int type, int protocol)
 cdef object address_object(const port_address *address, int length)
 cdef int raise_error(int code) except -1

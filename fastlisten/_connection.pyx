@@ -24,6 +24,8 @@ cdef extern from "Python.h":
 
 cdef object _zero = 0
 cdef object _StandardSocket = _socket.socket
+cdef object _new_socket = _socket.SocketType.__new__
+cdef object _init_socket = _socket.SocketType.__init__
 cdef object _CSocket = _socket.SocketType  # what socket.socket adds to is not needed for one call
 
 cdef object _duplicate = _socket.dup
@@ -100,6 +102,24 @@ cdef object address_object(const port_address *address, int length):
     if path[0] == 0:  # Linux's abstract names are bytes of a given length: unix(7)
         return PyBytes_FromStringAndSize(path, size)
     return fsdecode(PyBytes_FromStringAndSize(path, size).split(b"\0", 1)[0])
+
+
+cdef object standard_socket(port_socket fd, int family, int type, int protocol):
+    """A socket.socket that owns `fd`, made as socket.socket.__init__ does.
+
+    It is not called, because it is Python code: a signal handler that raised in the middle of it would leave
+    a descriptor that both or neither of us would close.
+    """
+    sock = _new_socket(_StandardSocket)
+    try:
+        _init_socket(sock, family, type, protocol, fd)
+    except BaseException:
+        if sock.fileno() == -1:
+            port_close(fd)
+        raise
+    sock._io_refs = 0
+    sock._closed = False
+    return sock
 
 
 cdef Connection new_connection(
@@ -246,7 +266,7 @@ cdef class Connection:
             raise_error(PORT_CLOSED)
         family, type, protocol = ledger.family, ledger.type, ledger.protocol
         # given up first: if a signal handler raises in between, nobody closes the descriptor twice
-        sock = _StandardSocket(family, type, protocol, fileno=self.detach())
+        sock = standard_socket(self.detach(), family, type, protocol)
         timeout = self.gettimeout()
         if sock.gettimeout() != timeout:  # it began with socket.getdefaulttimeout(), as the connection did
             sock.settimeout(timeout)

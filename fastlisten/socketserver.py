@@ -15,23 +15,21 @@ and process_request().  Datagram and forking servers are the original's througho
 
 from __future__ import annotations
 
-import contextvars
 import errno
 import logging
 import socket as _socket
 import socketserver as _original
-import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from socketserver import __all__ as __all__
 from typing import TYPE_CHECKING, Any
 
-from fastlisten._connection import Connection
 from fastlisten._listener import Listener, run_loop, serve_options
 from fastlisten._loop import Loop
+from fastlisten._request import Way
 
 # As many threads as clients, as in the original.
 UNLIMITED = 2**31 - 1
@@ -55,9 +53,23 @@ _HOOKS = {
     "service_actions": _original.BaseServer.service_actions,
     "_handle_request_noblock": getattr(_original.BaseServer, "_handle_request_noblock", None),
 }
+# The loop's threads stand for these.
 _THREAD_HOOKS = {
     "verify_request": _original.BaseServer.verify_request,
     "process_request": _original.ThreadingMixIn.process_request,
+}
+# And for these there is Way, which does the same in fewer steps.
+_REQUEST_HOOKS = {
+    "finish_request": _original.BaseServer.finish_request,
+    "shutdown_request": _original.TCPServer.shutdown_request,
+    "close_request": _original.TCPServer.close_request,
+}
+_INLINE_REQUEST_HOOKS = {
+    "verify_request": _original.BaseServer.verify_request,
+    "process_request": _original.BaseServer.process_request,
+}
+_THREAD_REQUEST_HOOKS = {
+    "process_request_thread": _original.ThreadingMixIn.process_request_thread,
 }
 
 
@@ -127,12 +139,15 @@ class AcceptMixIn:
 
     def _serve(self, listener: Listener) -> bool:
         """Serve with the loop; returns False, and has done nothing, when another thread does so already."""
-        way = _Way(self, listener)
-        options = serve_options(way.in_line)
         if _untouched(self, _THREAD_HOOKS):
+            way = Way(self, listener, _untouched(self, _REQUEST_HOOKS | _THREAD_REQUEST_HOOKS))
             options = serve_options(way.in_thread, threads=(1, UNLIMITED))
             options = options._replace(leave=True, daemon=self.daemon_threads)
-        loop = Loop([listener], way.in_thread if options.leave else way.in_line, options)
+            loop = Loop([listener], way.in_thread, options)
+        else:
+            way = Way(self, listener, _untouched(self, _REQUEST_HOOKS | _INLINE_REQUEST_HOOKS))
+            options = serve_options(way.in_line)
+            loop = Loop([listener], way.in_line, options)
         with _states:
             if self._listener is not None:
                 return False
@@ -209,61 +224,6 @@ class AcceptMixIn:
             self._pause = 0.0
             _log.info("accepting again")
         return request
-
-
-class _Way:
-    """How a client comes from the loop to a server's hooks, in their order, with the original's errors."""
-
-    def __init__(self, server: Any, listener: Listener) -> None:
-        self.server = server
-        self.listener = listener
-        self.failure: Exception | None = None
-
-    def in_line(self, connection: Connection) -> None:
-        """Handle a client in the thread of serve_forever()."""
-        server = self.server
-        client_address = connection.peer
-        request = connection.socket()
-        try:
-            if not server.verify_request(request, client_address):
-                server.shutdown_request(request)
-                return
-            try:
-                server.process_request(request, client_address)
-            except Exception:
-                server.handle_error(request, client_address)
-                server.shutdown_request(request)
-            except BaseException:
-                server.shutdown_request(request)
-                raise
-        except Exception as error:  # of a hook: the original's serve_forever() raises it
-            if self.failure is None:
-                self.failure = error
-            self.listener.stop()
-
-    def in_thread(self, connection: Connection) -> None:
-        """Handle a client in a thread of the loop, as if the thread had been started for it alone."""
-        client_address = connection.peer
-        request = connection.socket()
-        try:
-            new_context().run(self.server.process_request_thread, request, client_address)
-        except BaseException:  # a thread's end, not the loop's; SystemExit is passed over in silence
-            threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
-
-    def raise_failure(self) -> None:
-        """Raise what a hook raised in the thread of serve_forever()."""
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            try:
-                raise failure
-            finally:
-                del failure  # else it keeps itself alive, and through its traceback the client's socket
-
-
-# A new thread's context is empty, or from Python 3.14 on, if so asked, a copy of that of who starts it.
-new_context: Callable[[], contextvars.Context] = contextvars.Context
-if getattr(sys.flags, "thread_inherit_context", False):
-    new_context = contextvars.copy_context
 
 
 def _untouched(server: object, hooks: dict[str, Any]) -> bool:
