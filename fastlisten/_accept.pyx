@@ -232,7 +232,8 @@ def accept(self):
     # accept4() makes it blocking; with a default timeout socket.socket() makes it non-blocking itself
     client = accept_one(self, &address, &length, 0)
     port_add(&ledger.at.accepted, 1)
-    return standard_socket(client, ledger.at.family, ledger.at.type, ledger.at.protocol), address_object(&address, length)
+    sock = standard_socket(client, ledger.at.family, ledger.at.type, ledger.at.protocol)
+    return sock, address_object(&address, length)
 
 
 def accept_many(self, limit=64):

@@ -4,6 +4,7 @@ import socket as _socket
 import sys
 import threading
 
+cimport cython
 from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit, PyContext_New
 
 from fastlisten._connection cimport Connection
@@ -27,6 +28,7 @@ cdef int shutdown_request(request) except -1:
     return 0
 
 
+@cython.final
 cdef class Way:
     """What to do with a client: the hooks in the original's order, with its answers to their errors.
 
@@ -37,7 +39,7 @@ cdef class Way:
     cdef object server, listener, failure
     cdef bint plain
 
-    def __init__(self, server, listener, bint plain):
+    def __cinit__(self, server, listener, bint plain):
         self.server = server
         self.listener = listener
         self.plain = plain
