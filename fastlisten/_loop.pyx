@@ -395,7 +395,11 @@ cdef class Loop:
         if self.ushered:
             self.usher_ended = allocate_lock()
             self.usher_ended.acquire()
-            start_new_thread(self.usher, ())
+            try:
+                start_new_thread(self.usher, ())
+            except BaseException:
+                self.usher_ended = None  # nobody to wait for
+                raise
 
     cdef port_socket caller_wake(self):
         """What wakes the caller of run(): the end to ring."""
@@ -1054,7 +1058,11 @@ cdef class Loop:
             reaped.acquire()
             self.reapers.append(reaped)
             # not threading.Thread: its locks may be held by the code that a signal interrupted
-            start_new_thread(self.reap, (drain, reaped))
+            try:
+                start_new_thread(self.reap, (drain, reaped))
+            except BaseException:
+                self.reapers.remove(reaped)
+                raise
 
     def reap(self, drain, reaped):
         """Wait for the end of the loop or of the drain's time, and cut what is still there then."""

@@ -2,8 +2,7 @@
  * Makes socket calls fail on demand, from outside the code under test: LD_PRELOAD this library.
  *
  * FAULTS is a plan, "call=code*count" joined by commas; call is accept (for accept and accept4),
- * recv (recv, recvfrom, recvmsg, read is left alone), send (send, sendto, sendmsg), poll (counted
- * only unless planned). Entries of one call are used in order, each `count` times; a code of 0
+ * recv (also for recvfrom), send (also for sendmsg), poll, thread (for pthread_create). Entries of one call are used in order, each `count` times; a code of 0
  * lets that many successful calls through; a code of -N truncates the transfer to N bytes.
  * While the environment names a FAULTS_WHILE file that does not exist, no fault is given and the
  * plan is not used up, so that a test can begin and end an episode from another process.
@@ -21,8 +20,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-enum { ACCEPT, RECV, SEND, POLL, CALLS };
-static const char *const names[CALLS] = {"accept", "recv", "send", "poll"};
+enum { ACCEPT, RECV, SEND, POLL, THREAD, CALLS };
+static const char *const names[CALLS] = {"accept", "recv", "send", "poll", "thread"};
 
 struct entry {
     int call, code;
@@ -213,6 +212,21 @@ poll(struct pollfd *fds, nfds_t count, int timeout)
     }
     int result = real(fds, count, timeout);
     if (result >= 0)
+        succeeded(used);
+    return result;
+}
+
+int
+pthread_create(pthread_t *restrict thread, const pthread_attr_t *restrict attributes,
+               void *(*start)(void *), void *restrict argument)
+{
+    REAL(pthread_create);
+    struct entry *used;
+    int code = planned(THREAD, &used);
+    if (code > 0)
+        return code;
+    int result = real(thread, attributes, start, argument);
+    if (result == 0)
         succeeded(used);
     return result;
 }

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from preload import check, interpreter, plain_environment, python, server
-from support import LIMIT, connect, echo, exchange, needs, read_all, serving, wait_until
+from support import LIMIT, Serving, connect, echo, exchange, needs, read_all, serving, told, wait_until
 
 import fastlisten
 
@@ -496,3 +496,73 @@ def test_the_checks_of_a_process_can_fail() -> None:
         check(0, "", "unclosed <socket")
     assert sys.executable in interpreter()
     assert str(os.environ.get("PATH")) == plain_environment().get("PATH", "None")
+
+
+@modes
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda listener: listener.close(),
+        lambda listener: socket.close(listener.detach()),
+        lambda listener: (listener.stop(), listener.stop(drain=0), listener.stop()),
+        lambda listener: (listener.pause(), listener.stop()),
+        lambda listener: (listener.stop(), listener.close(), listener.stop()),
+    ],
+    ids=["close", "detach", "stop again and again", "pause and stop", "stop, close, stop"],
+)
+def test_a_handler_ends_its_own_loop(mode: Any, act: Any) -> None:
+    """Whatever of the loop's the handler's thread holds, it does not wait for itself."""
+
+    def handler(connection: Any) -> None:
+        if connection.recv(10) == b"last":
+            act(listener)
+
+    with fastlisten.bind(LOOPBACK) as listener:
+        served = Serving(lambda: listener.serve(handler, **mode))
+        address = listener.getsockname()
+        for _ in range(5):
+            exchange(address, b"more")
+        with connect(address) as client:
+            client.sendall(b"last")
+            assert outcome(client) in (b"", "reset")
+        served.wait()
+
+
+@modes
+def test_a_handler_may_ask_and_steer(mode: Any) -> None:
+    seen: list[Any] = []
+
+    def handler(connection: Any) -> None:
+        listener.pause()
+        stats = listener.stats()
+        seen.append((stats.active >= 1, stats.paused, told(listener.serve, handler)[0]))
+        listener.resume()
+        connection.sendall(connection.recv(10))
+
+    with fastlisten.bind(LOOPBACK) as listener, serving(listener, handler, **mode):
+        for _ in range(20):
+            assert exchange(listener) == b"ping"
+    assert seen == [(True, True, RuntimeError)] * 20
+
+
+@modes
+def test_two_threads_close_at_once(mode: Any) -> None:
+    for _ in range(10):
+        listener = fastlisten.bind(LOOPBACK)
+        with connect(listener) as client, serving(listener, echo, **mode) as served:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            together = threading.Barrier(2)
+
+            def close(listener: Any = listener, together: Any = together) -> None:
+                together.wait(LIMIT)
+                listener.close()
+
+            closers = [threading.Thread(target=close) for _ in range(2)]
+            for closer in closers:
+                closer.start()
+            for closer in closers:
+                closer.join(LIMIT)
+                assert not closer.is_alive()
+            assert served.wait().cut == 1
+            assert listener.fileno() == -1

@@ -392,3 +392,114 @@ def test_the_server_process_is_steered() -> None:
         with pytest.raises(AssertionError, match="no_such_command"):
             process.ask("no_such_command")
         assert process.ask("stats")["accepted"] == 0
+
+
+# --- elsewhere than in serve()'s accept
+
+IN_A_BATCH = """
+import json, fastlisten
+from preload import change_plan
+from support import connect, told
+seen = []
+with fastlisten.bind(("127.0.0.1", 0)) as listener:
+    listener.settimeout(5)
+    with connect(listener), connect(listener), connect(listener):
+        change_plan(accept=[(0, 2), ("EMFILE", 1)])
+        for _ in range(2):
+            for connection in listener.accept_many():
+                connection.close()
+                seen.append("a client")
+            change_plan(accept=[("EMFILE", 1)])
+            seen.append(told(listener.accept_many)[1])
+            change_plan()
+print(json.dumps(seen))
+"""
+
+
+def test_an_error_in_the_middle_of_accept_many_is_left_for_the_next_call(faults: Faults) -> None:
+    emfile = errno.EMFILE
+    assert faults.python(IN_A_BATCH) == ["a client", "a client", emfile, "a client", emfile]
+
+
+ITERATED = """
+import json, threading, fastlisten
+from support import exchange
+answers = []
+with fastlisten.bind(("127.0.0.1", 0)) as listener:
+    def clients():
+        answers.extend(exchange(listener).decode() for _ in range(3))
+        listener.stop()
+    thread = threading.Thread(target=clients)
+    thread.start()
+    for connection in listener:
+        with connection:
+            connection.sendall(connection.recv(10))
+    thread.join()
+    print(json.dumps([answers, dict(listener.stats().accept_errors)]))
+"""
+
+
+def test_iteration_meets_the_same_table(faults: Faults) -> None:
+    plan: Plan = [("ECONNABORTED", 2), ("EMFILE", 3), (0, 1), ("EINTR", 2), ("ENOMEM", 1)]
+    answers, errors = faults.python(ITERATED, accept=plan)
+    assert answers == ["ping"] * 3
+    assert errors == {"ECONNABORTED": 2, "EMFILE": 3, "ENOMEM": 1}
+
+
+NO_THREADS = """
+import ast, json, logging, sys, fastlisten
+from preload import change_plan
+from server import Records
+from support import connect, echo, exchange, serving, told
+records = Records()
+logging.getLogger("fastlisten").addHandler(records)
+logging.getLogger("fastlisten").propagate = False
+options, at_once = map(ast.literal_eval, sys.argv[1:])
+with fastlisten.bind(("127.0.0.1", 0)) as listener:
+    if at_once:
+        change_plan(thread=[("EAGAIN", 1)])
+        ended = told(lambda: listener.serve(echo, **options))
+        print(json.dumps([ended[0].__name__, len(records.kept)]))
+    else:
+        # The thread of serving() and the first of serve() come, no other.
+        change_plan(thread=[(0, 2), ("EAGAIN", 1000)])
+        with serving(listener, echo, **options):
+            answers = [exchange(listener).decode() for _ in range(10)]
+        print(json.dumps([sorted(set(answers)), sorted({level for level, _ in records.kept})]))
+"""
+
+
+@pytest.mark.parametrize("mode", [{"threads": (1, 4)}], ids=str)
+def test_threads_that_cannot_be_had_are_done_without(faults: Faults, mode: Any) -> None:
+    """The one that there is goes on serving; the log tells."""
+    assert faults.python(NO_THREADS, repr(mode), "False") == [["ping"], ["WARNING"]]
+
+
+@pytest.mark.parametrize(
+    "mode", [{"threads": 2}, {"threads": (1, 4)}, {"busy": "reset", "pending": 3}], ids=str
+)
+def test_without_its_first_threads_serve_raises(faults: Faults, mode: Any) -> None:
+    assert faults.python(NO_THREADS, repr(mode), "True") == ["RuntimeError", 0]
+
+
+NO_REAPER = """
+import ast, json, sys, fastlisten
+from preload import change_plan
+from support import connect, echo, serving, told
+options = ast.literal_eval(sys.argv[1])
+with fastlisten.bind(("127.0.0.1", 0)) as listener, connect(listener) as client:
+    with serving(listener, echo, **options) as served:
+        client.sendall(b"x")
+        client.recv(1)
+        change_plan(thread=[("EAGAIN", 1)])
+        stopped = told(listener.stop, 5)
+        client.close()
+        result = served.wait()
+print(json.dumps([stopped[0].__name__, list(result)]))
+"""
+
+
+@pytest.mark.parametrize("mode", [{}, {"threads": 2}], ids=str)
+def test_a_drain_that_gets_no_thread_to_watch_its_time_still_ends(faults: Faults, mode: Any) -> None:
+    """It tells, as nobody will cut what takes too long; the stop itself is under way."""
+    assert faults.python(NO_REAPER, repr(mode)) == ["RuntimeError", [1, 0]]
