@@ -5,15 +5,19 @@ import contextlib
 import contextvars
 import gc
 import io
+import json
 import logging
+import random
 import socket
+import subprocess
 import tempfile
 import threading
 from typing import Any
 
 import pytest
-from aio_support import Echo, Notes, Run, asyncios, run, server
-from support import LIMIT, connect, read_all, reset, wait_until
+from aio_support import WAYS, Echo, Notes, Run, asyncios, run, server
+from preload import Faults, check, interpreter
+from support import LIMIT, connect, needs, read_all, reset, wait_until
 
 from fastlisten import aio
 
@@ -855,3 +859,117 @@ def test_reading_from_another_thread_sees_the_server_alive(run: Run) -> None:
     assert run(main()) == 20
     thread.join(LIMIT)
     wait_until(lambda: not thread.is_alive())
+
+
+# --- faults
+
+FAULTY_SERVER = """
+import asyncio, functools, json, sys
+from aio_support import Run
+from fastlisten import aio
+from fastlisten._transport import Hub
+
+made = lost = 0
+
+class Echo(asyncio.Protocol):
+    gone = False
+    def connection_made(self, transport):
+        global made
+        made += 1
+        self.transport = transport
+    def data_received(self, data):
+        assert not self.gone
+        self.transport.write(data)
+    def eof_received(self):
+        assert not self.gone
+    def connection_lost(self, error):
+        global lost
+        assert not self.gone
+        self.gone = True
+        lost += 1
+
+async def main():
+    loop = asyncio.get_running_loop()
+    server = await aio.create_server(Echo, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await loop.run_in_executor(None, sys.stdin.read)
+    while server.stats().active or server.stats().queue_depth:
+        await asyncio.sleep(0.01)
+    stats = server.stats()
+    server.close()
+    await server.wait_closed()
+    return [stats.accepted, stats.handled, stats.active, made, lost]
+
+name, polled = sys.argv[1:]
+aio.Hub = functools.partial(Hub, polled=polled == "True")
+run = Run(name)
+print(json.dumps([run(main(), 60), run.messages()]))
+"""
+
+
+def faulty_plans(chance: random.Random, again: bool) -> dict[str, Any]:
+    """Say which calls fail, how, and how many succeed in between."""
+    faults: dict[str, list[Any]] = {
+        "recv": ["ECONNRESET", "ETIMEDOUT", -1, -3, *(["EAGAIN", "EAGAIN", "EINTR"] if again else [])],
+        "send": ["EPIPE", "ECONNRESET", -1, -3, "EAGAIN", "EAGAIN", "EINTR"],
+    }
+    return {
+        call: [
+            entry
+            for _ in range(60)
+            for entry in ((chance.choice(codes), chance.randint(1, 3)), (0, chance.randint(1, 60)))
+        ]
+        for call, codes in faults.items()
+    }
+
+
+@needs("Linux", "a C compiler")
+@pytest.mark.parametrize(("loop", "polled"), WAYS)
+def test_10000_connections_with_faults_in_recv_and_send(faults: Faults, loop: str, polled: bool) -> None:
+    chance = random.Random(f"{loop} {polled}")
+    # libuv tells of POLLERR once and then watches the descriptor no more.  No kernel says EAGAIN after that,
+    # but a fault does, and nobody would ask again.
+    again = polled or loop != "uvloop"
+    process = subprocess.Popen(
+        [*interpreter(), "-c", FAULTY_SERVER, loop, str(polled)],
+        env=faults.environment(**faulty_plans(chance, again)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    count, answered = 10_000, 0
+    with process, contextlib.ExitStack() as at_once:
+        at_once.callback(process.kill)
+        assert process.stdout is not None
+        address = ("127.0.0.1", int(process.stdout.readline()))
+        open_now: list[tuple[socket.socket, bytes]] = []
+        for number in range(count):
+            data = b"%d " % number * chance.choice((1, 1, 1, 3000))
+            with contextlib.suppress(ConnectionError):  # a fault has ended it already
+                client = connect(address)
+                open_now.append((client, data))
+                if chance.random() < 0.8:
+                    client.sendall(data)
+            while open_now and (len(open_now) == 50 or number == count - 1):
+                client, data = open_now.pop(chance.randrange(len(open_now)))
+                match chance.randrange(4):
+                    case 0:
+                        client.close()
+                    case 1:
+                        reset(client)
+                    case _:
+                        got = b""
+                        with client, contextlib.suppress(ConnectionError):
+                            with contextlib.suppress(OSError):  # ENOTCONN: reset already
+                                client.shutdown(socket.SHUT_WR)
+                            while part := client.recv(1 << 16):
+                                got += part
+                        assert data.startswith(got)
+                        answered += got == data
+        output, errors = process.communicate("", timeout=60)
+    check(process.returncode, output, errors)
+    (accepted, handled, active, made, lost), messages = json.loads(output)
+    assert (active, messages) == (0, [])
+    assert accepted == handled == made == lost == count
+    assert answered > count // 4
