@@ -49,10 +49,7 @@ def extension(name: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [
-            extension(name)
-            for name in ("_accept", "_connection", "_loop", "_request", "_transport")
-        ],
+        [extension(name) for name in ("_accept", "_connection", "_loop", "_request", "_transport")],
         build_dir="build/cython",  # generated C stays out of the source tree
         compiler_directives=DIRECTIVES,
     ),

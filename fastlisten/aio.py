@@ -524,9 +524,7 @@ async def create_server(
             max_connections=max_connections is not None,
             busy=busy is not None,
         )
-        own = await _bind_tcp(
-            loop, protocol_factory, host, port, start_serving=start_serving, **asked, **tls
-        )
+        own = await _bind_tcp(loop, protocol_factory, host, port, start_serving=start_serving, **asked, **tls)
         return cast(Server, own)
     if (dualstack_ipv6 or exclusive) and sock is None:
         sockets = await _bind_specially(

@@ -40,9 +40,7 @@ class Run:
 
     def __call__(self, main: Coroutine[Any, Any, Any], limit: float = LIMIT) -> Any:
         async def limited() -> Any:
-            asyncio.get_running_loop().set_exception_handler(
-                lambda _, context: self.reports.append(context)
-            )
+            asyncio.get_running_loop().set_exception_handler(lambda _, context: self.reports.append(context))
             async with asyncio.timeout(limit):
                 return await main
 

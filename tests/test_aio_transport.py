@@ -432,9 +432,7 @@ def test_a_reset_with_unsent_data(run: Run) -> None:
     assert run.reports == []
 
 
-def test_writes_after_the_end_are_dropped_and_logged(
-    run: Run, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_writes_after_the_end_are_dropped_and_logged(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with server(Notes) as serving:
             with connect(serving.address):
