@@ -83,10 +83,14 @@ cdef object log():
 # and long beside the handlers that a high rate of connections needs; the heir's look costs 3 µs each time.
 cdef long long TICK = 500  # microseconds
 
-# After two handlers in a row were too slow for that, so many clients are handed on at once before the next
-# try.  One alone may have been preempted.
+# A handler that took no longer than this was not worth waking another thread for.
+cdef int64_t QUICK = 100_000  # nanoseconds
+
+# After two handlers in a row that were not quick (one alone may have been preempted), clients are handed on
+# at once: this many before the next try, and twice as many each time that finds a slow one again.
 cdef enum:
     EAGER = 16
+    EAGER_MOST = 1024
 
 cdef enum:              # the values of Lead.held; higher ones are in the pocket of a handler
     FREE = 0
@@ -132,12 +136,12 @@ cdef class Lead:
     A leader that has accepted a client keeps the lead in its pocket while it handles the client, and most
     often comes back before anybody missed it: no other thread was woken.  The first of the idle threads, the
     heir, looks after a TICK and takes the lead out of the pocket of a handler that is still busy; so nobody
-    waits for long behind a slow one.  Where handlers are slow, leaders hand the lead on at once.
+    waits for long behind a slow one.  Where handlers are not quick, leaders hand the lead on at once.
     """
 
     cdef int64_t held                   # FREE, LEADING, or the pocketed client's number
     cdef int64_t clients                # numbers them
-    cdef int64_t misses                 # tries in a row that were too slow
+    cdef int64_t misses                 # tries in a row that were not quick
     cdef int64_t eager                  # how many more are handed on at once
     cdef int64_t heir_waits
     cdef PyThread_type_lock heir        # held by the first in line
@@ -205,17 +209,19 @@ cdef class Lead:
             PyThread_release_lock(self.alarm)
         return self.clients
 
-    cdef bint come_back(self, int64_t pocketed) noexcept nogil:
-        """The handler has returned: whether its thread still leads."""
+    cdef bint come_back(self, int64_t pocketed, int64_t since) noexcept nogil:
+        """The handler that began at `since` has returned: whether its thread still leads."""
+        cdef int64_t misses
         if pocketed == FREE:
             return False
-        if port_replace(&self.held, pocketed, LEADING):
+        if port_now() - since <= QUICK:
             if self.misses:
                 port_swap(&self.misses, 0)
-            return True
-        if port_add(&self.misses, 1) > 1:
-            port_swap(&self.eager, EAGER)
-        return False
+        else:
+            misses = port_add(&self.misses, 1)
+            if misses > 1:
+                port_swap(&self.eager, min(EAGER << min(misses - 2, 6), EAGER_MOST))
+        return port_replace(&self.held, pocketed, LEADING)
 
     cdef void give_up(self) noexcept nogil:
         """Lead no more."""
@@ -985,7 +991,7 @@ cdef class Loop:
         cdef client_t client
         cdef outcome_t outcome
         cdef long long patience = -1 if self.least == self.most else IDLE
-        cdef int64_t pocketed
+        cdef int64_t pocketed, since
         cdef bint leads = False
         cdef bint retired = False
         self.workers.add(worker)
@@ -996,6 +1002,7 @@ cdef class Loop:
                     outcome = self.take(&client) if leads else NOBODY
                     if outcome == TAKEN:
                         pocketed = self.lead.pocket()
+                        since = port_now()
                 if outcome == TAKEN:
                     leads = False
                     if port_add(&self.idle, -1) == 0:
@@ -1004,7 +1011,7 @@ cdef class Loop:
                         self.handle(worker, &client)
                     finally:
                         port_add(&self.idle, 1)
-                        leads = self.lead.come_back(pocketed)
+                        leads = self.lead.come_back(pocketed, since)
                 elif outcome == ENDED:
                     break
                 elif outcome == FAILED:
