@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from aio_support import Echo, Notes, Run, run, server
-from support import LIMIT, connect, exchange, needs, posix_only, read_all
+from support import LIMIT, connect, exchange, needs, posix_only, read_all, under_wine
 
 import fastlisten
 from fastlisten import aio
@@ -282,8 +282,8 @@ def test_bind_options(run: Run) -> None:
             with connect(serving.address):
                 sock = (await serving.first()).transport.get_extra_info("socket")
                 assert not sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-        with pytest.raises(TypeError, match="defer_accept"):
-            await aio.create_server(Notes, "127.0.0.1", 0, defer_accept="x")
+        with pytest.raises(TypeError, match="fast_open"):
+            await aio.create_server(Notes, "127.0.0.1", 0, fast_open="x")
         with pytest.raises(ValueError, match="max_connections must be at least 1"):
             await aio.create_server(Notes, "127.0.0.1", 0, max_connections=0)
 
@@ -561,7 +561,8 @@ def test_exactly_so_many_wait_while_the_loop_is_blocked(run: Run, busy: Any) -> 
     def refused(client: socket.socket) -> Any:
         client.settimeout(0.2 if len(answers) < 3 else LIMIT)
         try:
-            return client.recv(10)
+            # Wine reads a reset as an end.
+            return client.recv(10) or ("reset" if under_wine() else b"")
         except TimeoutError:
             return "waits"
         except ConnectionResetError:
@@ -749,7 +750,7 @@ def test_closing_a_listener_ends_who_waits(run: Run) -> None:
         await turns()
         listener.close()
         assert await iterating == []
-        with pytest.raises(OSError, match="Bad file descriptor"):
+        with pytest.raises(OSError, match=r"Bad file descriptor|\[WinError 10038\]"):
             await waiting
 
     run(main())

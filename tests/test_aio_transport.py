@@ -7,6 +7,7 @@ import gc
 import io
 import json
 import logging
+import os
 import random
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 from aio_support import WAYS, Echo, Notes, Run, asyncios, run, server
 from preload import Faults, check, interpreter
-from support import LIMIT, connect, needs, read_all, reset, wait_until
+from support import LIMIT, connect, needs, not_under_wine, read_all, reset, under_wine, wait_until
 
 from fastlisten import aio
 
@@ -250,7 +251,7 @@ def test_one_big_write_of_each_kind_arrives_as_it_was(run: Run) -> None:
 
 
 def test_many_small_writes_arrive_in_order(run: Run) -> None:
-    pieces = [b"%06d" % i for i in range(100_000)]
+    pieces = [b"%06d" % i for i in range(10_000 if under_wine() else 100_000)]
 
     class Small(Notes):
         def connection_made(self, transport: Any) -> None:
@@ -392,6 +393,7 @@ def test_close_does_not_call_the_protocol_from_inside(run: Run) -> None:
     run(main())
 
 
+@not_under_wine("it reads a reset as an end")
 def test_a_reset_reaches_connection_lost(run: Run) -> None:
     async def main() -> BaseException | None:
         async with server(Notes) as serving:
@@ -404,6 +406,7 @@ def test_a_reset_reaches_connection_lost(run: Run) -> None:
     assert run.reports == []
 
 
+@not_under_wine("its accept() raises for a client that has reset, where the others return it")
 def test_a_reset_before_the_first_read(run: Run) -> None:
     async def main() -> tuple[Any, list[str]]:
         async with server(Notes) as serving:
@@ -710,7 +713,8 @@ def test_extra_info_is_asyncios(run: Run) -> None:
                     transport.get_extra_info("sockname") == serving.address,
                     sock.family,
                     sock.type,
-                    bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)),
+                    # asyncio sets it where it knows the protocol; Windows Python does not ask for that
+                    os.name == "nt" or bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)),
                     transport.get_extra_info("cipher"),
                     transport.get_extra_info("nothing", 7),
                     transport.is_reading(),

@@ -98,7 +98,7 @@ def test_shutdown_does_not_wait_for_clients_that_stay():
 
 @pytest.mark.parametrize("module", ["http.server", "fastlisten.http.server"])
 def test_command_line(module, tmp_path):
-    (tmp_path / "hello.txt").write_text("hello\n")
+    (tmp_path / "hello.txt").write_bytes(b"hello\n")
     command = [sys.executable, "-u", "-m", module, "--bind", "127.0.0.1", "--directory", str(tmp_path), "0"]
     with subprocess.Popen(
         command,

@@ -1030,6 +1030,7 @@ def test_stats_count_what_has_happened(listener: Listener, queued: Queued) -> No
             exchange(listener, data)
         with connect(listener):
             wait_until(lambda: listener.stats().accepted == 4 and listener.stats().handled == 3)
+            wait_until(lambda: listener.stats().idle_threads == 1)  # a moment after it has accepted
             now = listener.stats()
             assert (now.active, now.handler_errors) == (1, 1)
             assert (now.threads, now.idle_threads) == (2, 1)
