@@ -241,6 +241,8 @@ cdef class Hub:
     cdef port_socket poller
     cdef dict watched           # the Watched by descriptor, while there is a poller
     cdef list due               # Transports that have something to do on the loop's next turn
+    cdef list ending            # ... and those closed while others have theirs: told when all have returned
+    cdef bint dispatching
     cdef bint turn_is_due
     cdef dict transports        # weak references to the open ones, by id
     cdef char *scratch
@@ -264,6 +266,7 @@ cdef class Hub:
         self.most = most
         self.watched = {}
         self.due = []
+        self.ending = []
         self.transports = {}
         self.doors = []
         if polled:
@@ -309,10 +312,19 @@ cdef class Hub:
         cdef int i
         cdef Watched what
         cdef int found = port_poller_ready(self.poller, polls, READY)
-        for i in range(found):
-            what = self.watched.get(polls[i].fd)
-            if what is not None:  # one before it may have ended it
-                what.ready(polls[i].revents)
+        self.dispatching = True
+        try:
+            for i in range(found):
+                what = self.watched.get(polls[i].fd)
+                if what is not None:  # one before it may have ended it
+                    what.ready(polls[i].revents)
+        except BaseException:
+            self.postpone()
+            raise
+        finally:
+            self.dispatching = False
+        ending, self.ending = self.ending, []
+        self.run(ending)
 
     # --- turns -------------------------------------------------------------------------------------
 
@@ -337,18 +349,36 @@ cdef class Hub:
         return 0
 
     cdef int run(self, list transports) except -1:
-        """Give each its turn; when one raises (SystemExit), the rest gets it on the next."""
+        """Give each its turn, then those that were closed in one; when one raises (SystemExit), the rest
+        gets it on the loop's next turn."""
+        while transports:
+            self.run_each(transports)
+            transports, self.ending = self.ending, []
+        return 0
+
+    cdef int run_each(self, list transports) except -1:
         cdef Py_ssize_t i = 0
+        cdef bint within = self.dispatching
         cdef Transport transport
+        self.dispatching = True
         try:
             while i < len(transports):
                 transport = transports[i]
                 i += 1
                 transport.turn()
+        except BaseException:
+            self.ending = transports[i:] + self.ending
+            self.postpone()
+            raise
         finally:
-            while i < len(transports):
-                self.later(transports[i])
-                i += 1
+            self.dispatching = within
+        return 0
+
+    cdef int postpone(self) except -1:
+        """Leave those that were closed to the loop's next turn."""
+        for transport in self.ending:
+            self.later(transport)
+        self.ending = []
         return 0
 
     # --- accepting ---------------------------------------------------------------------------------
@@ -537,6 +567,7 @@ cdef class Transport(Watched):
     cdef char address[SHORT_ADDRESS]
     cdef bint buffered              # the protocol is a BufferedProtocol
     cdef bint connected             # there is a protocol
+    cdef bint patient               # a recv() that would block is to be waited for
     cdef bint closing, paused, ended, eof_sent, writing_paused
 
     _start_tls_compatible = True
@@ -593,8 +624,10 @@ cdef class Transport(Watched):
         return 0
 
     cdef int again(self, int due) except -1:
-        """Have this done on the next turn."""
-        if not self.due:
+        """Have this done later: never inside the call that asks for it, which may be the protocol's."""
+        if due == LOSE and self.hub.dispatching:
+            self.hub.ending.append(self)
+        elif not self.due:
             self.hub.later(self)
         self.due |= due
         return 0
@@ -677,7 +710,10 @@ cdef class Transport(Watched):
         if got == 0:
             return self.end()
         if port_would_block(code):
-            return self.watch(self.wanted | POLLIN)
+            if self.patient:
+                return self.watch(self.wanted | POLLIN)
+            self.patient = True  # who has just connected sends soon: one more try costs less than watching
+            return self.again(READ)
         if code == PORT_EINTR:
             return self.again(READ)
         return self.fail(code, "Fatal read error on socket transport")

@@ -393,6 +393,32 @@ def test_close_does_not_call_the_protocol_from_inside(run: Run) -> None:
     run(main())
 
 
+def test_a_close_in_a_callback_ends_after_all_that_are_at_work(run: Run) -> None:
+    others: list[Any] = []
+
+    class ClosesAll(Notes):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            for protocol in others:
+                protocol.transport.abort()
+            self.note("returned")
+
+    async def main() -> list[list[Any]]:
+        async with server(ClosesAll) as serving:
+            clients = [connect(serving.address) for _ in range(3)]
+            while len(serving.made) < 3:
+                await asyncio.sleep(0)
+            others.extend(serving.made)
+            clients[1].sendall(b"x")
+            for protocol in serving.made:
+                assert await protocol.lost is None
+            for client in clients:
+                client.close()
+            return [protocol.events for protocol in serving.made]
+
+    assert run(main()) == [["made", "lost"], ["made", "data", "returned", "lost"], ["made", "lost"]]
+
+
 @not_under_wine("it reads a reset as an end")
 def test_a_reset_reaches_connection_lost(run: Run) -> None:
     async def main() -> BaseException | None:
