@@ -67,6 +67,8 @@ _Proactor: Any = getattr(asyncio, "ProactorEventLoop", ())
 _CLOSES_CLIENTS = sys.version_info >= (3, 13)
 _WAITS_FOR_CLIENTS = sys.version_info >= (3, 12)
 _UNLINKS = sys.version_info >= (3, 13)
+# Before 3.11.7 and 3.12.1 its streams leave the task of a callback alone: cpython's gh-110894.
+_WATCHES_TASKS = sys.version_info >= (3, 12, 1) or (3, 11, 7) <= sys.version_info < (3, 12)
 
 
 class Server(asyncio.AbstractServer):
@@ -610,12 +612,36 @@ def _refuse(**asked: bool) -> None:
 
 def _stream_protocol(client_connected_cb: ClientConnected, limit: int) -> Factory:
     loop = asyncio.get_running_loop()
+    if not _WATCHES_TASKS:
+        client_connected_cb = functools.partial(_watched, client_connected_cb)
 
     def factory() -> asyncio.StreamReaderProtocol:
         reader = asyncio.StreamReader(limit=limit, loop=loop)
         return asyncio.StreamReaderProtocol(reader, client_connected_cb, loop=loop)
 
     return factory
+
+
+def _watched(
+    callback: ClientConnected, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> Awaitable[None] | None:
+    """Call it, and have a coroutine that raises reported and its connection closed."""
+    answer = callback(reader, writer)
+    return _guarded(answer, writer) if asyncio.iscoroutine(answer) else answer
+
+
+async def _guarded(coroutine: Awaitable[None], writer: asyncio.StreamWriter) -> None:
+    try:
+        await coroutine
+    except Exception as error:
+        asyncio.get_running_loop().call_exception_handler(
+            {
+                "message": "Unhandled exception in client_connected_cb",
+                "exception": error,
+                "transport": writer.transport,
+            }
+        )
+        writer.transport.close()
 
 
 async def start_server(

@@ -378,21 +378,14 @@ def test_streams_with_a_plain_function_and_a_limit(run: Run) -> None:
     run(main())
 
 
-# Before CPython 3.11.7 and 3.12.1 nobody looked at the task that a coroutine became: cpython's gh-110894.
-TASK_IS_WATCHED = "add_done_callback" in inspect.getsource(asyncio.StreamReaderProtocol.connection_made)
+@pytest.mark.parametrize("watches", [True, False], ids=["", "as before 3.11.7"])
+@pytest.mark.parametrize("kind", ["plain", "coroutine"])
+def test_a_stream_callback_that_raises_closes_and_is_reported(
+    run: Run, kind: str, watches: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not watches:
+        monkeypatch.setattr(aio, "_WATCHES_TASKS", False)
 
-
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "plain",
-        pytest.param(
-            "coroutine",
-            marks=pytest.mark.skipif(not TASK_IS_WATCHED, reason="this asyncio leaves the task alone"),
-        ),
-    ],
-)
-def test_a_stream_callback_that_raises_closes_and_is_reported(run: Run, kind: str) -> None:
     def plain(reader: Any, writer: Any) -> None:
         raise ZeroDivisionError("on purpose")
 
