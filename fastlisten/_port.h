@@ -412,7 +412,9 @@ static inline int port_queue(port_socket listener, int *depth, int *limit)
 #ifdef __linux__
     struct tcp_info info;
     socklen_t size = sizeof info;
+    /* qemu's user mode says that it went well, and writes four bytes. */
     if (getsockopt(listener, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 &&
+        size >= offsetof(struct tcp_info, tcpi_sacked) + sizeof info.tcpi_sacked &&
         info.tcpi_state == 10 /* TCP_LISTEN; glibc and the kernel each declare the name */) {
         *depth = (int)info.tcpi_unacked;
         *limit = (int)info.tcpi_sacked;
