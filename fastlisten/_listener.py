@@ -73,8 +73,10 @@ class ListenerStats(NamedTuple):
 class ServeOptions(NamedTuple):
     """How to serve, checked before any socket opens.
 
-    threads: (least, most), (0, 0) for none.  The last two are for the drop-in socketserver: serve() leaves
-    without waiting for the handlers of its threads, and whether those are daemon threads.
+    threads: (least, most), (0, 0) for none.  The last three are for the drop-in socketserver: serve() leaves
+    without waiting for the handlers of its threads; whether those are daemon threads; and for how many
+    microseconds a handler keeps others from being accepted before another thread does that, 0 for the
+    loop's own answer.
     """
 
     threads: tuple[int, int]
@@ -85,6 +87,7 @@ class ServeOptions(NamedTuple):
     on_error: OnError | None
     leave: bool = False
     daemon: bool = True
+    tick: int = 0
 
 
 def _whole(name: str, value: object, least: int) -> int:

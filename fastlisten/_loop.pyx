@@ -139,6 +139,9 @@ cdef class Lead:
     waits for long behind a slow one.  Where handlers are not quick, leaders hand the lead on at once.
     """
 
+    cdef long long tick                 # TICK, or as ServeOptions says
+    cdef int64_t quick                  # QUICK, likewise
+    cdef int64_t eager_most             # EAGER_MOST, or no more than EAGER with a tick of ServeOptions
     cdef int64_t held                   # FREE, LEADING, or the pocketed client's number
     cdef int64_t clients                # numbers them
     cdef int64_t misses                 # tries in a row that were not quick
@@ -148,6 +151,7 @@ cdef class Lead:
     cdef PyThread_type_lock alarm       # what the heir sleeps on; released to wake it
 
     def __cinit__(self):
+        self.tick, self.quick, self.eager_most = TICK, QUICK, EAGER_MOST
         self.clients = LEADING
         self.heir = PyThread_allocate_lock()
         self.alarm = PyThread_allocate_lock()
@@ -178,7 +182,7 @@ cdef class Lead:
                     break
             else:
                 seen = held
-                self.wait(FOR_A_TICK, TICK)
+                self.wait(FOR_A_TICK, self.tick)
         PyThread_release_lock(self.heir)
         return taken
 
@@ -214,13 +218,13 @@ cdef class Lead:
         cdef int64_t misses
         if pocketed == FREE:
             return False
-        if port_now() - since <= QUICK:
+        if port_now() - since <= self.quick:
             if self.misses:
                 port_swap(&self.misses, 0)
         else:
             misses = port_add(&self.misses, 1)
             if misses > 1:
-                port_swap(&self.eager, min(EAGER << min(misses - 2, 6), EAGER_MOST))
+                port_swap(&self.eager, min(EAGER << min(misses - 2, 6), self.eager_most))
         return port_replace(&self.held, pocketed, LEADING)
 
     cdef void give_up(self) noexcept nogil:
@@ -338,6 +342,10 @@ cdef class Loop:
         self.sources = <source_t *>calloc(self.count, sizeof(source_t))
         self.polls = <port_pollfd *>calloc(2 * self.count, sizeof(port_pollfd))
         self.lead = Lead()
+        if options.tick:
+            self.lead.tick = options.tick
+            self.lead.quick = 1000 * options.tick
+            self.lead.eager_most = EAGER
         self.door = PyThread_allocate_lock()
         self.ring_lock = PyThread_allocate_lock()
         if (self.ring is NULL or self.sources is NULL or self.polls is NULL

@@ -34,6 +34,11 @@ from fastlisten._request import Way
 # As many threads as clients, as in the original.
 UNLIMITED = 2**31 - 1
 
+# For how long a handler may keep others from being accepted before another thread does that, in microseconds.
+# It has to be longer than clients take to say what they want after they have connected, or each of them costs
+# several switches between threads.
+TICK = 2000
+
 # The pause after the original's loop ran out of descriptors or memory, in seconds: from the first, doubled
 # each time, to the last; as in fastlisten's.
 PAUSE_FIRST, PAUSE_LAST = 0.010, 0.100
@@ -142,7 +147,7 @@ class AcceptMixIn:
         if _untouched(self, _THREAD_HOOKS):
             way = Way(self, listener, _untouched(self, _REQUEST_HOOKS | _THREAD_REQUEST_HOOKS))
             options = serve_options(way.in_thread, threads=(1, UNLIMITED))
-            options = options._replace(leave=True, daemon=self.daemon_threads)
+            options = options._replace(leave=True, daemon=self.daemon_threads, tick=TICK)
             loop = Loop([listener], way.in_thread, options)
         else:
             way = Way(self, listener, _untouched(self, _REQUEST_HOOKS | _INLINE_REQUEST_HOOKS))
