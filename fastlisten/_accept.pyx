@@ -18,6 +18,7 @@ from fastlisten._connection cimport (
     ledger_t,
     new_connection,
     raise_error,
+    wait_ready,
     standard_socket,
 )
 from fastlisten._port cimport *
@@ -168,31 +169,6 @@ def queue(port_socket fd):
 
 # --- One accept at a time -----------------------------------------------------------------------------------
 
-cdef int wait_for_client(listener, object timeout, int64_t *deadline) except -1:
-    """Wait as long as a blocking (None) or timed accept may; TimeoutError('timed out') after that."""
-    cdef port_pollfd poll
-    cdef int64_t left = -1
-    cdef int ready, code
-    if timeout is not None and deadline[0] == 0:
-        deadline[0] = port_now() + <int64_t>(<double>timeout * 1e9)
-    while True:
-        if timeout is not None:
-            left = deadline[0] - port_now()
-            if left <= 0:
-                raise TimeoutError("timed out")
-        poll.fd = _fileno(listener)
-        poll.events = POLLIN
-        with nogil:
-            ready = port_poll_ns(&poll, 1, left)
-            code = port_error() if ready < 0 else 0
-        if ready > 0:
-            return 0
-        if code == PORT_EINTR:  # PEP 475: run the handlers, wait for what remains
-            PyErr_CheckSignals()
-        elif code != 0:
-            raise_error(code)
-
-
 cdef port_socket accept_one(
         listener, port_address *address, int *length, int nonblocking) except -1:
     """One client's descriptor, waited for as the listener's timeout says."""
@@ -214,7 +190,9 @@ cdef port_socket accept_one(
             raise_error(code)
         # A blocking listener gets here when serve(), accept_many() or another process has made the
         # description non-blocking, which all its descriptors share: fcntl(2), F_SETFL.
-        wait_for_client(listener, timeout, &deadline)
+        if timeout is not None and deadline == 0:
+            deadline = port_now() + <int64_t>(<double>timeout * 1e9)
+        wait_ready(fd, POLLIN, deadline)
 
 
 def accept(self):

@@ -55,6 +55,31 @@ cdef int writable(object buffer, Py_buffer *view) except -1:
     raise TypeError(f"recv_into() argument 1 must be read-write bytes-like object, not {name}")
 
 
+cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1:
+    """Wait until the socket is ready, or `deadline` (port_now(); 0: none) is over: TimeoutError('timed out').
+
+    It comes back after a signal's handlers have run, too (PEP 475): they may have closed the socket, so the
+    caller tries its call again before it waits for what remains.
+    """
+    cdef port_pollfd poll
+    cdef int64_t left = -1
+    cdef int ready, code
+    if deadline:
+        left = deadline - port_now()
+        if left <= 0:
+            raise TimeoutError("timed out")
+    poll.fd = fd
+    poll.events = events
+    with nogil:
+        ready = port_poll_ns(&poll, 1, left)
+        code = port_error() if ready < 0 else 0
+    if code == PORT_EINTR:
+        PyErr_CheckSignals()
+    elif code != 0:
+        raise_error(code)
+    return 0
+
+
 cdef void ledger_ring(ledger_t *ledger) noexcept nogil:
     """Wake the loop, if there is one: any thread, with the GIL or without."""
     port_add(&ledger.ringing, 1)
@@ -351,27 +376,10 @@ cdef class Connection:
     # --- the exchange ------------------------------------------------------------------------------
 
     cdef int wait(self, short events, int64_t *deadline) except -1:
-        """Wait until the socket is ready or the timeout is over: TimeoutError('timed out')."""
-        cdef port_pollfd poll
-        cdef int64_t left
-        cdef int ready, code
+        """Wait until the call is worth another try, or the timeout is over: TimeoutError('timed out')."""
         if deadline[0] == 0:
             deadline[0] = port_now() + <int64_t>(self.timeout * 1e9)
-        poll.fd = self.fd
-        poll.events = events
-        while True:
-            left = deadline[0] - port_now()
-            if left <= 0:
-                raise TimeoutError("timed out")
-            with nogil:
-                ready = port_poll_ns(&poll, 1, left)
-                code = port_error() if ready < 0 else 0
-            if ready > 0:
-                return 0
-            if code == PORT_EINTR:  # PEP 475: run the handlers, wait for what remains
-                PyErr_CheckSignals()
-            elif code != 0:
-                raise_error(code)
+        return wait_ready(self.fd, events, deadline[0])
 
     cdef Py_ssize_t receive(self, char *buffer, Py_ssize_t length, int flags) except -1:
         cdef Py_ssize_t got

@@ -216,7 +216,7 @@ class Listener(socket.socket):
             exhausted=exhausted,
             on_error=on_error,
         )
-        return _run([self], handler, options)
+        return run_loop(Loop([self], handler, options))
 
     def __iter__(self) -> Iterator[Connection]:
         """Connections until stop(); each is the caller's to close."""
@@ -370,10 +370,6 @@ def _let_go(listeners: list[Listener]) -> None:
             listener._ledger.answered()
 
 
-def _run(listeners: list[Listener], handler: Handler, options: ServeOptions) -> ServeResult:
-    return run_loop(Loop(listeners, handler, options))
-
-
 def run_loop(loop: Loop) -> ServeResult:
     """Claim the loop's listeners, run it, let them go; RuntimeError when one is claimed already."""
     listeners = list(loop.listeners)
@@ -442,7 +438,7 @@ def serve(
                 )
                 bound.append(endpoint)
             listeners.append(endpoint)
-        return _run(listeners, handler, checked)
+        return run_loop(Loop(listeners, handler, checked))
     finally:
         for listener in reversed(bound):
             listener.close()
