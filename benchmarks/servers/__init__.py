@@ -142,9 +142,9 @@ SERVERS: dict[str, Server] = {
         ),
         Server(
             "fastlisten-accept",
-            "fast",
+            "stdlib",
             "accept_loop",
-            (),
+            ("fastlisten",),
             ALL | {"take"},
             "Listener.accept() in a loop, one client after the other",
             _F,

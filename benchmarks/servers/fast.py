@@ -35,24 +35,6 @@ def refuse(_: str) -> None:
         listener.serve(handler, pending=0, busy="reset")
 
 
-def accept_loop(work: str) -> None:
-    """Listener.accept() in a loop, line for line the loop over socket.accept()."""
-    listener = _listen()
-    accept = listener.accept
-    if work == "take":
-        take_on_demand(lambda count: [accept()[0] for _ in range(count)])
-        return
-    if work == "hold":
-        held = []
-        while True:
-            held.append(accept())
-    handler = HANDLERS[work]
-    while True:
-        connection, _ = accept()
-        handler(connection)
-        connection.close()
-
-
 def accept_many_loop(work: str, limit: int) -> None:
     """Listener.accept_many(limit) in a loop."""
     listener = _listen()
