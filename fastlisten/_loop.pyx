@@ -379,6 +379,7 @@ cdef class Loop:
         try:
             self.start()
             signals = wake_on_signals(self.caller_wake())
+            PyErr_CheckSignals()  # one that came before rang nobody
             if self.most:
                 self.run_threads()
             else:

@@ -2,8 +2,10 @@
  * Makes socket calls fail on demand, from outside the code under test: LD_PRELOAD this library.
  *
  * FAULTS is a plan, "call=code*count" joined by commas; call is accept (for accept and accept4),
- * recv (also for recvfrom), send (also for sendmsg), poll, thread (for pthread_create). Entries of one call are used in order, each `count` times; a code of 0
- * lets that many successful calls through; a code of -N truncates the transfer to N bytes.
+ * recv (also for recvfrom), send (also for sendmsg), poll, thread (for pthread_create). Entries of
+ * one call are used in order, each `count` times; a code of 0 lets that many successful calls
+ * through; a code of -N truncates the transfer to N bytes. For the call "signal" the code is no
+ * error but the signal that comes during the next fstat().
  * While the environment names a FAULTS_WHILE file that does not exist, no fault is given and the
  * plan is not used up, so that a test can begin and end an episode from another process.
  *
@@ -14,14 +16,16 @@
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-enum { ACCEPT, RECV, SEND, POLL, THREAD, CALLS };
-static const char *const names[CALLS] = {"accept", "recv", "send", "poll", "thread"};
+enum { ACCEPT, RECV, SEND, POLL, THREAD, SIGNAL, CALLS };
+static const char *const names[CALLS] = {"accept", "recv", "send", "poll", "thread", "signal"};
 
 struct entry {
     int call, code;
@@ -229,4 +233,30 @@ pthread_create(pthread_t *restrict thread, const pthread_attr_t *restrict attrib
     if (result == 0)
         succeeded(used);
     return result;
+}
+
+/* Both names of fstat(): which one a program calls depends on how it was compiled. */
+static void
+signal_planned(void)
+{
+    struct entry *used;
+    int number = planned(SIGNAL, &used);
+    if (number > 0)
+        raise(number);
+}
+
+int
+fstat(int fd, struct stat *status)
+{
+    REAL(fstat);
+    signal_planned();
+    return real(fd, status);
+}
+
+int
+fstat64(int fd, struct stat64 *status)
+{
+    REAL(fstat64);
+    signal_planned();
+    return real(fd, status);
 }

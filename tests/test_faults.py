@@ -503,3 +503,22 @@ print(json.dumps([stopped[0].__name__, list(result)]))
 def test_a_drain_that_gets_no_thread_to_watch_its_time_still_ends(faults: Faults, mode: Any) -> None:
     """It tells, as nobody will cut what takes too long; the stop itself is under way."""
     assert faults.python(NO_REAPER, repr(mode)) == ["RuntimeError", [1, 0]]
+
+
+SIGNAL_BEFORE_THE_FIRST_WAIT = """
+import ast, json, signal, sys, fastlisten
+from preload import change_plan
+with fastlisten.bind(("127.0.0.1", 0)) as listener:
+    change_plan(signal=[(signal.SIGINT.value, 1)])
+    try:
+        listener.serve(print, **ast.literal_eval(sys.argv[1]))
+    except KeyboardInterrupt:
+        print(json.dumps("interrupted"))
+"""
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_signal_just_before_the_loop_first_waits_is_not_lost(faults: Faults, mode: Any) -> None:
+    """Python has noted it and nobody rang: signal.set_wakeup_fd() looks at its descriptor, with
+    fstat() and without the GIL, before it sets it."""
+    assert faults.python(SIGNAL_BEFORE_THE_FIRST_WAIT, repr(mode)) == "interrupted"
