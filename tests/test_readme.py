@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +20,19 @@ ROOT = Path(__file__).parent.parent
 PORT = 11000
 # The two commands that set everything up; .ci/run runs them, in a fresh copy.
 SET_UP = "python3 -m venv "
+
+if os.name == "posix":
+    import fcntl
+
+    @pytest.fixture(autouse=True)
+    def _the_port() -> Iterator[None]:
+        """Let one run of these tests at a time use the documents' port."""
+        turn = os.open(tempfile.gettempdir(), os.O_RDONLY)  # a lock on the folder leaves no file behind
+        try:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(turn)
 
 
 class Block(NamedTuple):
