@@ -484,6 +484,8 @@ cdef class Loop:
         cdef int misses = 0
         cdef int taken = 0
         cdef bint recovered = False
+        if self.shed and self.spare == PORT_NO_SOCKET:
+            self.spare = port_spare()  # a stranger had taken it; what comes free is the spare first
         while misses < self.count and not self.full(taken):
             source = &self.sources[self.turn]
             self.turn = (self.turn + 1) % self.count
@@ -724,9 +726,7 @@ cdef class Loop:
         cdef client_t client
         cdef int i, code
         if self.spare == PORT_NO_SOCKET:
-            self.spare = port_spare()
-            if self.spare == PORT_NO_SOCKET:
-                return False
+            return False
         for i in range(self.count):
             for _ in range(ROUND):
                 if self.sources[i].fd == PORT_NO_SOCKET:

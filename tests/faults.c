@@ -5,18 +5,24 @@
  * recv (also for recvfrom), send (also for sendmsg), poll, thread (for pthread_create). Entries of
  * one call are used in order, each `count` times; a code of 0 lets that many successful calls
  * through; a code of -N truncates the transfer to N bytes. For the call "signal" the code is no
- * error but the signal that comes during the next fstat().
+ * error but the signal that comes during the next fstat(). For the call "open", of /dev/null, it is
+ * none either: a stranger takes a descriptor just before, for good, and if that was the last one
+ * the open really fails.
  * While the environment names a FAULTS_WHILE file that does not exist, no fault is given and the
  * plan is not used up, so that a test can begin and end an episode from another process.
  *
- * faults_plan(text) replaces the plan of a running process. faults_calls(call) and faults_given(call) tell how often a call was made and was made to fail.
+ * faults_plan(text) replaces the plan of a running process. faults_calls(call) and
+ * faults_given(call) tell how often a call was made and was made to fail. After faults_hold(1) an
+ * accept that is to fail is held until faults_hold(0).
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -24,8 +30,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { ACCEPT, RECV, SEND, POLL, THREAD, SIGNAL, CALLS };
-static const char *const names[CALLS] = {"accept", "recv", "send", "poll", "thread", "signal"};
+enum { ACCEPT, RECV, SEND, POLL, THREAD, SIGNAL, OPEN, CALLS };
+static const char *const names[CALLS] = {"accept", "recv", "send", "poll", "thread", "signal", "open"};
 
 struct entry {
     int call, code;
@@ -36,6 +42,8 @@ static int entries;
 static const char *while_file;
 static atomic_long calls[CALLS], given[CALLS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t let_go = PTHREAD_COND_INITIALIZER;
+static int held;
 
 static int
 number_of(const char *name, size_t length)
@@ -109,6 +117,15 @@ succeeded(struct entry *used)
     pthread_mutex_unlock(&lock);
 }
 
+static void
+given_back(struct entry *used, int call)
+{
+    pthread_mutex_lock(&lock);
+    used->left++;
+    atomic_fetch_sub(&given[call], 1);
+    pthread_mutex_unlock(&lock);
+}
+
 long
 faults_calls(const char *name)
 {
@@ -123,6 +140,26 @@ faults_given(const char *name)
     return call < 0 ? -1 : atomic_load(&given[call]);
 }
 
+void
+faults_hold(int hold)
+{
+    pthread_mutex_lock(&lock);
+    held = hold;
+    pthread_cond_broadcast(&let_go);
+    pthread_mutex_unlock(&lock);
+}
+
+static int
+failed_accept(int code)
+{
+    pthread_mutex_lock(&lock);
+    while (held)
+        pthread_cond_wait(&let_go, &lock);
+    pthread_mutex_unlock(&lock);
+    errno = code;
+    return -1;
+}
+
 #define REAL(name) \
     static __typeof__(name) *real; \
     if (real == NULL) \
@@ -134,10 +171,8 @@ accept4(int fd, __SOCKADDR_ARG address, socklen_t *restrict length, int flags)
     REAL(accept4);
     struct entry *used;
     int code = planned(ACCEPT, &used);
-    if (code > 0) {
-        errno = code;
-        return -1;
-    }
+    if (code > 0)
+        return failed_accept(code);
     int result = real(fd, address, length, flags);
     if (result >= 0)
         succeeded(used);
@@ -150,10 +185,8 @@ accept(int fd, __SOCKADDR_ARG address, socklen_t *restrict length)
     REAL(accept);
     struct entry *used;
     int code = planned(ACCEPT, &used);
-    if (code > 0) {
-        errno = code;
-        return -1;
-    }
+    if (code > 0)
+        return failed_accept(code);
     int result = real(fd, address, length);
     if (result >= 0)
         succeeded(used);
@@ -260,3 +293,29 @@ fstat64(int fd, struct stat64 *status)
     signal_planned();
     return real(fd, status);
 }
+
+#define OPEN_OF_DEV_NULL(name) \
+    int \
+    name(const char *path, int flags, ...) \
+    { \
+        REAL(name); \
+        mode_t mode = 0; \
+        if ((flags & O_CREAT) || (flags & O_TMPFILE) == O_TMPFILE) { \
+            va_list arguments; \
+            va_start(arguments, flags); \
+            mode = va_arg(arguments, mode_t); \
+            va_end(arguments); \
+        } \
+        struct entry *used = NULL; \
+        if (strcmp(path, "/dev/null") == 0 && planned(OPEN, &used) != 0 && dup(0) < 0) \
+            given_back(used, OPEN); /* no descriptor for the stranger either */ \
+        int result = real(path, flags, mode); \
+        if (result >= 0) \
+            succeeded(used); \
+        return result; \
+    }
+
+OPEN_OF_DEV_NULL(open)
+#ifndef open64 /* glibc's second name, which callers with 64-bit file offsets get; Python and its extensions do */
+OPEN_OF_DEV_NULL(open64)
+#endif

@@ -36,7 +36,8 @@ def written(**plans: Plan) -> str:
     """Return plans as faults.c reads them, each under its call's name.
 
     A plan is a list of (error name or number, count): each error is given so often, in that
-    order. The number 0 lets that many calls succeed; -N cuts a transfer to N bytes.
+    order. The number 0 lets that many calls succeed; -N cuts a transfer to N bytes. For `open`,
+    any other number has a stranger take a descriptor first.
     """
     entries = []
     for call, plan in plans.items():

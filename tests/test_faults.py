@@ -212,6 +212,13 @@ def answered(client: Any) -> float:
     return time.monotonic()
 
 
+def is_served(address: Any) -> bool:
+    """Tell whether a client is served now, not refused."""
+    with contextlib.suppress(ConnectionError):
+        return exchange(address, b"again") == b"again"
+    return False
+
+
 # Room for what the server itself needs: standard streams, listener, wake-ups, spare, clients.
 NOFILE = 40
 
@@ -337,13 +344,8 @@ def test_shed(mode: Any, busy: Any) -> None:
         logged(process, "WARNING")
         process.ask("empty")
 
-        def served() -> bool:
-            # The round of refusals may not be over, and then this client is in it.
-            with contextlib.suppress(ConnectionError):
-                return exchange(process.address, b"second") == b"second"
-            return False
-
-        wait_until(served)
+        # The round of refusals may not be over, and then the next client is in it.
+        wait_until(lambda: is_served(process.address))
 
 
 def test_shed_without_its_descriptor_pauses(faults: Faults, tmp_path: Path) -> None:
@@ -363,6 +365,79 @@ def test_shed_without_its_descriptor_pauses(faults: Faults, tmp_path: Path) -> N
             logged(process, "WARNING")
             switch.unlink()
             answered(client)
+
+
+@pytest.mark.parametrize("mode", [{}, {"threads": 2}, {"busy": "reset", "pending": 5}], ids=str)
+def test_shed_gets_its_descriptor_back_from_a_stranger(faults: Faults, mode: Any, tmp_path: Path) -> None:
+    """Between the refusal and the retaking another thread takes the last descriptor: then it pauses."""
+    switch = tmp_path / "while"
+    environment = faults.environment(switch, open=[("EMFILE", 2)])
+    with server(environment=environment, nofile=NOFILE, exhausted="shed", **mode) as process:
+        assert exchange(process.address, b"first") == b"first"
+        wait_until(lambda: process.ask("stats")["handled"] == 1)
+        for episode in (1, 2):  # the second begins with the spare in place again
+            process.ask("fill")
+            switch.touch()
+            assert refusal(process.address) == "reset"
+            with connect(process.address) as client:
+                client.sendall(b"hello")
+                waits(client, 0.3)  # whether or not it was queued when the pause began
+                failed = process.ask("stats")["accept_errors"]["EMFILE"]
+                begun = process.ask("cpu")
+                waits(client, 1)
+                spent = process.ask("cpu") - begun
+                assert spent < 0.01, f"{spent:.3f} s of CPU in 1 s"
+                assert 5 <= process.ask("stats")["accept_errors"]["EMFILE"] - failed <= 12
+                logged(process, *["WARNING", "INFO"] * (episode - 1), "WARNING")
+                switch.unlink()
+                freed = process.ask("free")
+                # The first that comes free is the spare again: who waits is refused through it.
+                with pytest.raises(ConnectionResetError):
+                    client.recv(10)
+                assert time.monotonic() - freed < 0.15
+            assert [refusal(process.address) for _ in range(5)] == ["reset"] * 5
+            process.ask("empty")
+            wait_until(lambda: is_served(process.address))
+            logged(process, *["WARNING", "INFO"] * episode)
+
+
+CLOSED_WHILE_TRYING = """
+import ast, ctypes, json, sys, threading, time, fastlisten
+from preload import change_plan
+from support import connect, exchange, serving, wait_until
+library = ctypes.CDLL(None)
+go = threading.Event()
+def handler(connection):
+    if connection.recv(10) == b"held":
+        connection.sendall(b"in")
+        go.wait(10)
+    else:
+        connection.sendall(b"served")
+def exhausted(error, attempt):
+    library.faults_hold(int(attempt == 1))  # the second try is held inside of accept
+    return 0.01 if attempt == 1 else 60
+with (
+    fastlisten.bind(("127.0.0.1", 0)) as listener,
+    serving(listener, handler, exhausted=exhausted, **ast.literal_eval(sys.argv[1])),
+    connect(listener) as held,
+):
+    held.sendall(b"held")
+    held.recv(2)
+    change_plan(accept=[("EMFILE", 2)])
+    with connect(listener) as late:
+        late.sendall(b"late")
+        wait_until(lambda: library.faults_given(b"accept") == 2)
+        go.set()  # now a connection of ours closes: nobody waits in poll() to hear it
+        wait_until(lambda: listener.stats().handled == 1)
+        library.faults_hold(0)
+        print(json.dumps(late.recv(10).decode()))
+"""
+
+
+@pytest.mark.parametrize("mode", [{"threads": 2}, {"threads": (1, 4)}], ids=str)
+def test_a_close_of_ours_between_two_pauses_cuts_the_second_short(faults: Faults, mode: Any) -> None:
+    """While accept is tried again nobody polls the wake-up; the ring must wait there for the next pause."""
+    assert faults.python(CLOSED_WHILE_TRYING, repr(mode)) == "served"
 
 
 @modes
