@@ -128,6 +128,15 @@ def test_who_waited_is_handled_in_order(threads: int) -> None:
     assert gate.order == [b"%d" % number for number in range(51)]
 
 
+def waited_for_a_core(thread: str) -> float:
+    """Return for how many seconds a thread, named as in /proc, could have run and had no core.
+
+    Documentation/scheduler/sched-stats.rst, /proc/<pid>/schedstat.
+    """
+    with open(f"/proc/{thread}/schedstat") as counters:
+        return int(counters.read().split()[1]) / 1e9
+
+
 @needs("Linux")
 @pytest.mark.parametrize(("busy", "threads"), [("reset", 0), (BUSY, 1)], ids=["reset", "bytes"])
 def test_the_101st_is_told_within_5_ms_while_python_holds_the_gil(busy: Any, threads: int) -> None:
@@ -139,17 +148,23 @@ def test_the_101st_is_told_within_5_ms_while_python_holds_the_gil(busy: Any, thr
             holder.sendall(b"hold 2")
             assert holder.recv(100) == b"holding"
             with crowd(address, 100) as waiting:
+                # Its threads in the order of their start: main, serve()'s, the usher, the handlers'.
+                pid = process.process.pid
+                usher = f"{pid}/task/{sorted(os.listdir(f'/proc/{pid}/task'), key=int)[2]}"
+                delays, without_the_machines = [], []
                 # The 100 are the ring's before the next ones come: the queue is in order.
-                delays = []
                 for _ in range(50):
+                    waited = waited_for_a_core(usher) + waited_for_a_core("thread-self")
                     begun = time.monotonic()
                     assert refusal(address) == busy
                     delays.append(time.monotonic() - begun)
+                    waited -= waited_for_a_core(usher) + waited_for_a_core("thread-self")
+                    without_the_machines.append(delays[-1] + waited)
                 # The handler is still at it: nobody of the hundred has been answered.
                 assert select.select([holder, *waiting], [], [], 0)[0] == []
-                # Two cores are shared with other work here, so the worst may be late.
+                # Other work on the machine keeps threads from a core for longer than that.
                 assert statistics.median(delays) < 0.005, sorted(delays)
-                assert sorted(delays)[44] < 0.02, sorted(delays)
+                assert max(without_the_machines) < 0.005, list(zip(delays, without_the_machines, strict=True))
                 for number, client in enumerate(waiting):
                     assert client.recv(100) == b"%d" % number
                 assert holder.recv(1) == b""
