@@ -292,7 +292,10 @@ def test_a_unix_path_lives_as_long_as_its_listener(form: Any, unix_path: str) ->
 
 @needs("unix sockets")
 @pytest.mark.parametrize("mode", [0o600, 0o660, 0o666, 0o777, None])
-def test_the_mode_of_a_unix_path(mode: int | None, unix_path: str) -> None:
+def test_the_mode_of_a_unix_path(mode: int | None, unix_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there from the path's first moment: no chmod sets it later."""
+    for name in ("chmod", "fchmod", "lchmod"):
+        monkeypatch.delattr(os, name, raising=False)
     umask = os.umask(0o027)
     try:
         with bind(f"unix:{unix_path}", mode=mode):

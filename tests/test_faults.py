@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import re
 import select
 import socket
 import statistics
@@ -229,6 +230,11 @@ def logged(process: Any, *levels: str) -> None:
     assert tuple(level for level, _ in process.ask("logs")) == levels
 
 
+def over(process: Any) -> str:
+    """Return the line that was logged last, which tells that an episode is over."""
+    return str(process.ask("logs")[-1][1])
+
+
 @pytest.mark.parametrize("mode", ["inline", "threads", "busy threads"])
 def test_no_descriptors_costs_nothing_and_ends_within_150_ms(mode: str) -> None:
     with server(nofile=NOFILE, **MODES[mode]) as process:
@@ -286,6 +292,7 @@ def test_the_same_for_what_the_whole_system_runs_out_of(
     with server(environment=environment, **MODES[mode]) as process:
         assert exchange(process.address, b"first") == b"first"
         switch.touch()
+        came = time.monotonic()
         with connect(process.address) as client:
             client.sendall(b"hello")
             wait_until(lambda: process.ask("stats")["accept_errors"])
@@ -302,6 +309,11 @@ def test_the_same_for_what_the_whole_system_runs_out_of(
             assert answered(client) - freed < 0.15
         assert exchange(process.address, b"last") == b"last"
         logged(process, "WARNING", "INFO")
+        tries = process.ask("stats")["accept_errors"][code]
+        line = re.fullmatch(r"accepting again after (\d+\.\d{3}) s and (\d+) failed tries", over(process))
+        assert line, over(process)
+        assert 1 <= float(line[1]) < time.monotonic() - came
+        assert int(line[2]) == tries
 
 
 @modes
