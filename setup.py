@@ -16,6 +16,8 @@ if struct.calcsize("P") < 8 or sysconfig.get_platform() == "win32":
         "32-bit system has been shown to run it"
     )
 
+from pathlib import Path
+
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
@@ -49,7 +51,7 @@ def extension(name: str) -> Extension:
 
 setup(
     ext_modules=cythonize(
-        [extension(name) for name in ("_accept", "_connection", "_loop", "_request", "_transport")],
+        [extension(path.stem) for path in sorted(Path("fastlisten").glob("*.pyx"))],
         build_dir="build/cython",  # generated C stays out of the source tree
         compiler_directives=DIRECTIVES,
     ),
