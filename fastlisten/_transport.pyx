@@ -10,6 +10,7 @@ a process with busy threads it would take up to a switch interval (5 ms) to get 
 """
 
 import asyncio
+import gc
 import logging
 import socket as _socket
 import sys
@@ -76,6 +77,7 @@ cdef object _log = logging.getLogger("fastlisten")
 cdef object _asyncio_log = logging.getLogger("asyncio")
 cdef object _StandardSocket = _socket.socket
 cdef object _BufferedProtocol = asyncio.BufferedProtocol
+cdef object _StreamReaderProtocol = asyncio.StreamReaderProtocol
 cdef int _warn_from = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
 cdef object _sendfile_by_writing = constants._SendfileMode.FALLBACK
 cdef object _writelines_name = "writelines" if sys.version_info >= (3, 12) else "write"
@@ -113,10 +115,10 @@ cdef class Watched:
         return 0
 
     def _readable(self):
-        self.ready(POLLIN)
+        self.hub.wake(self, POLLIN)
 
     def _writable(self):
-        self.ready(POLLOUT)
+        self.hub.wake(self, POLLOUT)
 
 
 @cython.final
@@ -165,7 +167,7 @@ cdef class Door(Watched):
                 port_close(clients[i].fd)
                 i += 1
         self.answer(code, taken)
-        self.hub.begin(arrived)
+        self.hub.give_turns(arrived)
         return 0
 
     cdef int answer(self, int code, int taken) except -1:
@@ -217,11 +219,22 @@ cdef class Bell(Watched):
             arrived.append(adopt(self.hub, connection))
         if len(arrived) == ACCEPTS:
             self.hub.loop.call_soon(self._readable)  # more may wait than one wake takes
-        self.hub.begin(arrived)
+        self.hub.give_turns(arrived)
         return 0
 
 
 # --- The hub ------------------------------------------------------------------------------------------------
+
+def _ready_queue(loop):
+    """Where the loop keeps what it was given by call_soon(): a deque, asyncio's `_ready`, which uvloop hides;
+    None when it cannot be found."""
+    handle = loop.call_soon(id, None)
+    handle.cancel()
+    for found in (getattr(loop, "_ready", None), *gc.get_referents(loop)):
+        if type(found) is deque and handle in found:
+            return found
+    return None
+
 
 @cython.final
 cdef class Hub:
@@ -240,10 +253,11 @@ cdef class Hub:
     cdef readonly int64_t active
     cdef port_socket poller
     cdef dict watched           # the Watched by descriptor, while there is a poller
+    cdef object queue           # what call_soon() was given; None when the loop does not show it
+    cdef Py_ssize_t guess       # what scheduled() says then, never the same twice
     cdef list due               # Transports that have something to do on the loop's next turn
-    cdef list ending            # ... and those closed while others have theirs: told when all have returned
-    cdef bint dispatching
-    cdef bint turn_is_due
+    cdef list ending            # ... and those whose connection_lost() is what comes next
+    cdef bint awake             # a wake is under way, whose end sees to both
     cdef dict transports        # weak references to the open ones, by id
     cdef char *scratch
     cdef list doors
@@ -265,6 +279,7 @@ cdef class Hub:
         self.context = PyContext_CopyCurrent()
         self.most = most
         self.watched = {}
+        self.queue = _ready_queue(loop)
         self.due = []
         self.ending = []
         self.transports = {}
@@ -306,79 +321,108 @@ cdef class Hub:
             self.loop.remove_writer(what.fd)
         return 0
 
+    # --- wakes and turns ---------------------------------------------------------------------------
+    # asyncio calls connection_made() and connection_lost() by call_soon().  Here they are called in the wake
+    # that brings them about, when nothing was scheduled that would come before: nobody can tell.
+
     def _ready(self):
         """Serve what the poller says is ready.  It is level-triggered: the rest is told on the next wake."""
         cdef port_pollfd polls[READY]
         cdef int i
         cdef Watched what
         cdef int found = port_poller_ready(self.poller, polls, READY)
-        self.dispatching = True
+        self.awake = True
         try:
             for i in range(found):
                 what = self.watched.get(polls[i].fd)
                 if what is not None:  # one before it may have ended it
                     what.ready(polls[i].revents)
-        except BaseException:
-            self.postpone()
-            raise
+            self.give_ends()
         finally:
-            self.dispatching = False
-        ending, self.ending = self.ending, []
-        self.run(ending)
+            self.sleep()
 
-    # --- turns -------------------------------------------------------------------------------------
-
-    cdef int later(self, Transport transport) except -1:
-        """Have transport.turn() called on the loop's next turn: call_soon(), for many at once."""
-        self.due.append(transport)
-        if not self.turn_is_due:
-            self.loop.call_soon(self._turn)
-            self.turn_is_due = True
+    cdef int wake(self, Watched what, short events) except -1:
+        """Serve one descriptor, which the event loop itself watches."""
+        self.awake = True
+        try:
+            what.ready(events)
+            self.give_ends()
+        finally:
+            self.sleep()
         return 0
 
-    def _turn(self):
-        cdef list due = self.due
-        self.due = []
-        self.turn_is_due = False
-        self.run(due)
+    def _turn(self, list transports):
+        """What was left for the loop's next turn."""
+        self.awake = True
+        try:
+            self.give_turns(transports)
+            self.give_ends()
+        finally:
+            self.sleep()
 
-    cdef int begin(self, list arrived) except -1:
-        """Make protocols for new connections, and read what they have sent."""
-        if arrived:
-            self.run(arrived)
-        return 0
+    def _end(self, list transports):
+        """connection_lost(), where asyncio would call it."""
+        self.awake = True
+        try:
+            self.ending[:0] = transports
+            self.give_ends()
+        finally:
+            self.sleep()
 
-    cdef int run(self, list transports) except -1:
-        """Give each its turn, then those that were closed in one; when one raises (SystemExit), the rest
-        gets it on the loop's next turn."""
-        while transports:
-            self.run_each(transports)
-            transports, self.ending = self.ending, []
-        return 0
-
-    cdef int run_each(self, list transports) except -1:
+    cdef int give_turns(self, list transports) except -1:
+        """Give each its turn; when one raises (SystemExit), the rest has it on the loop's next turn."""
         cdef Py_ssize_t i = 0
-        cdef bint within = self.dispatching
         cdef Transport transport
-        self.dispatching = True
         try:
             while i < len(transports):
                 transport = transports[i]
                 i += 1
                 transport.turn()
         except BaseException:
-            self.ending = transports[i:] + self.ending
-            self.postpone()
+            self.due = transports[i:] + self.due
             raise
-        finally:
-            self.dispatching = within
         return 0
 
-    cdef int postpone(self) except -1:
-        """Leave those that were closed to the loop's next turn."""
-        for transport in self.ending:
-            self.later(transport)
-        self.ending = []
+    cdef int give_ends(self) except -1:
+        """End those that were closed in this wake."""
+        cdef Transport transport
+        while self.ending:
+            transport = self.ending.pop(0)
+            transport.come_to_end()
+        return 0
+
+    cdef int sleep(self) except -1:
+        """The wake is over; have the loop come back for what is left."""
+        self.awake = False
+        if self.ending:
+            ending, self.ending = self.ending, []
+            self.loop.call_soon(self._end, ending)
+        if self.due:
+            due, self.due = self.due, []
+            self.loop.call_soon(self._turn, due)
+        return 0
+
+    cdef Py_ssize_t scheduled(self) except -1:
+        """How many callbacks the loop has to call; a number never seen before when it does not tell."""
+        if self.queue is None:
+            self.guess += 1
+            return self.guess
+        return len(self.queue)
+
+    cdef int turn_soon(self, Transport transport) except -1:
+        """Have transport.turn() called after all that is scheduled."""
+        if self.awake:
+            self.due.append(transport)
+        else:
+            self.loop.call_soon(self._turn, [transport])
+        return 0
+
+    cdef int end_soon(self, Transport transport) except -1:
+        """Have the transport come to its end after all that is scheduled, and before what is not yet."""
+        if self.awake and self.scheduled() == 0:
+            self.ending.append(transport)
+        else:
+            self.loop.call_soon(self._end, [transport])
         return 0
 
     # --- accepting ---------------------------------------------------------------------------------
@@ -504,9 +548,10 @@ cdef class Hub:
 # --- A connection -------------------------------------------------------------------------------------------
 
 cdef enum due_t:
-    BEGIN = 1       # make the protocol
-    READ = 2        # try recv() again
-    LOSE = 4        # tell the protocol that the connection is gone, and close it
+    NOTHING
+    BEGIN       # make the protocol
+    MEET        # tell the protocol
+    READ        # try recv()
 
 
 cdef Transport new_transport(
@@ -562,7 +607,7 @@ cdef class Transport(Watched):
     cdef ledger_t *ledger
     cdef object error               # what connection_lost() gets
     cdef int lost                   # connection_lost() is due or done; counts the writes after that
-    cdef int due                    # due_t
+    cdef due_t due                  # at its next turn
     cdef int address_length
     cdef char address[SHORT_ADDRESS]
     cdef bint buffered              # the protocol is a BufferedProtocol
@@ -603,33 +648,44 @@ cdef class Transport(Watched):
 
     cdef int turn(self) except -1:
         """What was due."""
-        cdef int due = self.due
+        cdef due_t due = self.due
         cdef object context
-        self.due = 0
+        self.due = NOTHING
         if self.fd == PORT_NO_SOCKET:
             return 0
-        if due & BEGIN:
+        if due == BEGIN:
             self.context = PyContext_Copy(self.hub.context)
         context = self.context
         PyContext_Enter(context)
         try:
-            if due & BEGIN:
+            if due == BEGIN:
                 self.begin()
-            elif due & LOSE:
-                self.lose()
+            elif due == MEET:
+                self.meet()
             else:
                 self.read()
         finally:
             PyContext_Exit(context)
         return 0
 
-    cdef int again(self, int due) except -1:
+    cdef int again(self, due_t due) except -1:
         """Have this done later: never inside the call that asks for it, which may be the protocol's."""
-        if due == LOSE and self.hub.dispatching:
-            self.hub.ending.append(self)
-        elif not self.due:
-            self.hub.later(self)
-        self.due |= due
+        if self.due == NOTHING:
+            self.hub.turn_soon(self)
+            self.due = due
+        return 0
+
+    cdef int come_to_end(self) except -1:
+        cdef object context = self.context
+        if self.fd == PORT_NO_SOCKET:
+            return 0
+        if context is None:  # closed before its first turn
+            return self.release()
+        PyContext_Enter(context)
+        try:
+            self.lose()
+        finally:
+            PyContext_Exit(context)
         return 0
 
     cdef int ready(self, short events) except -1:
@@ -646,7 +702,10 @@ cdef class Transport(Watched):
         return 0
 
     cdef int begin(self) except -1:
-        """Make the protocol, tell it, and read what the client has sent already."""
+        """Make the protocol; go on at once, unless something was scheduled that comes first."""
+        cdef Py_ssize_t scheduled = self.hub.scheduled()
+        if self.closing:
+            return 0  # its end is due
         try:
             self.attach(self.hub.factory())
         except (SystemExit, KeyboardInterrupt):
@@ -662,6 +721,14 @@ cdef class Transport(Watched):
                 "transport": self,
             })
             return 0
+        if self.hub.scheduled() != scheduled:
+            return self.again(MEET)
+        return self.meet()
+
+    cdef int meet(self) except -1:
+        """Tell the protocol; and read what the client has sent already, unless something was scheduled that
+        comes first.  What a stream keeps, its task cannot tell: it is read at once."""
+        cdef Py_ssize_t scheduled = self.hub.scheduled()
         try:
             self.protocol.connection_made(self)
         except (SystemExit, KeyboardInterrupt):
@@ -671,6 +738,8 @@ cdef class Transport(Watched):
             self.report(error, "Fatal error: protocol.connection_made() call failed.")
             self.force_close(error)
             return 0
+        if self.hub.scheduled() != scheduled and type(self.protocol) is not _StreamReaderProtocol:
+            return self.again(READ)
         return self.read()
 
     cdef int read(self) except -1:
@@ -790,7 +859,7 @@ cdef class Transport(Watched):
         self.want(0)
         self.lost = 1
         self.error = error
-        return self.again(LOSE)
+        return self.hub.end_soon(self)
 
     cdef void drop_buffer(self) noexcept:
         self.buffer = None
@@ -849,7 +918,7 @@ cdef class Transport(Watched):
         if self.size:
             return 0
         self.lost = 1
-        return self.again(LOSE)
+        return self.hub.end_soon(self)
 
     def abort(self):
         """Close at once; what is not sent yet is lost."""

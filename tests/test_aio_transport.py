@@ -36,21 +36,123 @@ async def in_thread(function: Any, *args: Any) -> Any:
 
 
 def test_what_was_sent_before_the_accept_is_read_in_the_same_turn(run: Run) -> None:
-    class Turns(Echo):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            asyncio.get_running_loop().call_soon(self.note, "turn")
+    turn = 0
 
-    async def main() -> list[str]:
+    class Turns(asyncio.Protocol):
+        def connection_made(self, transport: Any) -> None:
+            self.transport, self.made = transport, turn
+
+        def data_received(self, data: bytes) -> None:
+            seen.set_result((self.made, turn))
+
+    async def main() -> None:
+        nonlocal seen, turn
+        seen = asyncio.get_running_loop().create_future()
         async with server(Turns) as serving:
             with connect(serving.address) as client:
                 client.sendall(b"hello")
-                protocol = await serving.first()
-                await protocol.until(lambda p: "turn" in p.events)
-                assert await in_thread(client.recv, 100) == b"hello"
-            return protocol.events[:3]
+                while not seen.done():
+                    turn += 1
+                    await asyncio.sleep(0)
+                made, read = seen.result()
+                assert made == read > 0
 
-    assert run(main()) == ["made", "data", "turn"]
+    seen: asyncio.Future[tuple[int, int]]
+    run(main())
+
+
+class Ordered(asyncio.Protocol):
+    """Has the loop call something at each step, between the steps."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+        self.lost = asyncio.get_running_loop().create_future()
+        self.soon("factory + 1")
+
+    def soon(self, event: str) -> None:
+        asyncio.get_running_loop().call_soon(self.events.append, event)
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.events.append("made")
+        self.soon("made + 1")
+
+    def data_received(self, data: bytes) -> None:
+        self.events.append("data")
+        self.soon("close - 1")
+        self.end()
+        self.soon("close + 1")
+
+    def end(self) -> None:
+        self.transport.close()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.events.append("lost")
+        self.lost.set_result(error)
+
+
+class Aborted(Ordered):
+    def end(self) -> None:
+        self.transport.abort()
+
+
+class Fails(Ordered):
+    def end(self) -> None:
+        raise ValueError("as planned")
+
+
+class Quiet(Ordered):
+    """Schedules nothing before it closes."""
+
+    def soon(self, event: str) -> None:
+        if event == "close + 1":
+            super().soon(event)
+
+
+@pytest.mark.parametrize("protocol", [Ordered, Aborted, Fails, Quiet])
+def test_what_was_scheduled_before_is_called_before(run: Run, protocol: type[Ordered]) -> None:
+    clients = 5  # of one batch
+
+    async def main(create: Any) -> list[list[str]]:
+        async with server(protocol, create, start_serving=False) as serving:
+            sockets = []
+            await serving.server.start_serving()
+            for _ in range(clients):
+                sockets.append(connect(serving.address))
+                sockets[-1].sendall(b"question")
+            while len(serving.made) < clients:
+                await asyncio.sleep(0)
+            for made in serving.made:
+                await made.lost
+            await asyncio.sleep(0)
+            for sock in sockets:
+                sock.close()
+            return [made.events for made in serving.made]
+
+    expected = ["factory + 1", "made", "made + 1", "data", "close - 1", "lost", "close + 1"]
+    if protocol is Quiet:
+        expected = ["made", "data", "lost", "close + 1"]
+    elif protocol is Fails:
+        expected = expected[:-1]
+    assert run(main(aio.create_server)) == [expected] * clients
+    if run.loop == "asyncio":  # uvloop's own transport reads before "made + 1"
+        assert run(main(asyncios)) == [expected] * clients
+
+
+def test_a_close_from_a_task_keeps_its_place(run: Run) -> None:
+    async def main() -> list[str]:
+        async with server(Notes) as serving:
+            with connect(serving.address):
+                protocol = await serving.first()
+                loop = asyncio.get_running_loop()
+                loop.call_soon(protocol.note, "before")
+                protocol.transport.close()
+                loop.call_soon(protocol.note, "after")
+                await protocol.lost
+                await protocol.until(lambda p: "after" in p.events)
+                return protocol.events
+
+    assert run(main()) == ["made", "before", "lost", "after"]
 
 
 def test_echo_until_the_client_ends(run: Run) -> None:
