@@ -260,7 +260,11 @@ def test_no_descriptors_costs_nothing_and_ends_within_150_ms(mode: str) -> None:
         assert took < 0.2
 
 
-@pytest.mark.parametrize("mode", [{"threads": 4}, {"threads": (1, 4)}], ids=str)
+@pytest.mark.parametrize(
+    "mode",
+    [{"threads": 4}, {"threads": (1, 4)}, {"threads": 4, "busy": "reset", "pending": 5}],
+    ids=str,
+)
 def test_a_descriptor_of_ours_that_comes_free_is_used_at_once(mode: Any) -> None:
     delays = []
     with server(nofile=NOFILE, **mode) as process:
