@@ -80,9 +80,8 @@ cdef object _BufferedProtocol = asyncio.BufferedProtocol
 cdef object _StreamReaderProtocol = asyncio.StreamReaderProtocol
 cdef int _warn_from = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
 cdef object _sendfile_by_writing = constants._SendfileMode.FALLBACK
-cdef object _data_kinds = (
-    "bytes, bytearray, or memoryview object" if sys.version_info >= (3, 14) else "bytes-like object"
-)
+# Its words have changed between two bugfix releases of 3.13, so the running one has to say them.
+cdef object _asyncio_write = asyncio.selector_events._SelectorSocketTransport.write
 cdef object _writelines_name = "writelines" if sys.version_info >= (3, 12) else "write"
 
 
@@ -960,7 +959,7 @@ cdef class Transport(Watched):
         """Send bytes; what the kernel does not take now is kept and sent when it does."""
         cdef Py_buffer view
         if not isinstance(data, (bytes, bytearray, memoryview)):
-            raise TypeError(f"data argument must be a {_data_kinds}, not {type(data).__name__!r}")
+            return _asyncio_write(self, data)  # raises TypeError
         self.check_writable("write")
         if type(data) is bytes:
             self.transmit(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))

@@ -1,6 +1,7 @@
 """What several test files use: sockets with time limits, conditions with deadlines, markers."""
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -193,6 +194,15 @@ def has_ipv6() -> bool:
     return True
 
 
+@functools.cache
+def tells_the_queue() -> bool:
+    """Tell whether TCP_INFO describes a listener's queue: qemu's user mode gives four bytes and no more."""
+    if sys.platform != "linux":
+        return False
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return len(probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)) == 32
+
+
 def under_wine() -> bool:
     """Tell whether this is Windows Python on Wine."""
     if os.name != "nt":
@@ -210,6 +220,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "fork": lambda: hasattr(os, "fork"),
     "signals between processes": lambda: os.name == "posix",
     "SO_REUSEPORT": lambda: hasattr(socket, "SO_REUSEPORT"),
+    "TCP_INFO of a listener": tells_the_queue,
     "the openssl command": lambda: shutil.which("openssl") is not None,
     "a free-threaded interpreter": lambda: bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
     "a C compiler": lambda: shutil.which("cc") is not None,

@@ -138,14 +138,14 @@ def test_the_port_can_be_bound_again_while_old_connections_linger() -> None:
         assert again.getsockname() == address
 
 
-@needs("Linux")
+@needs("TCP_INFO of a listener")
 @pytest.mark.parametrize("backlog", [0, 1, 5, 100])
 def test_backlog_is_the_limit_of_the_kernel_s_queue(backlog: int) -> None:
     with bind(LOOPBACK, backlog=backlog) as listener:
         assert listener.stats().queue_limit == backlog
 
 
-@needs("Linux")
+@needs("TCP_INFO of a listener")
 def test_the_default_backlog_is_that_of_create_server() -> None:
     with bind(LOOPBACK) as ours, create_server(LOOPBACK) as theirs:
         assert ours.stats().queue_limit == theirs.stats().queue_limit == min(socket.SOMAXCONN, 128)
@@ -424,7 +424,7 @@ def test_an_adopted_socket_that_is_only_bound_is_set_to_listen() -> None:
         assert exchange(listener, b"now it does") == b"now it does"
 
 
-@needs("Linux")
+@needs("TCP_INFO of a listener")
 def test_adoption_sets_what_is_asked_for_and_nothing_else() -> None:
     plain = socket.create_server(LOOPBACK, backlog=7)
     with bind(f"fd:{plain.detach()}") as listener:

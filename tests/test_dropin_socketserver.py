@@ -421,7 +421,7 @@ def test_threaded_handle_request(module):
         assert client.recv(9) == b"x\n"
 
 
-@needs("Linux")
+@needs("TCP_INFO of a listener")
 def test_request_queue_size():
     class Server(dropin.TCPServer):
         request_queue_size = 17

@@ -28,6 +28,7 @@ from support import (
     not_under_wine,
     posix_only,
     reset,
+    tells_the_queue,
     told,
     wait_until,
 )
@@ -256,7 +257,7 @@ def facts(listener: socket.socket) -> dict[str, Any]:
 
 def queue_limit(listener: socket.socket) -> int | None:
     """Return the backlog that Linux has set: tcpi_sacked of a listener, see tcp(7)."""
-    if sys.platform != "linux":
+    if not tells_the_queue():
         return None
     # struct tcp_info begins with eight bytes; then rto, ato, snd_mss, rcv_mss, unacked, sacked.
     info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
@@ -927,7 +928,7 @@ def test_the_queue_holds_one_more_than_the_backlog(backlog: int) -> None:
     assert outcome == ("value", backlog + 1)
 
 
-@needs("Linux")
+@needs("TCP_INFO of a listener")
 def test_a_second_listen_changes_the_backlog() -> None:
     def act(listener: Any) -> Any:
         first = queue_limit(listener)

@@ -1044,7 +1044,7 @@ def test_stats_count_what_has_happened(listener: Listener, queued: Queued) -> No
     assert begun.accepted == 0  # a copy
 
 
-@needs("Linux")
+@needs("TCP_INFO of a listener")
 def test_stats_tell_the_kernel_s_queue(queued: Queued, unix_path: str) -> None:
     with bind(LOOPBACK, backlog=9) as listener:
         assert (listener.stats().queue_depth, listener.stats().queue_limit) == (0, 9)
