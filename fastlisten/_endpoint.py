@@ -5,7 +5,6 @@ from __future__ import annotations
 import ipaddress
 import operator
 import os
-import re
 import socket
 from collections.abc import Iterable
 from functools import total_ordering
@@ -37,8 +36,9 @@ MAX_DESCRIPTOR = 0x7FFFFFFF_FFFFFFFF  # a SOCKET of Windows has 64 bits
 PORT_RANGES = ((1023, "system"), (49151, "registered"), (MAX_PORT, "dynamic"))
 
 # Characters that no host or interface name holds. Leaving them out of names is what lets the text
-# of an endpoint be read in one way only, and a URL or an e-mail address be refused.
-NAME = re.compile(r"[^\s\x00-\x1f\x7f\[\]:/%@?#\\]+")
+# of an endpoint be read in one way only, and a URL or an e-mail address be refused. White space is
+# not in names either.
+NOT_IN_NAMES = frozenset("[]:/%@?#\\\x7f" + "".join(map(chr, range(0x20))))
 
 EXPECTED = "expected host:port, [IPv6 address]:port, :port, unix:/path, unix:@abstract-name or fd:number"
 
@@ -394,7 +394,7 @@ def _normal_host(host: str) -> str:
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        if not NAME.fullmatch(host):
+        if not _is_name(host):
             _refuse_name(host)
         return host
     if isinstance(address, ipaddress.IPv6Address) and address.scope_id is not None:
@@ -404,7 +404,7 @@ def _normal_host(host: str) -> str:
 
 def _normal_scope(host: str, address: str, scope: str) -> str:
     """Return an IPv6 address with its scope: a number without leading zeros, none for 0."""
-    if not NAME.fullmatch(scope):
+    if not _is_name(scope):
         _refuse_name(host)
     if not _is_number(scope):
         return address
@@ -433,6 +433,11 @@ def _scope_number(scope: str) -> int:
     except (OSError, ValueError):
         # socket.bind asks getaddrinfo, which says the same of an interface as of a host.
         raise socket.gaierror(socket.EAI_NONAME, f"no interface named {scope!r}") from None
+
+
+def _is_name(text: str) -> bool:
+    """Whether a host or an interface may be called so; without re, which is slow to import."""
+    return bool(text) and NOT_IN_NAMES.isdisjoint(text) and not any(map(str.isspace, text))
 
 
 def _refuse_name(host: str) -> NoReturn:
