@@ -34,7 +34,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="CPU time of the server for one connection, for fastlisten and its peers.",
-        epilog="python -m benchmarks instructions --help: the count that CI guards",
+        epilog="python -m benchmarks instructions --help: the count that CI guards; "
+        "python -m benchmarks import --help: the cost of the import",
     )
     p.add_argument("--quick", action="store_true", help="under 60 s: close and echo, short samples")
     p.add_argument(
@@ -140,6 +141,10 @@ def main(arguments: Sequence[str]) -> int:
         from . import instructions
 
         return instructions.main(arguments[1:])
+    if arguments and arguments[0] == "import":
+        from . import importing
+
+        return importing.main(arguments[1:])
     options = parser().parse_args(arguments)
     # A file is wider than the 80 columns that are assumed of it.
     console = Console() if sys.stdout.isatty() else Console(width=120)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import os
 import shutil
 import socket
@@ -258,3 +259,12 @@ def test_growth_is_told_by_counts_on_one_build_and_by_ratios_on_another():
     assert complaints(recorded, slower_build, same=False) == {}
     assert len(complaints(recorded, slower_build, same=True)) == 1
     assert len(complaints(recorded, grown_there, same=False)) == 1
+
+
+def test_the_import_is_weighed_against_that_of_socket(capsys):
+    from benchmarks import importing
+
+    assert importing.main(["--rounds", "2"]) == 0
+    base, more, difference = map(float, re.findall(r"(\d+\.\d) ms", capsys.readouterr().out))
+    assert more > base
+    assert difference == pytest.approx(more - base, abs=0.2)  # with two rounds the medians are means
