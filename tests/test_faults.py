@@ -144,7 +144,7 @@ options = ast.literal_eval(sys.argv[1])
 handled = []
 def handler(connection):
     handled.append(connection.peer)
-    listener.stop(drain=5)
+    listener.stop(drain=60)  # longer than served.wait() waits
 with fastlisten.bind(("127.0.0.1", 0)) as listener:
     with connect(listener), connect(listener), connect(listener):
         with serving(listener, handler, **options) as served:
@@ -158,10 +158,8 @@ print(json.dumps([list(result), len(handled)]))
 @pytest.mark.parametrize("code", CLOSED)
 def test_a_listener_that_is_gone_after_a_stop_ends_the_loop(faults: Faults, mode: Any, code: str) -> None:
     """A drain that can take nobody any more is at its end: no error, and no wait for its time."""
-    begun = time.monotonic()
     found = faults.python(ENDS, repr(mode), accept=[(0, 1), (code, 1000)])
     assert found == [[1, 0], 1]
-    assert time.monotonic() - begun < 5
 
 
 NOT_A_LISTENER = """

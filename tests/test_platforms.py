@@ -319,7 +319,7 @@ def test_the_gil_stays_off() -> None:
 )
 def test_the_build_refuses_what_was_never_run_and_says_so(pretend: str, message: str) -> None:
     setup = Path(__file__).parent.parent / "setup.py"
-    code = f"{pretend}; exec(compile(open({str(setup)!r}).read(), 'setup.py', 'exec'))"
+    code = f"{pretend}; import runpy; runpy.run_path({str(setup)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
     assert done.returncode == 1
     assert done.stderr.startswith(message)

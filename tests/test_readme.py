@@ -77,6 +77,8 @@ def environment() -> dict[str, str]:
         **os.environ,
         "PATH": os.pathsep.join([*scripts, os.environ["PATH"]]),
         "PYTHONPATH": package,
+        # A one-liner leaves its socket to the end of the interpreter, which only a pydebug build remarks on.
+        "PYTHONWARNINGS": "ignore::ResourceWarning:sys",
     }
 
 
