@@ -122,6 +122,11 @@ cdef class Ledger:
         return bool(port_get(&self.at.stopping))
 
     @property
+    def draining(self):
+        """Whether stop() asked for a drain whose time is not over."""
+        return bool(port_get(&self.at.draining)) and port_now() < port_get(&self.at.deadline)
+
+    @property
     def paused(self):
         return bool(port_get(&self.at.paused))
 

@@ -243,8 +243,9 @@ cdef class Hub:
     """What the connections of one server share: the event loop, the poller, limits and what is due.
 
     loop: the event loop that runs.  factory: makes a protocol for each connection.  most: how many
-    connections may be open, 0 for any number.  polled: False to register each descriptor with the event
-    loop, as it is where the system has no poller.
+    connections may be open, 0 for any number.  shed: out of descriptors, reset clients through one kept for
+    that.  polled: False to register each descriptor with the event loop, as it is where the system has no
+    poller.
     """
 
     cdef readonly object loop
@@ -254,6 +255,8 @@ cdef class Hub:
     cdef int64_t most
     cdef readonly int64_t active
     cdef port_socket poller
+    cdef bint shed
+    cdef port_socket spare      # given up to take and reset a client when there is no other descriptor
     cdef dict watched           # the Watched by descriptor, while there is a poller
     cdef object queue           # what call_soon() was given; None when the loop does not show it
     cdef Py_ssize_t guess       # what scheduled() says then, never the same twice
@@ -271,8 +274,8 @@ cdef class Hub:
     cdef object retry
     cdef object idle            # called when the last connection of a closed server is gone
 
-    def __cinit__(self, loop, factory, int64_t most=0, bint polled=True):
-        self.poller = PORT_NO_SOCKET
+    def __cinit__(self, loop, factory, int64_t most=0, bint shed=False, bint polled=True):
+        self.poller = self.spare = PORT_NO_SOCKET
         self.scratch = <char *>malloc(CHUNK)
         if self.scratch is NULL:
             raise MemoryError
@@ -288,11 +291,18 @@ cdef class Hub:
         self.doors = []
         if polled:
             self.poller = port_poller()
+        self.shed = shed
+        if shed:
+            self.spare = port_spare()
+            if self.spare == PORT_NO_SOCKET:
+                raise_error(port_error())
 
     def __dealloc__(self):
         free(self.scratch)
         if self.poller != PORT_NO_SOCKET:
             port_close(self.poller)
+        if self.spare != PORT_NO_SOCKET:
+            port_close(self.spare)
 
     # --- watching ----------------------------------------------------------------------------------
 
@@ -462,6 +472,9 @@ cdef class Hub:
         if self.bell is not None:
             self.bell.want(0)
             self.bell = None
+        if self.spare != PORT_NO_SOCKET:
+            port_close(self.spare)
+            self.spare = PORT_NO_SOCKET
         self.stopped = True
         self.rest()
 
@@ -481,7 +494,7 @@ cdef class Hub:
         return <int>min(<int64_t>most, max(self.most - self.active, 0))
 
     cdef int run_out(self, int code) except -1:
-        """No descriptors or no memory: pause, for longer each time."""
+        """No descriptors or no memory: shed the clients, or pause for longer each time."""
         if self.failures == 0:
             self.pause = PAUSE_FIRST
             self.failing_since = port_now()
@@ -490,16 +503,40 @@ cdef class Hub:
             except OSError as error:
                 _log.warning("accepting pauses: %s", error)
         self.failures += 1
+        if self.spare != PORT_NO_SOCKET and self.shed_queued():
+            return 0
         if self.retry is None and self.serving:
             self.retry = self.loop.call_later(self.pause, self._again)
         self.pause = min(2 * self.pause, PAUSE_LAST)
         self.arrange()
         return 0
 
+    cdef bint shed_queued(self) except *:
+        """Reset who is queued, through the descriptor kept for that; False if that cannot be done now."""
+        cdef client_t client
+        cdef Door door
+        cdef int i, code
+        for door in self.doors:
+            for i in range(ACCEPTS):
+                port_close(self.spare)
+                code = 0 if take_client(door.fd, &client, 1) else port_error()
+                if code == 0:
+                    port_add(&door.ledger.at.accepted, 1)
+                    port_add(&door.ledger.at.refused, 1)
+                    port_refuse(client.fd, NULL, 0)
+                self.spare = port_spare()
+                if self.spare == PORT_NO_SOCKET or verdict(code) == RESOURCES:
+                    return False  # the whole system has run out: one descriptor of ours does not help
+                if code != 0:
+                    break
+        return True
+
     def _again(self):
         if self.retry is not None:
             self.retry.cancel()
             self.retry = None
+        if self.shed and self.spare == PORT_NO_SOCKET and self.serving:
+            self.spare = port_spare()
         self.arrange()
 
     cdef int recover(self) except -1:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import math
 import os
 import socket
 import ssl as _ssl
@@ -20,7 +21,7 @@ import weakref
 from asyncio import sslproto, trsock
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from fastlisten import _accept
 from fastlisten._connection import Connection
@@ -86,7 +87,7 @@ class Server(asyncio.AbstractServer):
         self._sockets: list[socket.socket] | None = sockets
         self._backlog = backlog
         self._limits = limits
-        self._hub = Hub(loop, factory, limits.max_connections or 0)
+        self._hub = Hub(loop, factory, limits.max_connections or 0, limits.shed and limits.busy is None)
         self._hub.when_idle(self._client_gone)
         self._ledgers = [_ledger_of(sock) for sock in sockets]
         self._unlink: tuple[str | bytes, int] | None = None
@@ -262,14 +263,21 @@ class Server(asyncio.AbstractServer):
 class _Limits:
     """What a server may take on, checked before any socket opens."""
 
-    def __init__(self, max_connections: int | None, pending: int | None, busy: str | bytes | None) -> None:
-        self.options = serve_options(print, max_connections=max_connections, pending=pending, busy=busy)
+    def __init__(
+        self, max_connections: int | None, pending: int | None, busy: str | bytes | None, exhausted: str
+    ) -> None:
+        if exhausted not in ("pause", "shed"):
+            raise ValueError(f"exhausted must be 'pause' or 'shed', not {exhausted!r}")
+        self.options = serve_options(
+            print,
+            max_connections=max_connections,
+            pending=pending,
+            busy=busy,
+            exhausted=cast(Any, exhausted),
+        )
         self.max_connections = self.options.max_connections
         self.busy = self.options.busy
-
-    @property
-    def any(self) -> bool:
-        return self.max_connections is not None or self.busy is not None
+        self.shed = exhausted == "shed"
 
 
 class _Gate:
@@ -492,17 +500,19 @@ async def create_server(
     max_connections: int | None = None,
     pending: int | None = None,
     busy: str | bytes | None = None,
+    exhausted: Literal["pause", "shed"] = "pause",
 ) -> Server:
     """loop.create_server() of the running loop, with its arguments; returns a Server, the caller's to close.
 
     dualstack_ipv6, exclusive, defer_accept, fast_open: as fastlisten.bind().  no_delay: TCP_NODELAY on the
     connections, which asyncio always sets.
-    max_connections, pending, busy: as Listener.serve(); `busy` is answered while the event loop is blocked,
-    too, and `pending` clients may then wait.  A connection that speaks TLS counts from its handshake on.
+    max_connections, pending, busy, exhausted: as Listener.serve(); `busy` is answered while the event loop is
+    blocked, too, and `pending` clients may then wait.  A connection that speaks TLS counts from its
+    handshake on.
 
     Raises what asyncio's own raises for the same mistakes, ValueError for options this system lacks.
     """
-    limits = _Limits(max_connections, pending, busy)
+    limits = _Limits(max_connections, pending, busy, exhausted)
     options = _tcp_options(
         defer_accept=defer_accept, fast_open=fast_open, no_delay=no_delay, keep_alive=keep_alive
     )
@@ -525,6 +535,7 @@ async def create_server(
             fast_open=fast_open is not None,
             max_connections=max_connections is not None,
             busy=busy is not None,
+            exhausted=exhausted != "pause",
         )
         own = await _bind_tcp(loop, protocol_factory, host, port, start_serving=start_serving, **asked, **tls)
         return cast(Server, own)
@@ -567,14 +578,15 @@ async def create_unix_server(
     max_connections: int | None = None,
     pending: int | None = None,
     busy: str | bytes | None = None,
+    exhausted: Literal["pause", "shed"] = "pause",
 ) -> Server:
     """loop.create_unix_server() of the running loop, with its arguments; returns a Server.
 
     cleanup_socket: unlink the path on close, if it is still the socket that was made; asyncio's default,
     which is True since Python 3.13.  mode: permission bits of the path, as fastlisten.bind().
-    max_connections, pending, busy: as create_server().
+    max_connections, pending, busy, exhausted: as create_server().
     """
-    limits = _Limits(max_connections, pending, busy)
+    limits = _Limits(max_connections, pending, busy, exhausted)
     tls: dict[str, Any] = {
         "ssl": ssl,
         "ssl_handshake_timeout": ssl_handshake_timeout,
@@ -614,6 +626,8 @@ def _stream_protocol(client_connected_cb: ClientConnected, limit: int) -> Factor
     loop = asyncio.get_running_loop()
     if not _WATCHES_TASKS:
         client_connected_cb = functools.partial(_watched, client_connected_cb)
+    if not isinstance(loop, asyncio.BaseEventLoop):
+        client_connected_cb = functools.partial(_with_start_tls, client_connected_cb)
 
     def factory() -> asyncio.StreamReaderProtocol:
         reader = asyncio.StreamReader(limit=limit, loop=loop)
@@ -642,6 +656,33 @@ async def _guarded(coroutine: Awaitable[None], writer: asyncio.StreamWriter) -> 
             }
         )
         writer.transport.close()
+
+
+class _StartsTls:
+    """The event loop, as StreamWriter.start_tls() asks for it: with asyncio's start_tls().
+
+    uvloop's own takes uvloop's transports only.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.start_tls = functools.partial(asyncio.BaseEventLoop.start_tls, cast(Any, loop))
+
+
+def _with_start_tls(
+    callback: ClientConnected, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> Awaitable[None] | None:
+    """Call it with a writer that can start TLS on our transport."""
+    writer.start_tls = functools.partial(_start_tls, weakref.ref(writer))  # type: ignore[method-assign]
+    return callback(reader, writer)
+
+
+async def _start_tls(weak: Callable[[], Any], context: _ssl.SSLContext, **options: Any) -> None:
+    writer = weak()
+    loop, writer._loop = writer._loop, _StartsTls(writer._loop)
+    try:
+        await asyncio.StreamWriter.start_tls(writer, context, **options)
+    finally:
+        writer._loop = loop
 
 
 async def start_server(
@@ -687,6 +728,7 @@ class Arrivals:
         self._waiters: list[asyncio.Future[None]] = []
         self._watched: list[int] = []
         self._iterators: weakref.WeakSet[Connections] = weakref.WeakSet()
+        self._to_drain: float | None = None  # how many of the kernel's queue a stop still takes
 
     async def accept(self) -> tuple[socket.socket, Any]:
         """What Listener.accept_async() does."""
@@ -699,10 +741,12 @@ class Arrivals:
         return connection.socket(), address
 
     def take(self) -> Connection | None:
-        """The next client, if one is queued and the Listener is not paused."""
-        if self._listener._ledger.paused:
-            return None
-        return _accept.take(self._listener)
+        """The next client, if one is queued and the Listener is not paused; a drain takes it all the same."""
+        if self._to_drain is None:
+            return None if self._listener._ledger.paused else _accept.take(self._listener)
+        connection = _accept.take(self._listener)
+        self._to_drain = 0 if connection is None else self._to_drain - 1
+        return connection
 
     async def wait(self) -> None:
         """Wait until there may be something to do: a client, or pause, resume, stop or close."""
@@ -767,17 +811,26 @@ class Arrivals:
         self._iterators.add(iterator)
         return iterator
 
-    def look_for_stop(self) -> None:
-        """A stop() ends all iterations that there are; later ones may follow."""
+    def look_for_stop(self) -> bool:
+        """Whether stop() was called: it ends all iterations that there are, with a drain as soon as they have
+        taken what the kernel had queued.  Later ones may follow."""
         ledger = self._listener._ledger
-        if ledger.stopping:
+        if not ledger.stopping:
+            return False
+        if ledger.draining and self._to_drain is None:
+            depth, _ = _accept.queue(self._listener.fileno())
+            self._to_drain = math.inf if depth is None else depth
+        if not ledger.draining or not self._to_drain:
+            self._to_drain = None
             ledger.answered()
             for iterator in self._iterators:
                 iterator.ended = True
+            self.wake()
+        return True
 
 
 class Connections(AsyncIterator[Connection]):
-    """The Connections of a Listener, until stop() or close()."""
+    """The Connections of a Listener, until stop() or close(); not for a proactor, which watches nothing."""
 
     def __init__(self, listener: Listener, arrivals: Arrivals) -> None:
         self.ended = False
@@ -787,8 +840,9 @@ class Connections(AsyncIterator[Connection]):
 
     async def __anext__(self) -> Connection:
         while True:
-            self._arrivals.look_for_stop()
-            if self.ended or self._listener.fileno() == -1:
+            closed = self._listener.fileno() == -1
+            stopping = not closed and self._arrivals.look_for_stop()
+            if self.ended or closed:
                 self.ended = True
                 raise StopAsyncIteration
             try:
@@ -799,7 +853,8 @@ class Connections(AsyncIterator[Connection]):
                 await self._rest(error)
                 continue
             if connection is None:
-                await self._arrivals.wait()
+                if not stopping:
+                    await self._arrivals.wait()
                 continue
             if self._pause:
                 self._pause = 0.0

@@ -491,8 +491,6 @@ def test_tls_streams_and_start_tls(run: Run, tls: Any) -> None:
             with contextlib.suppress(ssl.SSLError, ConnectionError):
                 await writer.wait_closed()
 
-    if run.loop == "uvloop":
-        pytest.skip("uvloop's start_tls() takes uvloop's transports only")
     run(main())
 
 
@@ -683,6 +681,51 @@ def test_out_of_descriptors_pauses_with_one_line_and_recovers(
     assert caplog.messages[1].startswith("accepting again after")
 
 
+@needs("Linux")
+def test_out_of_descriptors_sheds(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    import resource  # not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def main() -> None:
+        async with server(Echo, exhausted="shed") as serving:
+            await in_thread(int)  # the thread is there now
+            clients = [socket.socket() for _ in range(40)]
+            free = os.dup(0)
+            os.close(free)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+            try:
+                for client in clients:
+                    client.settimeout(LIMIT)
+                    client.connect(serving.address)
+                for client in clients:
+                    with pytest.raises(ConnectionResetError):
+                        await in_thread(client.recv, 5)
+                assert serving.server.stats().refused == len(clients)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for client in clients:
+                client.close()
+            with connect(serving.address) as client:
+                client.sendall(b"hello")
+                assert await in_thread(client.recv, 5) == b"hello"
+
+    with caplog.at_level(logging.INFO, "fastlisten"):
+        run(main())
+    assert len(caplog.messages) == 2
+    assert caplog.messages[0].startswith("accepting pauses: [Errno 24]")
+    assert caplog.messages[1].startswith("accepting again after")
+
+
+def test_what_exhausted_may_be(run: Run) -> None:
+    async def main() -> None:
+        for create in (aio.create_server, aio.create_unix_server):
+            with pytest.raises(ValueError, match="exhausted must be 'pause' or 'shed', not 'hope'"):
+                await create(Notes, exhausted="hope")  # type: ignore[operator]
+
+    run(main())
+
+
 # --- Listener.accept_async() and async iteration
 
 
@@ -785,6 +828,44 @@ def test_async_iteration_until_stop(run: Run) -> None:
             assert len(served) == 18
             listener.stop()
             assert [c async for c in listener] == []
+
+    run(main())
+
+
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_a_drain_takes_what_the_kernel_had_queued(run: Run, tasks: int, paused: bool) -> None:
+    clients = 20
+
+    async def main() -> None:
+        with fastlisten.bind("127.0.0.1:0", backlog=clients) as listener:
+
+            async def iterate() -> int:
+                count = 0
+                async for connection in listener:
+                    connection.close()
+                    count += 1
+                    await asyncio.sleep(0)
+                return count
+
+            if paused:
+                listener.pause()
+            iterations = [asyncio.ensure_future(iterate()) for _ in range(tasks)]
+            await turns()
+            queued = [connect(listener) for _ in range(clients)]
+            listener.stop(drain=LIMIT)
+            assert sum(await asyncio.gather(*iterations)) == clients
+            listener.resume()
+            late = connect(listener)  # is for the next
+            listener.stop(drain=0)
+            assert await iterate() == 0
+            iterating = asyncio.ensure_future(iterate())
+            while listener.stats().accepted == clients:
+                await asyncio.sleep(0)
+            listener.stop()
+            assert await iterating == 1
+            for sock in (*queued, late):
+                sock.close()
 
     run(main())
 
