@@ -515,9 +515,9 @@ cdef class Hub:
         """Reset who is queued, through the descriptor kept for that; False if that cannot be done now."""
         cdef client_t client
         cdef Door door
-        cdef int i, code
+        cdef int code
         for door in self.doors:
-            for i in range(ACCEPTS):
+            for _ in range(ACCEPTS):
                 port_close(self.spare)
                 code = 0 if take_client(door.fd, &client, 1) else port_error()
                 if code == 0:
