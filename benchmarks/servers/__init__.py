@@ -12,7 +12,8 @@ import shutil
 from dataclasses import dataclass
 
 ANSWERS = frozenset({"close", "echo", "http"})
-"""What a server can do with a client: close it, echo its bytes, answer its HTTP request."""
+"""What a server can do with a client: close it, echo its bytes, answer its HTTP request.
+free_threading.py adds `compute`: echo after a millisecond of Python."""
 
 ALL = ANSWERS | {"hold"}
 """The same, and `hold`: keep the client and do nothing."""
@@ -164,7 +165,7 @@ SERVERS: dict[str, Server] = {
                 "fast",
                 "serve",
                 (threads,),
-                ANSWERS,
+                ANSWERS | {"compute"},
                 f"Listener.serve(handler, threads={threads})",
                 _F,
             )

@@ -56,7 +56,26 @@ def shed(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
 
 
-HANDLERS: dict[str, Handler] = {"close": close, "echo": echo, "http": http, "shed": shed}
+STEPS = 20_000
+"""Of a handler that computes: about a millisecond of Python."""
+
+
+def compute(connection: Client) -> None:
+    """Compute for a while, then send back what came."""
+    question = connection.recv(QUESTION_LIMIT)
+    total = 0
+    for number in range(STEPS):
+        total += number
+    connection.sendall(question)
+
+
+HANDLERS: dict[str, Handler] = {
+    "close": close,
+    "compute": compute,
+    "echo": echo,
+    "http": http,
+    "shed": shed,
+}
 
 
 def take_on_demand(take: Callable[[int], Sequence[Any]]) -> None:
