@@ -381,6 +381,44 @@ def test_ctrl_c_ends_with_130_and_no_traceback(threads: str, busy: bool) -> None
     assert output[-1].startswith("stopped by SIGINT; ")
 
 
+# Presses Ctrl-C in a console of its own: the event goes to all processes of the console, this one included, and
+# one with a process group of its own would have it ignored (GenerateConsoleCtrlEvent, CREATE_NEW_PROCESS_GROUP).
+PRESS = """
+import ctypes, json, signal, socket, subprocess, sys
+kernel = ctypes.WinDLL("kernel32", use_last_error=True)
+kernel.FreeConsole()
+if not kernel.AllocConsole():
+    raise ctypes.WinError(ctypes.get_last_error())
+command = [sys.executable, "-m", "fastlisten", "serve", "127.0.0.1:0", *sys.argv[1:]]
+with subprocess.Popen(command, stdout=-1, stderr=-1, text=True) as process:
+    try:
+        port = int(process.stdout.readline().rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), 20) as client:
+            client.sendall(b"ping")
+            assert client.recv(9) == b"ping"
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not kernel.GenerateConsoleCtrlEvent(signal.CTRL_C_EVENT, 0):
+            raise ctypes.WinError(ctypes.get_last_error())
+        output, errors = process.communicate(timeout=20)
+    except BaseException:
+        process.kill()
+        raise
+print(json.dumps([process.returncode, output, errors]))
+"""
+
+
+@pytest.mark.skipif(os.name != "nt", reason="Windows has consoles; the test above sends the signal")
+@pytest.mark.parametrize("threads", ["0", "2"])
+def test_ctrl_c_in_the_console(threads: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRESS, "--threads", threads], capture_output=True, text=True, timeout=50
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    status, output, errors = json.loads(done.stdout)
+    assert (status, errors) == (130, "")
+    assert output.startswith("stopped by SIGINT; 1 accepted")
+
+
 @signals
 def test_ctrl_c_while_the_handler_is_imported(tmp_path: Path) -> None:
     (tmp_path / "slow.py").write_text(
