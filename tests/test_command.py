@@ -381,8 +381,8 @@ def test_ctrl_c_ends_with_130_and_no_traceback(threads: str, busy: bool) -> None
     assert output[-1].startswith("stopped by SIGINT; ")
 
 
-# Presses Ctrl-C in a console of its own: the event goes to all processes of the console, this one included, and
-# one with a process group of its own would have it ignored (GenerateConsoleCtrlEvent, CREATE_NEW_PROCESS_GROUP).
+# Presses Ctrl-C in a console of its own: the event goes to all processes of the console, this one included.
+# In a process group of its own the command would have it ignored (CreateProcess, CREATE_NEW_PROCESS_GROUP).
 PRESS = """
 import ctypes, json, signal, socket, subprocess, sys
 kernel = ctypes.WinDLL("kernel32", use_last_error=True)
