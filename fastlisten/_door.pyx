@@ -453,6 +453,7 @@ cdef class Door:
             self.pause = PAUSE_FIRST
         self.failures += 1
         self.eased = 0
+        self.want(True)  # now, not when the pause begins: first the log is written and `exhausted` asked
         port_swap(&self.news_again, 1)
         port_swap(&self.news, 1)
         if self.shed and self.shed_queued():

@@ -415,7 +415,7 @@ def test_shed_gets_its_descriptor_back_from_a_stranger(faults: Faults, mode: Any
             logged(process, *["WARNING", "INFO"] * episode)
 
 
-CLOSED_WHILE_TRYING = """
+CLOSED_MEANWHILE = """
 import ast, ctypes, json, sys, threading, time, fastlisten
 from preload import change_plan
 from support import connect, exchange, serving, wait_until
@@ -427,9 +427,16 @@ def handler(connection):
         go.wait(10)
     else:
         connection.sendall(b"served")
-def exhausted(error, attempt):
+def a_connection_closes():
+    go.set()
+    wait_until(lambda: listener.stats().handled == 1)
+def asked(error, attempt):
+    a_connection_closes()
+    return 60
+def trying(error, attempt):
     library.faults_hold(int(attempt == 1))  # the second try is held inside of accept
     return 0.01 if attempt == 1 else 60
+exhausted = globals()[sys.argv[2]]
 with (
     fastlisten.bind(("127.0.0.1", 0)) as listener,
     serving(listener, handler, exhausted=exhausted, **ast.literal_eval(sys.argv[1])),
@@ -437,21 +444,22 @@ with (
 ):
     held.sendall(b"held")
     held.recv(2)
-    change_plan(accept=[("EMFILE", 2)])
+    change_plan(accept=[("EMFILE", 1 if exhausted is asked else 2)])
     with connect(listener) as late:
         late.sendall(b"late")
-        wait_until(lambda: library.faults_given(b"accept") == 2)
-        go.set()  # now a connection of ours closes: nobody waits in poll() to hear it
-        wait_until(lambda: listener.stats().handled == 1)
-        library.faults_hold(0)
+        if exhausted is trying:
+            wait_until(lambda: library.faults_given(b"accept") == 2)
+            a_connection_closes()
+            library.faults_hold(0)
         print(json.dumps(late.recv(10).decode()))
 """
 
 
+@pytest.mark.parametrize("when", ["trying", "asked"])
 @pytest.mark.parametrize("mode", [{"threads": 2}, {"threads": (1, 4)}], ids=str)
-def test_a_close_of_ours_between_two_pauses_cuts_the_second_short(faults: Faults, mode: Any) -> None:
-    """While accept is tried again nobody polls the wake-up; the ring must wait there for the next pause."""
-    assert faults.python(CLOSED_WHILE_TRYING, repr(mode)) == "served"
+def test_a_close_of_ours_just_before_a_pause_cuts_it_short(faults: Faults, mode: Any, when: str) -> None:
+    """While accept is tried again, or `exhausted` asked, nobody polls the wake-up; it has to ring then too."""
+    assert faults.python(CLOSED_MEANWHILE, repr(mode), when) == "served"
 
 
 @modes
