@@ -458,7 +458,7 @@ with (
 @pytest.mark.parametrize("when", ["trying", "asked"])
 @pytest.mark.parametrize("mode", [{"threads": 2}, {"threads": (1, 4)}], ids=str)
 def test_a_close_of_ours_just_before_a_pause_cuts_it_short(faults: Faults, mode: Any, when: str) -> None:
-    """While accept is tried again, or `exhausted` asked, nobody polls the wake-up; it has to ring then too."""
+    """While accept is tried again, or `exhausted` asked, nobody polls the wake-up; it rings all the same."""
     assert faults.python(CLOSED_MEANWHILE, repr(mode), when) == "served"
 
 
