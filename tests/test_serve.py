@@ -531,6 +531,25 @@ def answered_once(target: Any, number: int, clients: int = 4) -> None:
             assert answers == [b"%d" % n for n in range(first, number, clients)]
 
 
+def answered_until(enough: threading.Event, target: Any, clients: int = 4) -> int:
+    """Have some clients make exchanges, each answer checked, until it is enough; return how many."""
+
+    def some(first: int) -> int:
+        for made in itertools.count():
+            if enough.is_set():
+                return made
+            assert exchange(target, b"%d %d" % (first, made)) == b"%d %d" % (first, made)
+        raise AssertionError("not reached")
+
+    with ThreadPoolExecutor(clients) as pool:
+        return sum(pool.map(some, range(clients)))
+
+
+def one_more_is_accepted(listener: Listener) -> None:
+    before = listener.stats().accepted
+    wait_until(lambda: listener.stats().accepted > before)
+
+
 @pytest.mark.parametrize("threads", [0, 2])
 def test_two_loops_on_one_socket_take_each_client_once(threads: int, listener: Listener) -> None:
     with listener.dup() as second:
@@ -773,17 +792,17 @@ def test_a_stop_in_a_batch_leaves_nobody_out(threads: Any, listener: Listener, q
 
 @pytest.mark.parametrize("threads", THREADS)
 def test_serve_again_and_again_loses_nobody(threads: Any, listener: Listener) -> None:
-    clients = Serving(lambda: answered_once(listener, 300))
-    rounds = 0
-    while clients.thread.is_alive():
-        before = listener.stats().accepted
-        with serving(listener, echo, threads=threads):
-            wait_until(lambda: listener.stats().accepted > before or not clients.thread.is_alive())  # noqa: B023
-        rounds += 1
-        assert rounds < 1000
-    clients.wait()
-    assert listener.stats().handled == 300
-    assert rounds > 5
+    enough = threading.Event()
+    clients = Serving(lambda: answered_until(enough, listener))
+    try:
+        for _ in range(20):
+            with serving(listener, echo, threads=threads):
+                one_more_is_accepted(listener)
+    finally:
+        enough.set()
+    with serving(listener, echo, threads=threads):
+        made = clients.wait()
+    assert listener.stats().handled == made
 
 
 @pytest.mark.parametrize("threads", THREADS)
@@ -901,18 +920,18 @@ def test_a_pause_before_serve_holds_and_stop_ends_it(
 
 @pytest.mark.parametrize("threads", THREADS)
 def test_pause_and_resume_under_load_lose_nobody(threads: Any, listener: Listener) -> None:
+    enough = threading.Event()
     with serving(listener, echo, threads=threads):
-        clients = Serving(lambda: answered_once(listener, 300))
-        rounds = 0
-        while clients.thread.is_alive():
-            listener.pause()
-            before = listener.stats().accepted
-            listener.resume()
-            wait_until(lambda: listener.stats().accepted > before or not clients.thread.is_alive())  # noqa: B023
-            rounds += 1
-        clients.wait()
-    assert listener.stats().handled == 300
-    assert rounds > 5
+        clients = Serving(lambda: answered_until(enough, listener))
+        try:
+            for _ in range(20):
+                listener.pause()
+                listener.resume()
+                one_more_is_accepted(listener)
+        finally:
+            enough.set()
+        made = clients.wait()
+    assert listener.stats().handled == made
 
 
 # --- signals --------------------------------------------------------------------------------------
