@@ -174,12 +174,21 @@ def queue(port_socket fd):
 
 # --- One accept at a time -----------------------------------------------------------------------------------
 
+cdef bint readable(port_socket fd) noexcept nogil:
+    """Whether somebody is queued, or something is wrong with the listener."""
+    cdef port_pollfd poll
+    poll.fd = fd
+    poll.events = POLLIN
+    return port_poll_ns(&poll, 1, 0) != 0
+
+
 cdef port_socket accept_one(
         listener, port_address *address, int *length, int nonblocking) except -1:
     """One client's descriptor, waited for as the listener's timeout says."""
     cdef port_socket fd, client
     cdef int64_t deadline = 0
     cdef int code
+    cdef bint ready = False
     while True:
         fd = _fileno(listener)
         with nogil:
@@ -191,13 +200,18 @@ cdef port_socket accept_one(
             PyErr_CheckSignals()
             continue
         timeout = _gettimeout(listener)
-        if not port_would_block(code) or timeout == 0:
+        if timeout == 0:
+            raise_error(code)
+        # Under a timeout socket.accept() waits before it tries.  Our try came first, and what is wrong with
+        # the listener or with us may be told only when somebody is there; unless this very client was lost.
+        if not port_would_block(code) and (
+                timeout is None or ready or verdict(code) == CONNECTION or readable(fd)):
             raise_error(code)
         # A blocking listener gets here when serve(), accept_many() or another process has made the
         # description non-blocking, which all its descriptors share: fcntl(2), F_SETFL.
         if timeout is not None and deadline == 0:
             deadline = port_now() + <int64_t>(<double>timeout * 1e9)
-        wait_ready(fd, POLLIN, deadline)
+        ready = wait_ready(fd, POLLIN, deadline)
 
 
 def accept(self):

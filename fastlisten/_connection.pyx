@@ -56,10 +56,10 @@ cdef int writable(object buffer, Py_buffer *view) except -1:
 
 
 cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1:
-    """Wait until the socket is ready, or `deadline` (port_now(); 0: none) is over: TimeoutError('timed out').
+    """Wait until the socket is ready; whether it is.  `deadline`: port_now(); 0 for none.
 
-    It comes back after a signal's handlers have run, too (PEP 475): they may have closed the socket, so the
-    caller tries its call again before it waits for what remains.
+    It comes back with 0 at the deadline, and after a signal's handlers have run (PEP 475): they may have
+    closed the socket.  The caller tries its call again and comes back; TimeoutError after the deadline.
     """
     cdef port_pollfd poll
     cdef int64_t left = -1
@@ -77,7 +77,7 @@ cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1:
         PyErr_CheckSignals()
     elif code != 0:
         raise_error(code)
-    return 0
+    return ready > 0
 
 
 cdef void ledger_ring(ledger_t *ledger) noexcept nogil:

@@ -620,3 +620,30 @@ def test_a_signal_just_before_the_loop_first_waits_is_not_lost(faults: Faults, m
     """Python has noted it and nobody rang: signal.set_wakeup_fd() looks at its descriptor, with
     fstat() and without the GIL, before it sets it."""
     assert faults.python(SIGNAL_BEFORE_THE_FIRST_WAIT, repr(mode)) == "interrupted"
+
+
+TIMED_ACCEPT = """
+import json, socket, sys, fastlisten
+from preload import change_plan
+from support import connect, told
+make = {"original": socket.create_server, "ours": fastlisten.create_server}[sys.argv[1]]
+found = []
+with make(("127.0.0.1", 0)) as listener:
+    listener.settimeout(0.05)
+    change_plan(accept=[("EMFILE", 2)])
+    found.append(told(listener.accept)[:2])
+    for code in "EMFILE", "ECONNABORTED", "EPERM", "EINVAL":
+        with connect(listener):
+            change_plan(accept=[(code, 2)])
+            found.append(told(listener.accept)[:2])
+            change_plan()
+            listener.accept()[0].close()
+print(json.dumps([[error.__name__, code] for error, code in found]))
+"""
+
+
+def test_a_timed_accept_tells_what_is_wrong_only_when_somebody_is_queued(faults: Faults) -> None:
+    """The original waits before it tries, and so finds nothing wrong as long as nobody comes."""
+    original, ours = (faults.python(TIMED_ACCEPT, which) for which in ("original", "ours"))
+    assert ours == original
+    assert original[:2] == [["TimeoutError", None], ["OSError", errno.EMFILE]]
