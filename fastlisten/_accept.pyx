@@ -90,6 +90,10 @@ cdef class Ledger:
         """Close the wake-up; nobody may poll it any more."""
         ledger_disarm(self.at)
 
+    def ring(self):
+        """Wake up whoever waits for the wake-up."""
+        ledger_ring(self.at)
+
     def after_fork(self):
         """In the child: whoever was ringing is not here."""
         self.at.ringing = 0

@@ -223,7 +223,7 @@ class Listener(socket.socket):
         return _connections(self)
 
     def __aiter__(self) -> AsyncIterator[Connection]:
-        """Connections until stop() or close(), on the event loop that runs (not on Windows' proactor).
+        """Connections until stop() or close(), on the event loop that runs.
 
         They are non-blocking, so that loop.sock_recv() and the like take them, and the caller's to close.
         """

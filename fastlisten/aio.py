@@ -13,6 +13,7 @@ import functools
 import logging
 import math
 import os
+import select
 import socket
 import ssl as _ssl
 import sys
@@ -732,9 +733,6 @@ class Arrivals:
 
     async def accept(self) -> tuple[socket.socket, Any]:
         """What Listener.accept_async() does."""
-        if isinstance(self.loop, _Proactor):
-            accepted: tuple[socket.socket, Any] = await self.loop.sock_accept(self._listener)
-            return accepted
         while (connection := self.take()) is None:
             await self.wait()
         address = connection.peer
@@ -800,10 +798,13 @@ class Arrivals:
             running = None
         if running is self.loop:
             self.wake()
-            if self._listener._loop is None:
-                self._listener._ledger.disarm()
+            self._disarm()
         elif not self.loop.is_closed():  # another thread's
             self.loop.call_soon_threadsafe(self.wake)
+
+    def _disarm(self) -> None:
+        if self._listener._loop is None:
+            self._listener._ledger.disarm()
 
     def connections(self) -> Connections:
         """What `async for` goes through."""
@@ -829,8 +830,48 @@ class Arrivals:
         return True
 
 
+class LookedFor(Arrivals):
+    """Arrivals on a proactor, which watches nothing: a thread of the loop's executor waits instead.
+
+    The proactor's own accept would lose a client that comes while its task is cancelled.
+    """
+
+    _looking: asyncio.Future[Any] | None = None
+    _to_disarm = False
+
+    def _watch(self) -> None:
+        if self._looking is not None:
+            return  # it is about to end, and then all that wait look again
+        ledger = self._listener._ledger
+        ledger.arm()
+        assert ledger.wake is not None
+        watched = [ledger.wake[0]] if ledger.paused else [ledger.wake[0], self._listener.fileno()]
+        self._looking = self.loop.run_in_executor(None, select.select, watched, [], [])
+        self._looking.add_done_callback(self._looked)
+
+    def _unwatch(self) -> None:
+        if self._looking is not None:
+            self._listener._ledger.ring()
+
+    def _looked(self, looking: asyncio.Future[Any]) -> None:
+        self._looking = None
+        if not looking.cancelled():
+            looking.exception()  # of a listener that was closed meanwhile: who waits is told by accept()
+        wake = self._listener._ledger.wake
+        if wake is not None:
+            _accept.unring(wake[0])
+        self.wake()
+        if self._to_disarm:
+            self._disarm()
+
+    def _disarm(self) -> None:
+        self._to_disarm = self._looking is not None  # the thread must not be left with closed descriptors
+        if not self._to_disarm:
+            super()._disarm()
+
+
 class Connections(AsyncIterator[Connection]):
-    """The Connections of a Listener, until stop() or close(); not for a proactor, which watches nothing."""
+    """The Connections of a Listener, until stop() or close()."""
 
     def __init__(self, listener: Listener, arrivals: Arrivals) -> None:
         self.ended = False
@@ -872,5 +913,6 @@ def arrivals(listener: Listener) -> Arrivals:
     """The listener's Arrivals on the loop that runs."""
     found = listener._arrivals
     if found is None or found.loop is not asyncio.get_running_loop():
-        found = listener._arrivals = Arrivals(listener)
+        loop = asyncio.get_running_loop()
+        found = listener._arrivals = (LookedFor if isinstance(loop, _Proactor) else Arrivals)(listener)
     return found

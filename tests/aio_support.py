@@ -30,6 +30,13 @@ if importlib.util.find_spec("uvloop"):
 # Each way in which a hub watches its descriptors, on each loop.
 WAYS = [(loop, polled) for loop in LOOPS for polled in (True, False)]
 
+# Loops on which a Listener can be awaited.
+AWAIT_LOOPS = {**LOOPS}
+if hasattr(asyncio, "ProactorEventLoop"):
+    AWAIT_LOOPS["proactor"] = asyncio.ProactorEventLoop
+else:
+    AWAIT_LOOPS["as if on a proactor"] = asyncio.SelectorEventLoop
+
 
 class Run:
     """Runs coroutines, each on a loop of its own; what the loop's exception handler is told is kept."""
@@ -44,7 +51,7 @@ class Run:
             async with asyncio.timeout(limit):
                 return await main
 
-        with asyncio.Runner(loop_factory=LOOPS[self.loop]) as runner:
+        with asyncio.Runner(loop_factory=AWAIT_LOOPS[self.loop]) as runner:
             return runner.run(limited())
 
     def messages(self) -> list[str]:
@@ -56,6 +63,13 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     loop, polled = request.param
     monkeypatch.setattr(aio, "Hub", functools.partial(Hub, polled=polled))
     return Run(loop)
+
+
+@pytest.fixture(params=AWAIT_LOOPS)
+def run_awaits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
+    if request.param == "as if on a proactor":
+        monkeypatch.setattr(aio, "_Proactor", asyncio.SelectorEventLoop)
+    return Run(request.param)
 
 
 class Notes(asyncio.Protocol):

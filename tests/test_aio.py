@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aio_support import Echo, Notes, Run, run, server
+from aio_support import Echo, Notes, Run, run, run_awaits, server
 from support import LIMIT, connect, exchange, needs, posix_only, read_all, under_wine
 
 import fastlisten
 from fastlisten import aio
 
-__all__ = ["run"]  # a fixture
+__all__ = ["run", "run_awaits"]  # fixtures
 
 
 async def in_thread(function: Any, *args: Any) -> Any:
@@ -729,7 +729,7 @@ def test_what_exhausted_may_be(run: Run) -> None:
 # --- Listener.accept_async() and async iteration
 
 
-def test_accept_async(run: Run) -> None:
+def test_accept_async(run_awaits: Run) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         with fastlisten.bind("127.0.0.1:0") as listener:
@@ -746,10 +746,10 @@ def test_accept_async(run: Run) -> None:
                     assert await loop.sock_recv(sock, 10) == b"hello"
             assert listener.stats().accepted == 1
 
-    run(main())
+    run_awaits(main())
 
 
-def test_cancelling_accepts_loses_no_client(run: Run) -> None:
+def test_cancelling_accepts_loses_no_client(run_awaits: Run) -> None:
     async def main() -> int:
         got = 0
         with fastlisten.bind("127.0.0.1:0", backlog=200) as listener:
@@ -770,10 +770,10 @@ def test_cancelling_accepts_loses_no_client(run: Run) -> None:
             assert listener.stats().accepted == got
             return got
 
-    assert run(main()) == 100
+    assert run_awaits(main()) == 100
 
 
-def test_several_tasks_accept(run: Run) -> None:
+def test_several_tasks_accept(run_awaits: Run) -> None:
     async def main() -> None:
         with fastlisten.bind("127.0.0.1:0") as listener:
             waiting = [asyncio.ensure_future(listener.accept_async()) for _ in range(5)]
@@ -784,10 +784,10 @@ def test_several_tasks_accept(run: Run) -> None:
             for client in clients:
                 client.close()
 
-    run(main())
+    run_awaits(main())
 
 
-def test_closing_a_listener_ends_who_waits(run: Run) -> None:
+def test_closing_a_listener_ends_who_waits(run_awaits: Run) -> None:
     async def main() -> None:
         listener = fastlisten.bind("127.0.0.1:0")
 
@@ -802,10 +802,10 @@ def test_closing_a_listener_ends_who_waits(run: Run) -> None:
         with pytest.raises(OSError, match=r"Bad file descriptor|\[WinError 10038\]"):
             await waiting
 
-    run(main())
+    run_awaits(main())
 
 
-def test_async_iteration_until_stop(run: Run) -> None:
+def test_async_iteration_until_stop(run_awaits: Run) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         with fastlisten.bind("127.0.0.1:0") as listener:
@@ -829,12 +829,12 @@ def test_async_iteration_until_stop(run: Run) -> None:
             listener.stop()
             assert [c async for c in listener] == []
 
-    run(main())
+    run_awaits(main())
 
 
 @pytest.mark.parametrize("paused", [False, True])
 @pytest.mark.parametrize("tasks", [1, 3])
-def test_a_drain_takes_what_the_kernel_had_queued(run: Run, tasks: int, paused: bool) -> None:
+def test_a_drain_takes_what_the_kernel_had_queued(run_awaits: Run, tasks: int, paused: bool) -> None:
     clients = 20
 
     async def main() -> None:
@@ -867,10 +867,10 @@ def test_a_drain_takes_what_the_kernel_had_queued(run: Run, tasks: int, paused: 
             for sock in (*queued, late):
                 sock.close()
 
-    run(main())
+    run_awaits(main())
 
 
-def test_async_iteration_pauses_and_resumes(run: Run) -> None:
+def test_async_iteration_pauses_and_resumes(run_awaits: Run) -> None:
     async def main() -> None:
         with fastlisten.bind("127.0.0.1:0") as listener:
             listener.pause()
@@ -882,7 +882,24 @@ def test_async_iteration_pauses_and_resumes(run: Run) -> None:
                 listener.resume()
                 (await waiting).close()
 
-    run(main())
+    run_awaits(main())
+
+
+@pytest.mark.skipif("not hasattr(asyncio, 'ProactorEventLoop')", reason="needs a proactor: Windows")
+def test_on_a_proactor_servers_are_asyncios_own() -> None:
+    async def main() -> None:
+        async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(await reader.readline())
+            writer.close()
+
+        with pytest.raises(ValueError, match="max_connections needs a selector event loop"):
+            await aio.start_server(echo, "127.0.0.1", 0, max_connections=1)
+        async with await aio.start_server(echo, "127.0.0.1", 0) as running:
+            assert type(running) is asyncio.Server
+            address = running.sockets[0].getsockname()
+            assert await in_thread(exchange, address, b"hello\n") == b"hello\n"
+
+    asyncio.run(main())
 
 
 def test_importing_fastlisten_does_not_import_asyncio() -> None:
