@@ -359,6 +359,25 @@ def test_streams_with_a_coroutine(run: Run) -> None:
     assert types == [asyncio.StreamReader, asyncio.StreamWriter]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio has eager tasks since 3.12")
+def test_streams_with_eager_tasks(run: Run) -> None:
+    if run.loop == "uvloop":
+        pytest.skip("uvloop 0.23 calls the factory with an argument that it has since 3.13.3 only")
+
+    async def main() -> list[bytes]:
+        async def upper(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write((await reader.readline()).upper())
+            writer.close()
+
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        async with await aio.start_server(upper, "127.0.0.1", 0) as running:
+            address = running.sockets[0].getsockname()
+            return [await in_thread(exchange, address, b"%d one\n" % i) for i in range(10)]
+
+    assert run(main()) == [b"%d ONE\n" % i for i in range(10)]
+    assert run.reports == []
+
+
 def test_streams_with_a_plain_function_and_a_limit(run: Run) -> None:
     async def main() -> Any:
         got: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
