@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from support import compiler
+
 import fastlisten
 
 SOURCE = Path(__file__).with_name("faults.c")
@@ -88,7 +90,8 @@ def python(code: str, *arguments: str, environment: dict[str, str]) -> Any:
 def check(status: int | None, output: str, errors: str) -> None:
     """Assert that a process ended well and that its interpreter had nothing to complain of."""
     assert status == 0, f"status {status}\n{output}\n{errors}"
-    for word in ("Exception ignored", "Exception in thread", "Fatal Python error", "unclosed"):
+    complaints = ("Exception ignored", "Exception in thread", "Fatal Python error", "unclosed")
+    for word in (*complaints, "cannot be preloaded"):
         assert word not in errors, errors
 
 
@@ -147,6 +150,6 @@ def server(
 def build(folder: Path) -> Faults:
     """Compile faults.c in `folder`."""
     library = folder / "faults.so"
-    command = ["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(library)]
+    command = [compiler(), "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(library)]
     subprocess.run([*command, str(SOURCE), "-ldl", "-lpthread"], check=True, timeout=50)
     return Faults(library)

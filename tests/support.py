@@ -203,6 +203,11 @@ def tells_the_queue() -> bool:
         return len(probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)) == 32
 
 
+def compiler() -> str:
+    """Return the command of the C compiler for the system that Python runs on."""
+    return os.environ.get("CC", "cc")
+
+
 def under_wine() -> bool:
     """Tell whether this is Windows Python on Wine."""
     if os.name != "nt":
@@ -223,7 +228,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "TCP_INFO of a listener": tells_the_queue,
     "the openssl command": lambda: shutil.which("openssl") is not None,
     "a free-threaded interpreter": lambda: bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
-    "a C compiler": lambda: shutil.which("cc") is not None,
+    "a C compiler": lambda: shutil.which(compiler()) is not None,
 }
 
 
