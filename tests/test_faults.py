@@ -508,7 +508,8 @@ with fastlisten.bind(("127.0.0.1", 0)) as listener:
                 connection.close()
                 seen.append("a client")
             change_plan(accept=[("EMFILE", 1)])
-            seen.append(told(listener.accept_many)[1])
+            with connect(listener):  # a timed call asks poll() first
+                seen.append(told(listener.accept_many)[1])
             change_plan()
 print(json.dumps(seen))
 """
@@ -516,7 +517,7 @@ print(json.dumps(seen))
 
 def test_an_error_in_the_middle_of_accept_many_is_left_for_the_next_call(faults: Faults) -> None:
     emfile = errno.EMFILE
-    assert faults.python(IN_A_BATCH) == ["a client", "a client", emfile, "a client", emfile]
+    assert faults.python(IN_A_BATCH) == ["a client", "a client", emfile, "a client", "a client", emfile]
 
 
 ITERATED = """
