@@ -124,7 +124,7 @@ cdef class Watched:
 
 
 @cython.final
-cdef class Door(Watched):
+cdef class Entrance(Watched):
     """A listening socket of the server; the Server keeps it open.
 
     sock: the socket.socket.  ledger: its counters.
@@ -265,7 +265,7 @@ cdef class Hub:
     cdef bint awake             # a wake is under way, whose end sees to both
     cdef dict transports        # weak references to the open ones, by id
     cdef char *scratch
-    cdef list doors
+    cdef list entrances
     cdef Bell bell
     cdef bint serving, paused, stopped
     cdef readonly int64_t failures  # accepts that ran out of resources, in a row
@@ -288,7 +288,7 @@ cdef class Hub:
         self.due = []
         self.ending = []
         self.transports = {}
-        self.doors = []
+        self.entrances = []
         if polled:
             self.poller = port_poller()
         self.shed = shed
@@ -439,9 +439,9 @@ cdef class Hub:
 
     # --- accepting ---------------------------------------------------------------------------------
 
-    def add_door(self, sock, Ledger ledger):
+    def add_entrance(self, sock, Ledger ledger):
         """A listening socket to accept from, once serving."""
-        self.doors.append(Door(self, sock, ledger))
+        self.entrances.append(Entrance(self, sock, ledger))
 
     def add_gate(self, gate):
         """A core Loop with an usher, whose listeners it accepts from."""
@@ -468,7 +468,7 @@ cdef class Hub:
             self.retry.cancel()
             self.retry = None
         self.arrange()
-        self.doors.clear()
+        self.entrances.clear()
         if self.bell is not None:
             self.bell.want(0)
             self.bell = None
@@ -479,12 +479,12 @@ cdef class Hub:
         self.rest()
 
     cdef int arrange(self) except -1:
-        """Watch the doors if clients are to be accepted now."""
-        cdef Door door
+        """Watch the entrances if clients are to be accepted now."""
+        cdef Entrance entrance
         cdef bint open = (self.serving and not self.paused and self.retry is None and self.places(1) > 0
                           and not self.loop.is_closed())
-        for door in self.doors:
-            door.want(POLLIN if open and not door.failed else 0)
+        for entrance in self.entrances:
+            entrance.want(POLLIN if open and not entrance.failed else 0)
         return 0
 
     cdef int places(self, int most) noexcept:
@@ -514,15 +514,15 @@ cdef class Hub:
     cdef bint shed_queued(self) except *:
         """Reset who is queued, through the descriptor kept for that; False if that cannot be done now."""
         cdef client_t client
-        cdef Door door
+        cdef Entrance entrance
         cdef int code
-        for door in self.doors:
+        for entrance in self.entrances:
             for _ in range(ACCEPTS):
                 port_close(self.spare)
-                code = 0 if take_client(door.fd, &client, 1) else port_error()
+                code = 0 if take_client(entrance.fd, &client, 1) else port_error()
                 if code == 0:
-                    port_add(&door.ledger.at.accepted, 1)
-                    port_add(&door.ledger.at.refused, 1)
+                    port_add(&entrance.ledger.at.accepted, 1)
+                    port_add(&entrance.ledger.at.refused, 1)
                     port_refuse(client.fd, NULL, 0)
                 self.spare = port_spare()
                 if self.spare == PORT_NO_SOCKET or verdict(code) == RESOURCES:

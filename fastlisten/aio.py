@@ -125,7 +125,7 @@ class Server(asyncio.AbstractServer):
             sock.listen(self._backlog)
         if self._limits.busy is None:
             for sock, ledger in zip(self._sockets, self._ledgers, strict=True):
-                self._hub.add_door(sock, ledger)
+                self._hub.add_entrance(sock, ledger)
         else:
             self._gate = _Gate(self._sockets, self._limits)
             self._ledgers = [listener._ledger for listener in self._gate.listeners]
