@@ -73,7 +73,7 @@ cdef class Door:
     cdef void after_fork(self) noexcept
     cdef outcome_t take(self, client_t *client) noexcept nogil
     cdef outcome_t admit(self) noexcept nogil
-    cdef outcome_t accept_queued(self) noexcept nogil
+    cdef outcome_t accept_queued(self, int most) noexcept nogil
     cdef bint full(self, int taken) noexcept nogil
     cdef void receive(self, client_t *client) noexcept nogil
     cdef void refuse(self, client_t *client) noexcept nogil

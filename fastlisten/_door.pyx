@@ -202,21 +202,21 @@ cdef class Door:
             shut = self.shut_for()
             # after a failure ask poll() first whether anybody is there
             if shut == 0 and (self.failures == 0 or self.eased):
-                outcome = self.accept_queued()
+                outcome = self.accept_queued(INT_MAX)
                 if outcome != NOBODY:
                     return outcome
                 shut = self.shut_for()
                 if self.stopping and shut == 0:
                     return ENDED
             outcome = self.sleep(shut)
-            if outcome == TAKEN:  # somebody is there
-                outcome = self.accept_queued()
+            if outcome == TAKEN:  # somebody is there, most often alone: a look for others would be in vain
+                outcome = self.accept_queued(1)
             if outcome != NOBODY:
                 return outcome
         return ENDED
 
-    cdef outcome_t accept_queued(self) noexcept nogil:
-        """Accept what is queued, one client of each listener in turn, as long as there is room."""
+    cdef outcome_t accept_queued(self, int most) noexcept nogil:
+        """Accept up to `most` that are queued, one client of each listener in turn, while there is room."""
         cdef source_t *source
         cdef client_t client
         cdef verdict_t answer
@@ -225,7 +225,7 @@ cdef class Door:
         cdef bint recovered = False
         if self.shed and self.spare == PORT_NO_SOCKET:
             self.spare = port_spare()  # a stranger had taken it; what comes free is the spare first
-        while misses < self.count and not self.full(taken):
+        while misses < self.count and taken < most and not self.full(taken):
             source = &self.sources[self.turn]
             self.turn = (self.turn + 1) % self.count
             if source.fd == PORT_NO_SOCKET or (port_get(&source.ledger.paused) and not self.stopping):

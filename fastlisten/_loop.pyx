@@ -21,6 +21,9 @@ cdef long long IDLE = 10_000_000  # microseconds
 # How long serve() waits, after it cut the connections of its handlers, for the handlers to notice.
 cdef int64_t GRACE = 250_000_000  # nanoseconds
 
+# How long it waits for the ring of a signal that it knows of already; the ring may have been heard before.
+cdef int64_t LATE_RING = 50_000_000  # nanoseconds
+
 
 @cython.final
 cdef class Worker:
@@ -100,7 +103,7 @@ cdef class Loop:
         signals = None
         try:
             self.start()
-            signals = wake_on_signals(self.caller_wake())
+            signals = wake_on_signals(self.caller_wake()[1])
             PyErr_CheckSignals()  # one that came before rang nobody
             if self.most:
                 self.run_threads()
@@ -111,6 +114,10 @@ cdef class Loop:
                     self.handle(worker, &client)
             if self.failure is not None:
                 raise self.failure
+        except KeyboardInterrupt:
+            if signals is not None and PORT_SIGNALS_APART:
+                self.await_ring()
+            raise
         finally:
             if signals is not None:
                 signal.set_wakeup_fd(-1)
@@ -123,13 +130,21 @@ cdef class Loop:
             self.bell[0], self.bell[1] = wake_pair()
         self.door.open()
 
-    cdef port_socket caller_wake(self):
-        """What wakes the caller of run(): the end to ring."""
+    cdef port_socket *caller_wake(self):
+        """What wakes the caller of run()."""
         if self.most:
-            return self.bell[1]
+            return self.bell
         if self.door.ushered:
-            return self.door.arrivals[1]
-        return self.door.sources[0].ledger.wake[1]
+            return self.door.arrivals
+        return self.door.sources[0].ledger.wake
+
+    cdef void await_ring(self) noexcept:
+        """The thread in which a signal comes notes it, then rings: not when the wake-up is closed by then."""
+        cdef port_pollfd poll
+        poll.fd = self.caller_wake()[0]
+        poll.events = POLLIN
+        with nogil:
+            port_poll_ns(&poll, 1, LATE_RING)
 
     def finish(self):
         """End what start() and the run have started; clients still waiting are closed."""

@@ -28,6 +28,7 @@ typedef int port_length;                        /* how long a buffer may be in o
 #  define PORT_LENGTH_MAX INT_MAX
 #  define PORT_SHUT_WRITE SD_SEND
 #  define PORT_REUSE_ADDRESS 0
+#  define PORT_SIGNALS_APART 1                  /* Ctrl-C comes in a thread of its own */
 #else
 #  include <arpa/inet.h>
 #  include <errno.h>
@@ -48,6 +49,7 @@ typedef struct pollfd port_pollfd;
 typedef size_t port_length;
 #  define PORT_LENGTH_MAX PY_SSIZE_T_MAX
 #  define PORT_SHUT_WRITE SHUT_WR
+#  define PORT_SIGNALS_APART 0
 #  ifdef __CYGWIN__
 #    define PORT_REUSE_ADDRESS 0
 #  else

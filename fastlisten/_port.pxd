@@ -15,6 +15,7 @@ cdef extern from "_port.h" nogil:
     short POLLOUT
 
     int PORT_REUSE_ADDRESS
+    bint PORT_SIGNALS_APART
     int AF_UNIX
     int AF_INET
     int AF_INET6

@@ -270,6 +270,7 @@ def test_a_descriptor_of_ours_that_comes_free_is_used_at_once(mode: Any) -> None
             with connect(process.address) as held:
                 held.sendall(b"hello")
                 answered(held)
+                wait_until(lambda: process.ask("stats")["active"] == 1)  # the last round's are closed
                 process.ask("fill")
                 with connect(process.address) as late:
                     late.sendall(b"hello")
