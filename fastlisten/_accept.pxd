@@ -25,5 +25,7 @@ cdef class Ledger:
 cdef verdict_t verdict(int code) noexcept nogil
 cdef void count_error(ledger_t *ledger, int code) noexcept nogil
 cdef bint take_client(port_socket fd, client_t *client, int nonblocking) noexcept nogil
+cdef int shed_client(
+    port_socket fd, ledger_t *ledger, port_socket *spare, const char *text, Py_ssize_t length) noexcept nogil
 cpdef int share_nonblocking(listener) except -1
 cdef double default_timeout() except? -2

@@ -335,6 +335,26 @@ cdef bint take_client(port_socket fd, client_t *client, int nonblocking) noexcep
     return client.fd != PORT_NO_SOCKET
 
 
+cdef int shed_client(
+        port_socket fd, ledger_t *ledger, port_socket *spare,
+        const char *text, Py_ssize_t length) noexcept nogil:
+    """Refuse who is queued first, through a spare descriptor, which is retaken at once; 0, or why it failed.
+
+    `spare` is PORT_NO_SOCKET after that when a stranger was faster.
+    """
+    cdef client_t client
+    cdef int code = 0
+    port_close(spare[0])
+    if take_client(fd, &client, 1):
+        port_add(&ledger.accepted, 1)
+        port_add(&ledger.refused, 1)
+        port_refuse(client.fd, text, length)
+    else:
+        code = port_error()
+    spare[0] = port_spare()
+    return code
+
+
 cdef double default_timeout() except? -2:
     """socket.getdefaulttimeout(), as Connection keeps it: < 0 for None."""
     timeout = _getdefaulttimeout()

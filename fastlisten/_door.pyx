@@ -25,6 +25,7 @@ from fastlisten._accept cimport (
     count_error,
     default_timeout,
     share_nonblocking,
+    shed_client,
     verdict,
     verdict_t,
 )
@@ -463,7 +464,6 @@ cdef class Door:
 
     cdef bint shed_queued(self) noexcept nogil:
         """Refuse who is queued, through the descriptor kept for that; False if that cannot be done now."""
-        cdef client_t client
         cdef int i, code
         if self.spare == PORT_NO_SOCKET:
             return False
@@ -471,14 +471,8 @@ cdef class Door:
             for _ in range(ROUND):
                 if self.sources[i].fd == PORT_NO_SOCKET:
                     break
-                port_close(self.spare)
-                client.fd = port_accept(self.sources[i].fd, &client.address, &client.length, 0)
-                code = port_error() if client.fd == PORT_NO_SOCKET else 0
-                if code == 0:
-                    client.ledger = self.sources[i].ledger
-                    port_add(&client.ledger.accepted, 1)
-                    self.refuse(&client)
-                self.spare = port_spare()
+                code = shed_client(self.sources[i].fd, self.sources[i].ledger, &self.spare,
+                                   self.busy_text, self.busy_length)
                 self.episode_until = port_now()
                 if self.spare == PORT_NO_SOCKET or verdict(code) == RESOURCES:
                     return False  # the whole system has run out: one descriptor of ours does not help

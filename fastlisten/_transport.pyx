@@ -40,6 +40,7 @@ from fastlisten._accept cimport (
     Ledger,
     client_t,
     count_error,
+    shed_client,
     take_client,
     verdict,
     verdict_t,
@@ -513,18 +514,11 @@ cdef class Hub:
 
     cdef bint shed_queued(self) except *:
         """Reset who is queued, through the descriptor kept for that; False if that cannot be done now."""
-        cdef client_t client
         cdef Entrance entrance
         cdef int code
         for entrance in self.entrances:
             for _ in range(ACCEPTS):
-                port_close(self.spare)
-                code = 0 if take_client(entrance.fd, &client, 1) else port_error()
-                if code == 0:
-                    port_add(&entrance.ledger.at.accepted, 1)
-                    port_add(&entrance.ledger.at.refused, 1)
-                    port_refuse(client.fd, NULL, 0)
-                self.spare = port_spare()
+                code = shed_client(entrance.fd, entrance.ledger.at, &self.spare, NULL, 0)
                 if self.spare == PORT_NO_SOCKET or verdict(code) == RESOURCES:
                     return False  # the whole system has run out: one descriptor of ours does not help
                 if code != 0:
