@@ -47,7 +47,7 @@ cdef enum:
 cdef int64_t PAUSE_FIRST = 10_000_000  # nanoseconds
 cdef int64_t PAUSE_LAST = 100_000_000
 
-# How many threads count as free places when the most that may run is hardly a limit.
+# How many threads, or connections, count when the most that may be is hardly a limit.
 cdef enum:
     FREE_AT_MOST = 4096
 
@@ -116,9 +116,10 @@ cdef class Door:
         free(self.polls)
 
     cdef int open(self) except -1:
-        """Make the wake-ups, the spare descriptor and the usher."""
+        """Make the wake-ups, room for the clients' descriptors, the spare one and the usher."""
         for listener in self.listeners:
             listener._ledger.arm()
+        port_make_room(self.sources[0].fd, min(self.pending + max(self.most, self.most_active, 1), FREE_AT_MOST))
         if self.shed:
             self.spare = port_spare()
             if self.spare == PORT_NO_SOCKET:

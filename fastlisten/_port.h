@@ -43,6 +43,7 @@ typedef int port_length;                        /* how long a buffer may be in o
 #  ifdef __linux__
 #    include <netinet/tcp.h>
 #    include <sys/epoll.h>
+#    include <sys/resource.h>
 #  endif
 typedef int port_socket;
 typedef struct pollfd port_pollfd;
@@ -404,6 +405,30 @@ static inline port_socket port_spare(void)
     return WSASocketW(AF_INET, SOCK_STREAM, 0, NULL, 0, WSA_FLAG_OVERLAPPED | WSA_FLAG_NO_HANDLE_INHERIT);
 #else
     return open("/dev/null", O_RDONLY | O_CLOEXEC);
+#endif
+}
+
+/* Have room for `count` more descriptors, by copying `open` that far up for a moment.  Linux grows a
+ * process's table as it fills, and with several threads each growth waits for an RCU grace period, ten or
+ * twenty milliseconds in which nobody is accepted (fs/file.c, expand_fdtable()).  It never shrinks, so it is
+ * made large once.  RLIMIT_NOFILE bounds it, as it does the clients. */
+static inline void port_make_room(port_socket open, int count)
+{
+#ifdef __linux__
+    struct rlimit limit;
+    int lowest_free = fcntl(open, F_DUPFD_CLOEXEC, 0);
+    if (lowest_free >= 0 && getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+        int far_up = lowest_free + count;
+        if ((rlim_t)far_up >= limit.rlim_cur)
+            far_up = (int)limit.rlim_cur - 1;
+        far_up = fcntl(open, F_DUPFD_CLOEXEC, far_up);
+        if (far_up >= 0)
+            close(far_up);
+    }
+    if (lowest_free >= 0)
+        close(lowest_free);
+#else
+    (void)open, (void)count;
 #endif
 }
 

@@ -138,6 +138,27 @@ def waited_for_a_core(thread: str) -> float:
 
 
 @needs("Linux")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pending": 500, "busy": "reset"},
+        {"busy": "reset", "max_connections": 500},
+        {"threads": (1, 500)},
+        {"threads": (1, 1_000_000)},
+    ],
+    ids=["pending", "max_connections", "threads", "more than there can be"],
+)
+def test_room_for_the_clients_descriptors_is_made_before_they_come(options: dict[str, Any]) -> None:
+    # To grow the table later is to wait for an RCU grace period, and everyone in the queue with it.
+    with server(**options) as process:
+        with connect(process.address) as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+        with open(f"/proc/{process.process.pid}/status") as status:
+            assert int(status.read().split("FDSize:")[1].split()[0]) >= 500
+
+
+@needs("Linux")
 @pytest.mark.parametrize(("busy", "threads"), [("reset", 0), (BUSY, 1)], ids=["reset", "bytes"])
 def test_the_101st_is_told_within_5_ms_while_python_holds_the_gil(busy: Any, threads: int) -> None:
     with server(
