@@ -117,9 +117,12 @@ cdef class Door:
 
     cdef int open(self) except -1:
         """Make the wake-ups, room for the clients' descriptors, the spare one and the usher."""
+        cdef int64_t held
         for listener in self.listeners:
             listener._ledger.arm()
-        port_make_room(self.sources[0].fd, min(self.pending + max(self.most, self.most_active, 1), FREE_AT_MOST))
+        held = self.pending + max(self.most, self.most_active, 1)
+        if held > 1:
+            port_make_room(self.sources[0].fd, min(held, FREE_AT_MOST))
         if self.shed:
             self.spare = port_spare()
             if self.spare == PORT_NO_SOCKET:
