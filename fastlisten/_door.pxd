@@ -36,6 +36,8 @@ cdef class Door:
     cdef int room, first, waiting
     cdef int64_t handling           # taken out of it, and not yet at its handler's end
 
+    cdef int in_vain, polls_first   # how often poll() is asked before accept() is tried again; and yet to go
+
     cdef int64_t over               # nobody accepts any more
     cdef bint stopping
     cdef int to_drain               # clients the kernel has queued that a drain still takes; < 0: not asked
@@ -73,6 +75,7 @@ cdef class Door:
     cdef void after_fork(self) noexcept
     cdef outcome_t take(self, client_t *client) noexcept nogil
     cdef outcome_t admit(self) noexcept nogil
+    cdef bint likely(self) noexcept nogil
     cdef outcome_t accept_queued(self, int most) noexcept nogil
     cdef bint full(self, int taken) noexcept nogil
     cdef void receive(self, client_t *client) noexcept nogil

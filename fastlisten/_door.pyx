@@ -38,6 +38,10 @@ from fastlisten._port cimport *
 cdef enum:
     BATCH = 4
 
+# How many times poll() is asked first, at most, after accept() was tried in vain: 1, 3, 7, 15.
+cdef enum:
+    IN_VAIN_MOST = 15
+
 # How many clients an usher accepts before it looks up to see whether it is to stop.
 cdef enum:
     ROUND = 64
@@ -206,10 +210,12 @@ cdef class Door:
         while not self.ending():
             shut = self.shut_for()
             # after a failure ask poll() first whether anybody is there
-            if shut == 0 and (self.failures == 0 or self.eased):
+            if shut == 0 and (self.failures == 0 or self.eased) and (self.stopping or self.likely()):
                 outcome = self.accept_queued(INT_MAX)
                 if outcome != NOBODY:
+                    self.in_vain = 0
                     return outcome
+                self.in_vain = self.polls_first = min(2 * self.in_vain + 1, IN_VAIN_MOST)
                 shut = self.shut_for()
                 if self.stopping and shut == 0:
                     return ENDED
@@ -219,6 +225,13 @@ cdef class Door:
             if outcome != NOBODY:
                 return outcome
         return ENDED
+
+    cdef bint likely(self) noexcept nogil:
+        """Whether to look for a client before poll() says that there is one: after looks in vain less often."""
+        if self.polls_first:
+            self.polls_first -= 1
+            return False
+        return True
 
     cdef outcome_t accept_queued(self, int most) noexcept nogil:
         """Accept up to `most` that are queued, one client of each listener in turn, while there is room."""

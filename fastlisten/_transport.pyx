@@ -2,8 +2,9 @@
 
 One wake of the event loop does as much as it can for many connections, because a wake is what costs: the
 hub takes a batch of clients, and a transport reads as soon as it is made.  Only when the kernel says that it
-would block is a transport watched.  The hub watches with a poller of its own, which is one descriptor to the
-event loop; where the system has none (_port.h), each descriptor is registered with the event loop itself.
+would block is a transport watched.  The hub watches transports with a poller of its own, which is one
+descriptor to the event loop; where the system has none (_port.h), each is registered with the event loop
+itself, as the listeners are everywhere: that is done once, and their wakes need no look at the poller.
 
 Nothing here gives the GIL up: all calls are non-blocking and take about as long as giving it up does, and in
 a process with busy threads it would take up to a switch interval (5 ms) to get it back.
@@ -103,6 +104,7 @@ cdef class Watched:
     cdef Hub hub
     cdef port_socket fd
     cdef short wanted       # the events it is watched for
+    cdef bint polled        # by the hub's poller; else by the event loop, as all is where there is no poller
 
     def __cinit__(self):
         self.fd = PORT_NO_SOCKET
@@ -258,7 +260,7 @@ cdef class Hub:
     cdef port_socket poller
     cdef bint shed
     cdef port_socket spare      # given up to take and reset a client when there is no other descriptor
-    cdef dict watched           # the Watched by descriptor, while there is a poller
+    cdef dict watched           # the Transports by descriptor, while there is a poller
     cdef object queue           # what call_soon() was given; None when the loop does not show it
     cdef Py_ssize_t guess       # what scheduled() says then, never the same twice
     cdef list due               # Transports that have something to do on the loop's next turn
@@ -310,7 +312,7 @@ cdef class Hub:
     cdef int watch(self, Watched what, short events) except -1:
         """Watch what.fd for other events than before."""
         cdef short before = what.wanted
-        if self.poller != PORT_NO_SOCKET:
+        if what.polled:
             if port_poller_set(self.poller, what.fd, before, events) != 0:
                 raise_error(port_error())
             what.wanted = events
@@ -592,6 +594,7 @@ cdef Transport new_transport(
     """A Transport that owns `fd` and a hold on the ledger; on failure the descriptor stays the caller's."""
     cdef Transport transport = Transport.__new__(Transport)
     transport.hub = hub
+    transport.polled = hub.poller != PORT_NO_SOCKET
     transport.due = BEGIN
     if length > SHORT_ADDRESS:
         transport.peer = address_object(address, length)
@@ -645,7 +648,6 @@ cdef class Transport(Watched):
     cdef char address[SHORT_ADDRESS]
     cdef bint buffered              # the protocol is a BufferedProtocol
     cdef bint connected             # there is a protocol
-    cdef bint patient               # a recv() that would block is to be waited for
     cdef bint closing, paused, ended, eof_sent, writing_paused
 
     _start_tls_compatible = True
@@ -812,10 +814,7 @@ cdef class Transport(Watched):
         if got == 0:
             return self.end()
         if port_would_block(code):
-            if self.patient:
-                return self.watch(self.wanted | POLLIN)
-            self.patient = True  # who has just connected sends soon: one more try costs less than watching
-            return self.again(READ)
+            return self.watch(self.wanted | POLLIN)
         if code == PORT_EINTR:
             return self.again(READ)
         return self.fail(code, "Fatal read error on socket transport")
