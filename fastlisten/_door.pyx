@@ -209,8 +209,7 @@ cdef class Door:
         cdef outcome_t outcome
         while not self.ending():
             shut = self.shut_for()
-            # after a failure ask poll() first whether anybody is there
-            if shut == 0 and (self.failures == 0 or self.eased) and (self.stopping or self.likely()):
+            if shut == 0 and self.likely():
                 outcome = self.accept_queued(INT_MAX)
                 if outcome != NOBODY:
                     self.in_vain = 0
@@ -228,7 +227,9 @@ cdef class Door:
 
     cdef bint likely(self) noexcept nogil:
         """Whether to look for a client before poll() says that there is one: after looks in vain less often."""
-        if self.polls_first:
+        if self.failures:
+            return self.eased > 0  # that there is nobody ends the episode
+        if self.polls_first and not self.stopping:
             self.polls_first -= 1
             return False
         return True
