@@ -61,6 +61,7 @@ cdef class Door:
     cdef port_socket spare
     cdef int64_t pause, retry_at    # nanoseconds, port_now()
     cdef int64_t failures           # of this episode; 0: none lasts
+    cdef int64_t lost               # clients in a row that were lost before they were ours
     cdef int64_t eased              # accepts that worked since the last of them
     cdef int64_t episode_until      # when the last pause is over
     cdef int episode_code

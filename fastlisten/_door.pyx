@@ -42,6 +42,15 @@ cdef enum:
 cdef enum:
     IN_VAIN_MOST = 15
 
+# What the door opens for itself: the wake-up's two ends, the spare descriptor, the client that is refused.
+cdef enum:
+    OWN = 4
+
+# So many clients in a row that were lost before they were ours are no chance: accept() itself is refused, by
+# a seccomp filter for one (EPERM), and trying on would spin.  A kernel's queue hardly ever holds as many.
+cdef enum:
+    LOST_IN_A_ROW = 4096
+
 # How many clients an usher accepts before it looks up to see whether it is to stop.
 cdef enum:
     ROUND = 64
@@ -50,8 +59,9 @@ cdef enum:
 # one would leave clients waiting after a descriptor came free; the retry itself costs nothing.
 cdef int64_t PAUSE_FIRST = 10_000_000  # nanoseconds
 cdef int64_t PAUSE_LAST = 100_000_000
+cdef double LONGEST_PAUSE = 1e9  # seconds; more do not fit
 
-# How many threads, or connections, count when the most that may be is hardly a limit.
+# How many threads count as free places when the most that may run is hardly a limit.
 cdef enum:
     FREE_AT_MOST = 4096
 
@@ -121,12 +131,12 @@ cdef class Door:
 
     cdef int open(self) except -1:
         """Make the wake-ups, room for the clients' descriptors, the spare one and the usher."""
-        cdef int64_t held
+        cdef int64_t held = self.pending + max(self.most, self.most_active, 1)
+        log()  # it is imported here, since without descriptors it could not be
         for listener in self.listeners:
             listener._ledger.arm()
-        held = self.pending + max(self.most, self.most_active, 1)
         if held > 1:
-            port_make_room(self.sources[0].fd, min(held, FREE_AT_MOST))
+            port_make_room(self.sources[0].fd, held + OWN)
         if self.shed:
             self.spare = port_spare()
             if self.spare == PORT_NO_SOCKET:
@@ -223,10 +233,12 @@ cdef class Door:
                 outcome = self.accept_queued(1)
             if outcome != NOBODY:
                 return outcome
+            if self.stopping and shut == 0:
+                return ENDED
         return ENDED
 
     cdef bint likely(self) noexcept nogil:
-        """Whether to look for a client before poll() says that there is one: after looks in vain less often."""
+        """Whether to look for a client before poll() tells of one: less often after looks in vain."""
         if self.failures:
             return self.eased > 0  # that there is nobody ends the episode
         if self.polls_first and not self.stopping:
@@ -255,6 +267,7 @@ cdef class Door:
                 client.ledger = source.ledger
                 source.proven = True
                 misses = 0
+                self.lost = 0
                 taken += 1
                 if self.failures:
                     recovered = self.recover(False)
@@ -264,16 +277,19 @@ cdef class Door:
             answer = verdict(self.code)
             if answer == AGAIN:
                 misses += 1
+                self.lost = 0
                 if self.failures:
                     recovered = self.recover(True)
-            elif answer == CONNECTION:
-                count_error(source.ledger, self.code)
             elif answer == INTERRUPTED:
                 return TAKEN if taken else LOOK
-            elif answer == RESOURCES:
+            elif answer == CONNECTION or answer == RESOURCES:
                 count_error(source.ledger, self.code)
-                self.run_out()
-                return TAKEN if taken else LOOK
+                self.lost += answer == CONNECTION
+                if answer == RESOURCES or self.lost >= LOST_IN_A_ROW:
+                    self.run_out()
+                    return TAKEN if taken else LOOK
+                if self.lost % ROUND == 0:
+                    return TAKEN if taken else LOOK
             elif taken:
                 return TAKEN  # it will fail again
             elif answer == CLOSED and (self.ending() or self.stopping or (
@@ -388,7 +404,7 @@ cdef class Door:
         TAKEN: a listener is ready.  LOOK: rung or interrupted.  NOBODY: the time is over.
         """
         cdef int n = self.count
-        cdef int64_t patience = shut if shut > 0 else -1
+        cdef int64_t patience = shut if shut > 0 else 0 if self.stopping and shut == 0 else -1
         cdef int64_t left
         cdef int i, ready
         cdef source_t *source
@@ -492,7 +508,7 @@ cdef class Door:
                 code = shed_client(self.sources[i].fd, self.sources[i].ledger, &self.spare,
                                    self.busy_text, self.busy_length)
                 self.episode_until = port_now()
-                if self.spare == PORT_NO_SOCKET or verdict(code) == RESOURCES:
+                if self.spare == PORT_NO_SOCKET or verdict(code) == RESOURCES or self.lost >= LOST_IN_A_ROW:
                     return False  # the whole system has run out: one descriptor of ours does not help
                 if code != 0:
                     break
@@ -522,7 +538,10 @@ cdef class Door:
         if port_swap(&self.news_began, 0):
             log().warning("accepting pauses: %s", error)
         if port_swap(&self.news_again, 0) and self.exhausted is not None and self.failures:
-            self.retry_at = port_now() + <int64_t>(<double>self.exhausted(error, self.failures) * 1e9)
+            seconds = self.exhausted(error, self.failures)
+            if not seconds >= 0:
+                raise ValueError(f"exhausted must return seconds, at least 0, not {seconds!r}")
+            self.retry_at = port_now() + <int64_t>(min(<double>seconds, LONGEST_PAUSE) * 1e9)
         if port_swap(&self.news_over, 0):
             log().info("accepting again after %.3f s and %d failed tries",
                        self.episode_length / 1e9, self.episode_failures)

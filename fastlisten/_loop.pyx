@@ -249,21 +249,16 @@ cdef class Loop:
 
     cdef int run_threads(self) except -1:
         """Start the threads and wait, open to signals, until the last has ended."""
-        cdef int64_t patience = 0
         try:
             while port_get(&self.alive) < self.least and not port_get(&self.door.over):
                 self.grow()
-            while port_get(&self.alive) and patience >= 0 and not self.may_leave():
-                patience = self.cut_at + GRACE - port_now() if self.cut_at else -1
-                self.wait_for_bell(patience)
+            while self.to_wait_for():
+                self.wait_for_bell()
                 PyErr_CheckSignals()
-                patience = self.cut_at + GRACE - port_now() if self.cut_at else 0
         except BaseException:
             self.stop_now()
-            patience = GRACE
-            while port_get(&self.alive) and patience > 0 and not self.may_leave():
-                self.wait_for_bell(patience)
-                patience = self.cut_at + GRACE - port_now()
+            while self.to_wait_for():
+                self.wait_for_bell()
             raise
         finally:
             if port_get(&self.alive) == 0:
@@ -271,6 +266,13 @@ cdef class Loop:
             elif not self.leave:
                 log().warning("%d handlers go on without their connections", port_get(&self.alive))
         return 0
+
+    cdef bint to_wait_for(self) noexcept:
+        """Whether a thread is still to be waited for; in a handler, no longer than GRACE after its cut."""
+        if port_get(&self.alive) == 0 or self.may_leave():
+            return False
+        return (not self.cut_at or port_now() < self.cut_at + GRACE
+                or port_get(&self.door.handling) < port_get(&self.alive))
 
     cdef bint may_leave(self) noexcept:
         """Whether run() may return while handlers are at work: the loop is over, and nobody leads."""
@@ -292,8 +294,14 @@ cdef class Loop:
             if self.bell[1] != PORT_NO_SOCKET:
                 port_ring(self.bell[1])
 
-    cdef void wait_for_bell(self, int64_t patience) noexcept:
+    cdef void wait_for_bell(self) noexcept:
+        """Wait for the end of a thread, or a signal; after a cut until its GRACE is over, or for as long again."""
+        cdef int64_t patience = -1
         cdef port_pollfd poll
+        if self.cut_at:
+            patience = self.cut_at + GRACE - port_now()
+            if patience <= 0:
+                patience = GRACE
         poll.fd = self.bell[0]
         poll.events = POLLIN
         with nogil:
@@ -374,7 +382,7 @@ cdef class Loop:
         """Start a thread; when the system has none to give, those that there are go on."""
         try:
             self.grow()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             log().warning("no more than %d threads: %s", port_get(&self.alive), error)
         return 0
 

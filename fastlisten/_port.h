@@ -408,27 +408,27 @@ static inline port_socket port_spare(void)
 #endif
 }
 
-/* Have room for `count` more descriptors, by copying `open` that far up for a moment.  Linux grows a
- * process's table as it fills, and with several threads each growth waits for an RCU grace period, ten or
- * twenty milliseconds in which nobody is accepted (fs/file.c, expand_fdtable()).  It never shrinks, so it is
- * made large once.  RLIMIT_NOFILE bounds it, as it does the clients. */
-static inline void port_make_room(port_socket open, int count)
+/* Have room for `count` more descriptors, at most 4,096 (32 KB), by copying one that far up for a moment.
+ * Linux grows a process's table as it fills, and with several threads each growth waits for an RCU grace
+ * period, ten or twenty milliseconds in which nobody is accepted (fs/file.c, expand_fdtable()).  The table
+ * never shrinks, so it is made large once.  RLIMIT_NOFILE bounds it, as it does the clients. */
+static inline void port_make_room(port_socket s, int64_t count)
 {
 #ifdef __linux__
     struct rlimit limit;
-    int lowest_free = fcntl(open, F_DUPFD_CLOEXEC, 0);
+    int lowest_free = fcntl(s, F_DUPFD_CLOEXEC, 0);
     if (lowest_free >= 0 && getrlimit(RLIMIT_NOFILE, &limit) == 0) {
-        int far_up = lowest_free + count;
+        int far_up = lowest_free + (int)(count < 4096 ? count : 4096);
         if ((rlim_t)far_up >= limit.rlim_cur)
             far_up = (int)limit.rlim_cur - 1;
-        far_up = fcntl(open, F_DUPFD_CLOEXEC, far_up);
+        far_up = fcntl(s, F_DUPFD_CLOEXEC, far_up);
         if (far_up >= 0)
             close(far_up);
     }
     if (lowest_free >= 0)
         close(lowest_free);
 #else
-    (void)open, (void)count;
+    (void)s, (void)count;
 #endif
 }
 

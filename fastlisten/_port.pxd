@@ -70,7 +70,7 @@ cdef extern from "_port.h" nogil:
     void port_ring(port_socket s)
     void port_unring(port_socket s)
     port_socket port_spare()
-    void port_make_room(port_socket open, int count)
+    void port_make_room(port_socket s, int64_t count)
     int port_queue(port_socket listener, int *depth, int *limit)
 
     bint PORT_PARALLEL

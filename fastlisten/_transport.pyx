@@ -445,6 +445,8 @@ cdef class Hub:
     def add_entrance(self, sock, Ledger ledger):
         """A listening socket to accept from, once serving."""
         self.entrances.append(Entrance(self, sock, ledger))
+        if self.most:
+            port_make_room(sock.fileno(), self.most)
 
     def add_gate(self, gate):
         """A core Loop with an usher, whose listeners it accepts from."""

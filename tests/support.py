@@ -182,6 +182,12 @@ def serving(listener: Any, handler: Any, **options: Any) -> Iterator[Serving]:
     served.wait(0)
 
 
+def descriptor_table(pid: int) -> int:
+    """Return for how many descriptors a process has room; proc_pid_status(5), FDSize."""
+    with open(f"/proc/{pid}/status") as status:
+        return int(status.read().split("FDSize:")[1].split()[0])
+
+
 def has_ipv6() -> bool:
     """Tell whether ::1 can be bound; containers often have the family and not the address."""
     if not socket.has_ipv6:

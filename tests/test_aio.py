@@ -921,6 +921,27 @@ def test_on_a_proactor_servers_are_asyncios_own() -> None:
     asyncio.run(main())
 
 
+@needs("Linux")
+def test_room_is_made_for_as_many_descriptors_as_there_may_be_connections() -> None:
+    code = """if True:
+        import asyncio, os
+        from fastlisten import aio
+        from support import descriptor_table
+
+        async def main():
+            server = await aio.create_server(asyncio.Protocol, "127.0.0.1", 0, max_connections=500)
+            print(descriptor_table(os.getpid()) >= min(500, os.sysconf("SC_OPEN_MAX")))
+            server.close()
+
+        asyncio.run(main())
+        """
+    environment = dict(os.environ, PYTHONPATH=os.path.dirname(__file__))
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "True"
+
+
 def test_importing_fastlisten_does_not_import_asyncio() -> None:
     code = "import sys, fastlisten; print('asyncio' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
