@@ -135,11 +135,12 @@ cdef object standard_socket(port_socket fd, int family, int type, int protocol):
     It is not called, because it is Python code: a signal handler that raised in the middle of it would leave
     a descriptor that both or neither of us would close.
     """
-    sock = _new_socket(_StandardSocket)
+    sock = None
     try:
+        sock = _new_socket(_StandardSocket)
         _init_socket(sock, family, type, protocol, fd)
     except BaseException:
-        if sock.fileno() == -1:
+        if sock is None or sock.fileno() == -1:
             port_close(fd)
         raise
     sock._io_refs = 0

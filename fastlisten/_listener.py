@@ -201,7 +201,8 @@ class Listener(socket.socket):
         busy: what the client over that is told at once: "reset", or bytes sent before the close; None lets
         clients wait in the kernel's queue.
         exhausted: when descriptors or memory run out, "pause", or "shed" clients through a descriptor kept
-        for that, or a callable(exception, attempt) that returns the seconds to pause.
+        for that, or a callable(exception, attempt) that returns the seconds to pause; what it raises, and
+        ValueError for what is no such number, ends the loop.
         on_error(exception, connection): gets what a handler raised; without it the log gets it.
 
         Returns a ServeResult.  Raises what ends the loop: KeyboardInterrupt and SystemExit, also out of a
@@ -354,6 +355,8 @@ class _OwnPath(NamedTuple):
 
 
 def _claim(listeners: list[Listener], loop: Loop) -> None:
+    if len({*listeners}) < len(listeners):
+        raise ValueError("a listener is given more than once")
     with _claims:
         for listener in listeners:
             if listener._loop is not None:
@@ -364,7 +367,8 @@ def _claim(listeners: list[Listener], loop: Loop) -> None:
 
 def _let_go(listeners: list[Listener]) -> None:
     for listener in listeners:
-        listener._ledger.disarm()
+        if listener._arrivals is None:  # else an event loop may watch the wake-up
+            listener._ledger.disarm()
         listener._loop = None
         if listener._ledger.stopping:
             listener._ledger.answered()

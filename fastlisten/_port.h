@@ -29,6 +29,7 @@ typedef int port_length;                        /* how long a buffer may be in o
 #  define PORT_SHUT_WRITE SD_SEND
 #  define PORT_REUSE_ADDRESS 0
 #  define PORT_SIGNALS_APART 1                  /* Ctrl-C comes in a thread of its own */
+#  define PORT_NO_SIGPIPE 0
 #else
 #  include <arpa/inet.h>
 #  include <errno.h>
@@ -51,6 +52,12 @@ typedef size_t port_length;
 #  define PORT_LENGTH_MAX PY_SSIZE_T_MAX
 #  define PORT_SHUT_WRITE SHUT_WR
 #  define PORT_SIGNALS_APART 0
+/* What nobody but us sends must not end a program that has SIGPIPE's default action: send(2). */
+#  ifdef MSG_NOSIGNAL
+#    define PORT_NO_SIGPIPE MSG_NOSIGNAL
+#  else
+#    define PORT_NO_SIGPIPE 0
+#  endif
 #  ifdef __CYGWIN__
 #    define PORT_REUSE_ADDRESS 0
 #  else
@@ -92,7 +99,6 @@ typedef size_t port_length;
 #  define PORT_EBADF WSAEBADF
 #  define PORT_EINVAL WSAEINVAL
 #  define PORT_ENOTSOCK WSAENOTSOCK
-#  define PORT_EOPNOTSUPP WSAEOPNOTSUPP
 #  define PORT_CLOSED WSAENOTSOCK               /* what a call on the socket -1 leaves */
 #  define PORT_PEER_RESET WSAECONNRESET
 #else
@@ -130,7 +136,6 @@ typedef size_t port_length;
 #  define PORT_EBADF EBADF
 #  define PORT_EINVAL EINVAL
 #  define PORT_ENOTSOCK ENOTSOCK
-#  define PORT_EOPNOTSUPP EOPNOTSUPP
 #  define PORT_CLOSED EBADF
 #  define PORT_PEER_RESET ECONNRESET
 #endif
@@ -294,7 +299,11 @@ static inline void port_refuse(port_socket s, const char *message, Py_ssize_t le
         char scrap[4096];
         int rounds = 16;                        /* a bound: a client that never stops talking is cut off */
         (void)port_set_nonblocking(s, 1);
-        (void)port_send(s, message, length, 0); /* what does not fit a fresh send buffer is not sent */
+#ifdef SO_NOSIGPIPE                             /* macOS, which has no MSG_NOSIGNAL */
+        int on = 1;
+        (void)setsockopt(s, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+#endif
+        (void)port_send(s, message, length, PORT_NO_SIGPIPE); /* what a fresh buffer does not take is not sent */
         (void)port_shutdown(s, PORT_SHUT_WRITE);
         while (rounds-- > 0 && port_recv(s, scrap, sizeof scrap, 0) > 0) {}
     } else {
@@ -387,7 +396,7 @@ static inline int64_t port_now(void)
 /* Wake whoever polls the other end of a non-blocking socket pair.  A full pipe is a wake-up too. */
 static inline void port_ring(port_socket s)
 {
-    (void)port_send(s, "", 1, 0);
+    (void)port_send(s, "", 1, PORT_NO_SIGPIPE);
 }
 
 /* Take all rings out; one poll of the other end stands for them all. */

@@ -797,10 +797,15 @@ class Arrivals:
         except RuntimeError:
             running = None
         if running is self.loop:
-            self.wake()
+            self._end()
+        elif self.loop.is_closed():
             self._disarm()
-        elif not self.loop.is_closed():  # another thread's
-            self.loop.call_soon_threadsafe(self.wake)
+        else:  # another thread's
+            self.loop.call_soon_threadsafe(self._end)
+
+    def _end(self) -> None:
+        self.wake()
+        self._disarm()
 
     def _disarm(self) -> None:
         if self._listener._loop is None:

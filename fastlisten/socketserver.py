@@ -15,8 +15,8 @@ and process_request().  Datagram and forking servers are the original's througho
 
 from __future__ import annotations
 
-import errno
 import logging
+import os
 import socket as _socket
 import socketserver as _original
 import threading
@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from socketserver import __all__ as __all__
 from typing import TYPE_CHECKING, Any
 
+from fastlisten._accept import ran_out
 from fastlisten._listener import Listener, run_loop, serve_options
 from fastlisten._loop import Loop
 from fastlisten._request import Way
@@ -42,7 +43,6 @@ TICK = 2000
 # The pause after the original's loop ran out of descriptors or memory, in seconds: from the first, doubled
 # each time, to the last; as in fastlisten's.
 PAUSE_FIRST, PAUSE_LAST = 0.010, 0.100
-OUT_OF_RESOURCES = frozenset((errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM))
 
 # A poll_interval above this, in seconds, is for the original to accept or refuse.
 LONGEST_INTERVAL = 1e6
@@ -219,7 +219,7 @@ class AcceptMixIn:
         try:
             request: tuple[Any, Any] = super().get_request()  # type: ignore[misc]
         except OSError as error:
-            if error.errno in OUT_OF_RESOURCES:
+            if ran_out(error):
                 if not self._pause:
                     _log.warning("accepting pauses: %s", error)
                 self._pause = min(2 * self._pause, PAUSE_LAST) or PAUSE_FIRST
@@ -277,6 +277,15 @@ def _let_threads_end() -> None:
             if server._listener is not None and all(thread.daemon for thread in server._serving):
                 server._listener.stop()
 
+
+def _after_fork_in_child() -> None:
+    """The thread that held the lock is not there."""
+    global _states
+    _states = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 # atexit would be too late: it comes after the threads were joined.
 threading._register_atexit(_let_threads_end)  # type: ignore[attr-defined]

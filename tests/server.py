@@ -63,8 +63,21 @@ def bad_pause(error: OSError, attempt: int) -> Any:
     return "soon"
 
 
+def negative_pause(error: OSError, attempt: int) -> float:
+    return -1
+
+
+def no_pause(error: OSError, attempt: int) -> float:
+    return float("nan")
+
+
+def endless_pause(error: OSError, attempt: int) -> float:
+    return float("inf")
+
+
 seen: list[Any] = []
 NAMED = {f.__name__: f for f in (answer, echo, hold, sheds, gives_up, bad_pause)}
+NAMED |= {f.__name__: f for f in (negative_pause, no_pause, endless_pause)}
 
 
 class Server:

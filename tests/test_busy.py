@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from preload import server
+from preload import plain_environment, python, server
 from support import (
     LIMIT,
     PROBES,
@@ -136,6 +136,34 @@ def waited_for_a_core(thread: str) -> float:
     """
     with open(f"/proc/{thread}/schedstat") as counters:
         return int(counters.read().split()[1]) / 1e9
+
+
+SIGPIPE = """
+import json, signal, socket, struct, fastlisten
+from support import reset, serving, wait_until
+
+def holds(connection):
+    connection.recv(1)
+
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+with fastlisten.bind(("127.0.0.1", 0)) as listener, serving(listener, holds, busy=b"busy", pending=0):
+    with socket.create_connection(listener.getsockname()):
+        wait_until(lambda: listener.stats().active)
+        listener.pause()
+        for _ in range(5):  # the end of the stream, then a reset: to write there is EPIPE
+            client = socket.create_connection(listener.getsockname())
+            client.shutdown(socket.SHUT_WR)
+            reset(client)
+        listener.resume()
+        wait_until(lambda: listener.stats().refused == 5)
+print(json.dumps("alive"))
+"""
+
+
+@posix_only("no SIGPIPE")
+def test_to_refuse_a_client_that_is_gone_is_no_sigpipe() -> None:
+    """Command-line tools often set SIGPIPE back to its default, which ends the process."""
+    assert python(SIGPIPE, environment=plain_environment()) == "alive"
 
 
 @needs("Linux")

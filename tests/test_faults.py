@@ -319,6 +319,101 @@ def test_the_same_for_what_the_whole_system_runs_out_of(
         assert int(line[2]) == tries
 
 
+WITHOUT_LOGGING = """
+import ast, json, os, resource, socket, sys, threading, fastlisten
+
+def out_of_descriptors():
+    with socket.create_connection(address) as client:  # a thread, and whatever is made for the first client
+        client.sendall(b"first")
+        while client.recv(10):
+            pass
+    with socket.socket() as client:
+        files = []
+        try:
+            while True:
+                files.append(os.dup(0))
+        except OSError:
+            client.connect(address)
+        while not listener.stats().accept_errors:
+            pass
+        for file in files:
+            os.close(file)
+        client.sendall(b"hello")
+        answers.append(client.recv(10).decode())
+    listener.stop()
+
+assert "logging" not in sys.modules
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+listener, answers = fastlisten.bind("127.0.0.1:0"), []
+address = listener.getsockname()
+client = threading.Thread(target=out_of_descriptors)
+client.start()
+listener.serve(lambda connection: connection.sendall(connection.recv(10)), **ast.literal_eval(sys.argv[1]))
+client.join()
+listener.close()
+print(json.dumps(answers))
+"""
+
+
+@modes
+def test_what_is_logged_needs_no_import_when_descriptors_run_out(mode: Any) -> None:
+    assert python(WITHOUT_LOGGING, repr(mode), environment=plain_environment()) == ["hello"]
+
+
+@modes
+@pytest.mark.parametrize("exhausted", ["pause", "shed"])
+def test_clients_that_are_lost_without_end_make_it_pause(
+    faults: Faults, mode: Any, exhausted: str, tmp_path: Path
+) -> None:
+    """An accept that is forbidden (EPERM, seccomp(2)) says of every client that it was lost."""
+    while_file = tmp_path / "while"
+    while_file.touch()
+    environment = faults.environment(while_file, accept=[("EPERM", 1_000_000_000)])
+    with server(environment=environment, exhausted=exhausted, **mode) as process:
+        wait_until(lambda: process.ask("logs"))
+        begun = process.ask("stats")["accept_errors"]["EPERM"]
+        with connect(process.address) as client:
+            waits(client, 1)
+        # Tries between pauses of up to 100 ms; without pauses it would be a million.
+        assert process.ask("stats")["accept_errors"]["EPERM"] - begun < 5_000
+        while_file.unlink()
+        wait_until(lambda: is_served(process.address))
+        logged(process, "WARNING", "INFO")
+
+
+@pytest.mark.parametrize("drain", ["", "0", "60"])
+@modes
+def test_stop_while_clients_are_lost_without_end(faults: Faults, mode: Any, drain: str) -> None:
+    environment = faults.environment(accept=[("EPERM", 1_000_000_000)])
+    with server(environment=environment, **mode) as process:
+        wait_until(lambda: process.ask("stats")["accept_errors"])
+        took, result = process.ask("stop", drain)
+        assert result == [0, 0]
+        assert took < LIMIT
+
+
+A_DRAIN_FOR_NOBODY = """
+import ast, json, sys, time, fastlisten
+from preload import change_plan
+from support import echo, serving, wait_until
+
+with fastlisten.bind("unix:@" + sys.argv[1]) as listener:
+    change_plan(accept=[("EMFILE", 1)])
+    with serving(listener, echo, **ast.literal_eval(sys.argv[2])) as served:
+        wait_until(lambda: listener.stats().accept_errors)
+        begun = time.monotonic()
+        listener.stop(drain=600)
+        served.wait()
+        print(json.dumps(time.monotonic() - begun))
+"""
+
+
+@modes
+def test_a_drain_in_a_shortage_does_not_wait_for_nobody(faults: Faults, mode: Any, tmp_path: Path) -> None:
+    """Of a unix socket's queue the kernel does not tell the length: the drain has to find its end."""
+    assert faults.python(A_DRAIN_FOR_NOBODY, str(tmp_path), repr(mode)) < LIMIT
+
+
 @modes
 @pytest.mark.parametrize("drain", ["", "0", "5"])
 def test_stop_in_back_off(faults: Faults, mode: Any, drain: str, tmp_path: Path) -> None:
@@ -475,7 +570,13 @@ def test_a_callable_says_how_long_to_pause(faults: Faults, mode: Any) -> None:
 
 @modes
 @pytest.mark.parametrize(
-    ("policy", "text"), [("gives_up", "RuntimeError: gave up"), ("bad_pause", "TypeError: ")]
+    ("policy", "text"),
+    [
+        ("gives_up", "RuntimeError: gave up"),
+        ("bad_pause", "TypeError: "),
+        ("negative_pause", "ValueError: exhausted must return seconds, at least 0, not -1"),
+        ("no_pause", "ValueError: exhausted must return seconds, at least 0, not nan"),
+    ],
 )
 def test_what_a_callable_raises_ends_serve(faults: Faults, mode: Any, policy: str, text: str) -> None:
     environment = faults.environment(accept=[("ENOBUFS", 1_000)])
@@ -483,6 +584,17 @@ def test_what_a_callable_raises_ends_serve(faults: Faults, mode: Any, policy: st
         with connect(process.address):
             _, ended = process.ask("wait")
         assert ended.startswith(text)
+
+
+def test_a_pause_without_end_is_one(faults: Faults) -> None:
+    environment = faults.environment(accept=[("ENOBUFS", 2)])
+    with server(environment=environment, exhausted="endless_pause") as process:
+        with connect(process.address) as client:
+            wait_until(lambda: process.ask("logs"))
+            process.ask("resume")  # rings, which cuts a pause short; the second then lasts
+            wait_until(lambda: process.ask("stats")["accept_errors"] == {"ENOBUFS": 2})
+            waits(client, 0.3)
+        assert process.ask("stats")["accepted"] == 0
 
 
 def test_the_server_process_is_steered() -> None:

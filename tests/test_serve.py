@@ -1,6 +1,7 @@
 """serve(): handlers inline and in threads, limits, several endpoints, shared sockets, stop and signals."""
 
 import _thread
+import asyncio
 import contextlib
 import itertools
 import logging
@@ -825,6 +826,29 @@ def test_stop_lets_handlers_end_in_their_own_time(threads: Any, listener: Listen
     assert read_all(client) == b"0"
 
 
+def test_an_event_loop_that_waits_on_the_same_listener_keeps_its_wake_up(listener: Listener) -> None:
+    async def main() -> None:
+        listener.pause()
+        waits = asyncio.ensure_future(listener.accept_async())
+        await asyncio.sleep(0)
+        served = Serving(lambda: listener.serve(echo))
+        await asyncio.to_thread(wait_until, lambda: listener._loop is not None)
+        listener.stop()
+        await asyncio.to_thread(served.wait)
+        ours, theirs = socket.socketpair()  # which get the lowest numbers that are free
+        with ours, theirs:
+            ours.setblocking(False)
+            heard = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(ours, 1))
+            await asyncio.sleep(0)
+            waits.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await waits
+            theirs.send(b"x")
+            assert await asyncio.wait_for(heard, LIMIT) == b"x"
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("threads", THREADS)
 def test_a_second_serve_on_one_listener_is_refused(threads: Any, listener: Listener) -> None:
     with serving(listener, echo, threads=threads):
@@ -839,6 +863,40 @@ def test_a_second_serve_on_one_listener_is_refused(threads: Any, listener: Liste
             with serving(other, echo):  # the refused serve() has not kept it
                 assert exchange(other, b"free") == b"free"
         assert exchange(listener, b"still up") == b"still up"
+
+
+def test_a_listener_given_twice_is_refused(listener: Listener) -> None:
+    with pytest.raises(ValueError, match="a listener is given more than once"):
+        fastlisten.serve(echo, listener, listener)
+    with serving(listener, echo):
+        assert exchange(listener, b"free") == b"free"
+
+
+def test_a_thread_that_is_slow_to_begin_is_no_handler_that_goes_on(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a busy machine a thread may get no core for longer than cut handlers are waited for."""
+    begins, may_begin = threading.Event(), threading.Event()
+
+    def hold(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code is threading.Thread.run.__code__:
+            begins.set()
+            may_begin.wait(LIMIT)
+
+    threading.setprofile(hold)  # of the threads that are started from now on
+    try:
+        with caplog.at_level(logging.WARNING, "fastlisten"):
+            served = Serving(lambda: listener.serve(echo, threads=1))
+            assert begins.wait(LIMIT)
+            listener.stop(drain=0)
+            served.thread.join(0.6)
+            assert served.thread.is_alive()
+            may_begin.set()
+            assert served.wait() == ServeResult(finished=0, cut=0)
+        assert caplog.messages == []
+    finally:
+        threading.setprofile(None)
+        may_begin.set()
 
 
 @pytest.mark.parametrize("threads", THREADS)
