@@ -419,7 +419,11 @@ cdef class Connection:
                 raise_error(code)
 
     def recv(self, Py_ssize_t bufsize, flags=0, /):
-        """Up to `bufsize` bytes from the client, b'' when it has sent all; TimeoutError when none came."""
+        """Receive up to `bufsize` bytes; returns them, b'' when the client has sent all it will.
+
+        flags: an int of socket.MSG_*; recv(2).  Waits as the timeout says.  Raises TimeoutError when nothing
+        came in time, BlockingIOError when it may not wait, OSError otherwise (ConnectionResetError).
+        """
         cdef char stack[STACK_BUFFER]
         cdef Py_ssize_t got
         cdef int options = whole(flags)
@@ -433,7 +437,10 @@ cdef class Connection:
         return data if got == bufsize else data[:got]
 
     def recv_into(self, buffer, Py_ssize_t nbytes=0, flags=0):
-        """Receive into a writable buffer, at most `nbytes` (0: its size); returns how many bytes came."""
+        """Receive into a writable buffer, at most `nbytes` (0: its size); returns how many bytes came.
+
+        flags, waits and raises as recv().
+        """
         cdef Py_buffer view
         cdef int options
         writable(buffer, &view)
@@ -448,7 +455,11 @@ cdef class Connection:
             PyBuffer_Release(&view)
 
     def send(self, data, flags=0, /):
-        """Send what the kernel takes of `data`; returns how many bytes that was."""
+        """Send what the kernel takes of `data`, a bytes-like object; returns how many bytes that was.
+
+        flags: an int of socket.MSG_*; send(2).  Raises TimeoutError when the kernel took nothing in time,
+        BlockingIOError when it may not wait, OSError otherwise (BrokenPipeError, ConnectionResetError).
+        """
         cdef Py_buffer view
         cdef int64_t deadline = 0
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
@@ -458,7 +469,10 @@ cdef class Connection:
             PyBuffer_Release(&view)
 
     def sendall(self, data, flags=0, /):
-        """Send all of `data`; the timeout is for the whole.  After an error nobody knows how much went."""
+        """Send all of `data`, a bytes-like object; the timeout is for the whole.
+
+        flags and raises as send().  After an error nobody knows how much went.
+        """
         cdef Py_buffer view
         cdef Py_ssize_t sent = 0
         cdef int64_t deadline = 0
@@ -489,7 +503,10 @@ cdef class Connection:
             return sock.sendfile(file, offset, count)
 
     def shutdown(self, how, /):
-        """End one direction or both (socket.SHUT_RD, SHUT_WR, SHUT_RDWR)."""
+        """End one direction or both: socket.SHUT_RD, SHUT_WR, SHUT_RDWR; shutdown(2).
+
+        Raises OSError (ENOTCONN) when the client is gone.
+        """
         cdef int failed, way
         cdef int code = 0
         way = whole(how)

@@ -144,7 +144,7 @@ class Listener(socket.socket):
     """A listening socket with fastlisten's accept loop; everything else is socket.socket's.
 
     bind() and create_server() make Listeners that listen.  Listener(family, type, proto) is bound and
-    set to listen by hand, as a socket.socket is; Listener(fileno=...) adopts a descriptor.
+    set to listen by hand, as a socket.socket is; Listener(fileno=N) takes descriptor N over and closes it.
 
     >>> def shout(connection):
     ...     connection.sendall(connection.recv(100).upper())
@@ -249,7 +249,7 @@ class Listener(socket.socket):
         seconds, clients that the kernel had queued are still handled, and connections whose handlers take
         longer than that are cut.  0 cuts at once.
 
-        Without a serve() that runs, the next one returns at once.
+        Without a serve() that runs, the next one returns at once.  Raises ValueError for a drain below 0.
         """
         if drain is not None and not drain >= 0:
             raise ValueError(f"drain must not be negative, not {drain!r}")
@@ -485,8 +485,10 @@ def bind(
     no_delay, keep_alive: TCP_NODELAY and SO_KEEPALIVE on the accepted connections.
     mode: permission bits of a unix path, in force from the moment it exists.
 
-    Raises OSError as socket.bind() does, ValueError for an option that this system or this kind of endpoint
-    lacks, before a socket opens.
+    Raises ValueError for text that is no endpoint and for an option that this system or this kind of
+    endpoint lacks, TypeError and OverflowError for an argument of another type or size, AttributeError for a
+    unix path where Python has no AF_UNIX, all before a socket opens; OSError as socket.bind() does
+    (socket.gaierror for a host without an address).
 
     >>> with bind("127.0.0.1:0", backlog=100, keep_alive=True) as listener:
     ...     listener.endpoint.host

@@ -295,7 +295,7 @@ cdef class Loop:
                 port_ring(self.bell[1])
 
     cdef void wait_for_bell(self) noexcept:
-        """Wait for the end of a thread, or a signal; after a cut until its GRACE is over, or for as long again."""
+        """Wait for the end of a thread or a signal; after a cut until GRACE is over, or for as long again."""
         cdef int64_t patience = -1
         cdef port_pollfd poll
         if self.cut_at:
