@@ -228,7 +228,7 @@ def test_a_listener_that_is_closed_leaves_its_connections_open(listener: Listene
 # --- cost -----------------------------------------------------------------------------------------
 
 COUNTED = """
-import os, socket, sys, threading
+import logging, os, socket, sys, threading  # the first serve() would import logging
 import fastlisten
 listener = fastlisten.bind(("127.0.0.1", 0))
 address = listener.getsockname()
