@@ -4,6 +4,7 @@
 CI=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
 # shellcheck disable=SC2034   # used by the scripts that source this file
 REPO=${CI%/*}
+export HOME=${HOME:-~}  # a service may be started without it; the tilde then asks the user database
 CACHE=$(readlink -m "${FASTLISTEN_CI_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/fastlisten-ci}")
 mkdir -p "$CACHE"
 # A download that fails for the network's sake is tried again.
