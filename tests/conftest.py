@@ -13,7 +13,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from support import PROBES, wait_until
+from support import PROBES, THOUSANDS, wait_until
 
 # Threads that a test has stopped may still be in their last instructions when it ends.
 ENDING = 3.0
@@ -27,11 +27,18 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fastlisten")
 
 
+@pytest.hookimpl(trylast=True)  # by now pytest knows whether its own output has colours
 def pytest_configure() -> None:
-    """Have Ctrl-C work here and in the processes that tests start: a shell's background job begins with
-    SIGINT ignored, and passes that on."""
+    """Give the processes that tests start what they would have by themselves, whoever runs the tests.
+
+    A shell's background job begins with SIGINT ignored, and passes that on. Tests read what processes
+    print: that has no colours, and no options that were meant for this pytest.
+    """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in ("FORCE_COLOR", "PYTHON_COLORS", "PYTEST_ADDOPTS"):
+        os.environ.pop(name, None)
+    os.environ["NO_COLOR"] = "1"
 
 
 def open_descriptors() -> dict[int, str]:
@@ -87,6 +94,20 @@ def _nothing_left() -> Iterator[None]:
         f"threads {len(threads)} -> {len(running_threads())}, Python's are {names}",
         pytrace=False,
     )
+
+
+@pytest.fixture
+def thousands() -> Iterator[None]:
+    """Give this process and those that it starts 2,500 descriptors and more."""
+    if not PROBES["2,500 descriptors"]():
+        pytest.skip("needs 2,500 descriptors")
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY != soft < THOUSANDS:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (THOUSANDS, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture

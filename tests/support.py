@@ -20,6 +20,12 @@ import pytest
 LIMIT = 10.0
 # How often a condition is asked again; it is not a wait for something to have happened.
 STEP = 0.002
+# A name that no resolver knows and none is asked for: "!" is in no host name, and libc sees that itself.
+NOWHERE = "no!such!host.invalid"
+# An address of no machine, RFC 5737.
+NOBODYS = "192.0.2.1"
+# Descriptors, and places in a listener's queue, for a test with two thousand clients.
+THOUSANDS = 2500
 
 
 def wait_until(condition: Callable[[], Any], deadline: float = LIMIT, what: str = "") -> Any:
@@ -200,6 +206,55 @@ def has_ipv6() -> bool:
     return True
 
 
+def own_loopback() -> str:
+    """Return a loopback address that no other process's test binds a port of, where there is more than one.
+
+    A port that was given back there can be bound again: nobody was given it in between.
+    """
+    if sys.platform not in ("linux", "win32"):
+        return "127.0.0.1"
+    # Wine counts its processes from the beginning, but binds its host's addresses.
+    first, number = (64 if os.name == "posix" else 128), os.getpid()
+    return f"127.{first + (number >> 16) % 64}.{number >> 8 & 255}.{number & 255}"
+
+
+def has_descriptors() -> bool:
+    """Tell whether a process may have so many as a test with thousands of clients needs."""
+    if os.name != "posix":
+        return False
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return hard == resource.RLIM_INFINITY or hard >= THOUSANDS
+
+
+def has_backlog() -> bool:
+    """Tell whether thousands may wait in a listener's queue; listen(2): 128 before Linux 5.4."""
+    try:
+        with open("/proc/sys/net/core/somaxconn") as setting:
+            return int(setting.read()) >= THOUSANDS
+    except FileNotFoundError:
+        return False
+
+
+def nobodys_fails() -> bool:
+    """Tell whether an address of no machine cannot be bound; ip(7), ip_nonlocal_bind."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((NOBODYS, 0))
+        except OSError:
+            return True
+    return False
+
+
+def knows_services() -> bool:
+    """Tell whether ports have names: /etc/services, which Debian keeps in a package of its own, netbase."""
+    try:
+        return socket.getservbyname("http", "tcp") == 80
+    except OSError:
+        return False
+
+
 @functools.cache
 def tells_the_queue() -> bool:
     """Tell whether TCP_INFO describes a listener's queue: qemu's user mode gives four bytes and no more."""
@@ -234,6 +289,10 @@ PROBES: dict[str, Callable[[], bool]] = {
     "TCP_INFO of a listener": tells_the_queue,
     "the openssl command": lambda: shutil.which("openssl") is not None,
     "a free-threaded interpreter": lambda: bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    "2,500 descriptors": has_descriptors,
+    "a backlog of 2,500": has_backlog,
+    "addresses of others that cannot be bound": nobodys_fails,
+    "names of services": knows_services,
     "a C compiler": lambda: shutil.which(compiler()) is not None,
 }
 

@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import connect, echo, exchange, needs, posix_only, read_all, serving, under_wine
+from support import (
+    NOBODYS,
+    NOWHERE,
+    connect,
+    echo,
+    exchange,
+    needs,
+    own_loopback,
+    posix_only,
+    read_all,
+    serving,
+    under_wine,
+)
 
 import fastlisten
 from fastlisten import Endpoint, Listener, bind, create_server
@@ -116,8 +128,9 @@ def test_a_port_in_use_is_the_error_of_bind() -> None:
         assert_same_error(lambda: bind(taken), lambda: plain.bind(taken))
 
 
+@needs("addresses of others that cannot be bound")
 def test_an_address_of_another_machine_is_the_error_of_bind() -> None:
-    nobodys = ("192.0.2.1", 0)  # RFC 5737
+    nobodys = (NOBODYS, 0)
     with socket.socket() as plain:
         assert_same_error(lambda: bind(nobodys), lambda: plain.bind(nobodys))
 
@@ -126,7 +139,7 @@ def test_an_address_of_another_machine_is_the_error_of_bind() -> None:
 
 
 def test_the_port_can_be_bound_again_while_old_connections_linger() -> None:
-    with bind(LOOPBACK) as listener:
+    with bind((own_loopback(), 0)) as listener:
         address = listener.getsockname()
         expected = os.name != "nt"  # there it would let another process steal the port
         assert bool(option(listener, "SOL_SOCKET", "SO_REUSEADDR")) is expected
@@ -228,7 +241,7 @@ def test_an_option_that_the_system_lacks_is_refused_by_name(
         if under_wine() and constant == "TCP_FASTOPEN":
             pytest.skip("Wine has the constant of TCP_FASTOPEN and not the option")
         with socket.socket() as probe:
-            probe.bind(LOOPBACK)  # for a port that nobody else is given meanwhile
+            probe.bind((own_loopback(), 0))  # for a port that nobody else is given meanwhile
             address = probe.getsockname()
         options: dict[str, Any] = {keyword: value}
         with bind(address, **options) as listener:
@@ -255,7 +268,7 @@ def test_an_option_that_the_system_lacks_is_refused_by_name(
         (("127.0.0.1", "80"), {}, TypeError, "int"),
         (("127.0.0.1", 70000), {}, OverflowError, "0-65535"),
         (None, {}, TypeError, "None|address"),
-        ("no-such-host.invalid:0", {}, socket.gaierror, "known|found|failed"),
+        (f"{NOWHERE}:0", {}, socket.gaierror, "known|found|failed"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_socket_opens(

@@ -15,7 +15,7 @@ import xmlrpc.server
 from pathlib import Path
 
 import pytest
-from support import LIMIT, connect, exchange, needs, posix_only, wait_until
+from support import LIMIT, NOBODYS, connect, exchange, needs, posix_only, wait_until
 
 import fastlisten
 from fastlisten import socketserver as dropin
@@ -474,7 +474,11 @@ def test_misuse(threading_, act):
 
 @THREADING
 @pytest.mark.parametrize(
-    "address", [("127.0.0.1", "80"), ("127.0.0.1", 70000), ["127.0.0.1", 0], None, ("192.0.2.1", 0)]
+    "address",
+    [
+        *[("127.0.0.1", "80"), ("127.0.0.1", 70000), ["127.0.0.1", 0], None],
+        pytest.param((NOBODYS, 0), marks=needs("addresses of others that cannot be bound")),
+    ],
 )
 def test_addresses_that_cannot_be_bound(threading_, address):
     outcomes = []

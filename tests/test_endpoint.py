@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import has_ipv6, needs
+from support import NOWHERE, has_ipv6, needs
 
 from fastlisten import Endpoint, HostEntry, bind, get_host_entry, get_host_name
 from fastlisten._endpoint import endpoint_of, resolve
@@ -99,6 +99,7 @@ def test_parse_reads_every_form(text: str, host: str, port: int, sockaddr: objec
     assert Endpoint.parse(str(endpoint)) == endpoint
 
 
+@needs("names of services")
 @pytest.mark.parametrize("host", ["localhost", "[::1]", "127.0.0.1", ""])
 def test_parse_asks_the_system_for_service_names(host: str) -> None:
     endpoint = Endpoint.parse(f"{host}:http")
@@ -416,7 +417,7 @@ def test_resolve_narrows_to_a_family() -> None:
         assert str(caught.value) == str(expected)
 
 
-@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 300])
+@pytest.mark.parametrize("host", [NOWHERE, "a..b", "x" * 300])
 def test_resolve_raises_what_bind_raises(host: str) -> None:
     expected = bind_error(socket.AF_INET, (host, 0))
     with pytest.raises(type(expected)) as caught:
@@ -528,7 +529,7 @@ def test_host_entry_of_an_address() -> None:
 def test_host_entry_of_an_unknown_name_is_the_resolver_s_error() -> None:
     # Windows takes the empty name for this machine, as its documentation of getaddrinfo says.
     empty = [""] if os.name == "posix" else []
-    for host in ("no-such-host.invalid", "a..b", *empty):
+    for host in (NOWHERE, "a..b", *empty):
         with pytest.raises(socket.gaierror):
             get_host_entry(host)
 

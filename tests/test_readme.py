@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import LIMIT, posix_only, read_all, wait_until
+from support import LIMIT, PROBES, posix_only, read_all, wait_until
 
 ROOT = Path(__file__).parent.parent
 PORT = 11000
@@ -26,10 +26,14 @@ if os.name == "posix":
 
     @pytest.fixture(autouse=True)
     def _the_port() -> Iterator[None]:
-        """Let one run of these tests at a time use the documents' port."""
+        """Let one run of these tests at a time use the documents' port, while no stranger does."""
         turn = os.open(tempfile.gettempdir(), os.O_RDONLY)  # a lock on the folder leaves no file behind
         try:
             fcntl.flock(turn, fcntl.LOCK_EX)
+            try:
+                socket.create_server(("", PORT)).close()
+            except OSError as error:
+                pytest.skip(f"needs port {PORT}, which something else on this machine has: {error}")
             yield
         finally:
             os.close(turn)
@@ -144,6 +148,8 @@ def test_no_block_of_the_readme_goes_untried() -> None:
 @posix_only("Ctrl-C ends one process")
 @these("python")
 def test_python(block: Block, tmp_path: Path) -> None:
+    if ":http" in block.code and not PROBES["names of services"]():
+        pytest.skip("needs names of services")
     file = tmp_path / "block.py"
     file.write_text(block.code, encoding="utf-8")
     with running([sys.executable, "-W", "error", "-u", str(file)], tmp_path) as process:
