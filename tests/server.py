@@ -8,6 +8,7 @@ import ast
 import contextlib
 import json
 import logging
+import mmap
 import os
 import signal
 import sys
@@ -31,13 +32,14 @@ class Records(logging.Handler):
 
 
 def hold(connection: Any) -> None:
-    """Keep the GIL for as many seconds as the client's first line says, else note it and echo."""
-    line = connection.recv(100)
+    """Note the client's line and echo it; "hold PATH" keeps the GIL until a file's first byte is not 0."""
+    line = connection.recv(1000)
     if line.startswith(b"hold "):
-        connection.sendall(b"holding")
-        end = time.monotonic() + float(line[5:])
-        while time.monotonic() < end:
-            pass
+        with open(line[5:], "rb") as file, mmap.mmap(file.fileno(), 1, access=mmap.ACCESS_READ) as let_go:
+            connection.sendall(b"holding")
+            end = time.monotonic() + 20
+            while not let_go[0] and time.monotonic() < end:  # neither of them gives the GIL up
+                pass
         return
     seen.append(line.decode())
     connection.sendall(line)
@@ -51,6 +53,10 @@ def answer(connection: Any) -> None:
 def sheds(error: OSError, attempt: int) -> float:
     seen.append([error.errno, attempt])
     return 0.02
+
+
+def a_minute(error: OSError, attempt: int) -> float:
+    return 60
 
 
 def gives_up(error: OSError, attempt: int) -> float:
@@ -76,7 +82,7 @@ def endless_pause(error: OSError, attempt: int) -> float:
 
 
 seen: list[Any] = []
-NAMED = {f.__name__: f for f in (answer, echo, hold, sheds, gives_up, bad_pause)}
+NAMED = {f.__name__: f for f in (answer, echo, hold, sheds, a_minute, gives_up, bad_pause)}
 NAMED |= {f.__name__: f for f in (negative_pause, no_pause, endless_pause)}
 
 

@@ -218,8 +218,21 @@ def is_served(address: Any) -> bool:
     return False
 
 
+def answered_after(process: Any, client: Any) -> float:
+    """Have a server close a file, and return how long after that its client was answered."""
+    freed = process.ask("free")
+    return answered(client) - float(freed)
+
+
 # Room for what the server itself needs: standard streams, listener, wake-ups, spare, clients.
 NOFILE = 40
+
+
+def spent_in_a_second(process: Any, client: Any) -> float:
+    """Return the seconds of CPU that a server takes for one in which a client waits in vain."""
+    begun = process.ask("cpu")
+    waits(client, 1)
+    return float(process.ask("cpu") - begun)
 
 
 def logged(process: Any, *levels: str) -> None:
@@ -247,15 +260,23 @@ def test_no_descriptors_costs_nothing_and_ends_within_150_ms(mode: str) -> None:
             assert spent < 0.03, f"{spent:.3f} s of CPU in 3 s"
             logged(process, "WARNING")
             assert list(process.ask("stats")["accept_errors"]) == ["EMFILE"]
-            freed = process.ask("free")
-            assert answered(client) - freed < 0.15
+            delays = [answered_after(process, client)]
         # With the last descriptor in use again the episode goes on; now it ends.
         process.ask("empty")
         assert exchange(process.address, b"last") == b"last"
         logged(process, "WARNING", "INFO")
-        took, result = process.ask("stop")
+        for _ in range(4):
+            process.ask("fill")
+            with connect(process.address) as client:
+                client.sendall(b"hello")
+                waits(client, 0.3)  # by now the pause has its full length, 100 ms
+                delays.append(answered_after(process, client))
+            process.ask("empty")
+            assert exchange(process.address, b"last") == b"last"
+            wait_until(lambda: process.ask("stats")["active"] == 0)
+        assert statistics.median(delays) < 0.15, delays  # the machine may have held one up
+        _, result = process.ask("stop")
         assert result[1] == 0  # cut; a handler may just have been at its end
-        assert took < 0.2
 
 
 @pytest.mark.parametrize(
@@ -264,9 +285,8 @@ def test_no_descriptors_costs_nothing_and_ends_within_150_ms(mode: str) -> None:
     ids=str,
 )
 def test_a_descriptor_of_ours_that_comes_free_is_used_at_once(mode: Any) -> None:
-    delays = []
-    with server(nofile=NOFILE, **mode) as process:
-        for _ in range(6):
+    with server(nofile=NOFILE, exhausted="a_minute", **mode) as process:
+        for _ in range(3):
             with connect(process.address) as held:
                 held.sendall(b"hello")
                 answered(held)
@@ -274,13 +294,10 @@ def test_a_descriptor_of_ours_that_comes_free_is_used_at_once(mode: Any) -> None
                 process.ask("fill")
                 with connect(process.address) as late:
                     late.sendall(b"hello")
-                    waits(late, 0.3)  # by now the pause has its full length, 100 ms
+                    waits(late, 0.1)
                     held.close()
-                    begun = time.monotonic()
-                    delays.append(answered(late) - begun)
+                    answered(late)  # the pause that this cuts short is longer than that waits
             process.ask("empty")
-    # Were the pauses waited out, these would be spread over 100 ms. Two may be the machine's doing.
-    assert statistics.median(delays) < 0.02, delays
 
 
 @pytest.mark.parametrize(
@@ -299,17 +316,14 @@ def test_the_same_for_what_the_whole_system_runs_out_of(
         with connect(process.address) as client:
             client.sendall(b"hello")
             wait_until(lambda: process.ask("stats")["accept_errors"])
-            begun = process.ask("cpu")
-            waits(client, 1)
-            spent = process.ask("cpu") - begun
-            assert spent < 0.01, f"{spent:.3f} s of CPU in 1 s"
-            assert list(process.ask("stats")["accept_errors"]) == [code]
-            # 10, 20, 40, 80 ms and then one try in 100 ms
-            assert 8 <= process.ask("stats")["accept_errors"][code] <= 20
+            assert spent_in_a_second(process, client) < 0.01
+            [(found, tries)] = process.ask("stats")["accept_errors"].items()
+            assert found == code
+            # 10, 20, 40, 80 ms and then one try in 100 ms, or later where the machine is busy
+            assert 5 <= tries <= 5 + (time.monotonic() - came) / 0.1
             logged(process, "WARNING")
             switch.unlink()
-            freed = time.monotonic()
-            assert answered(client) - freed < 0.15
+            answered(client)
         assert exchange(process.address, b"last") == b"last"
         logged(process, "WARNING", "INFO")
         tries = process.ask("stats")["accept_errors"][code]
@@ -317,6 +331,16 @@ def test_the_same_for_what_the_whole_system_runs_out_of(
         assert line, over(process)
         assert 1 <= float(line[1]) < time.monotonic() - came
         assert int(line[2]) == tries
+        delays = []
+        for _ in range(3):
+            switch.touch()
+            with connect(process.address) as client:
+                client.sendall(b"hello")
+                waits(client, 0.3)
+                switch.unlink()
+                freed = time.monotonic()
+                delays.append(answered(client) - freed)
+        assert statistics.median(delays) < 0.15, delays
 
 
 WITHOUT_LOGGING = """
@@ -415,22 +439,22 @@ def test_a_drain_in_a_shortage_does_not_wait_for_nobody(faults: Faults, mode: An
 
 
 @modes
-@pytest.mark.parametrize("drain", ["", "0", "5"])
-def test_stop_in_back_off(faults: Faults, mode: Any, drain: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("drain", "exhausted"), [("", "a_minute"), ("0", "a_minute"), ("60", "pause")])
+def test_stop_in_back_off(faults: Faults, mode: Any, drain: str, exhausted: str, tmp_path: Path) -> None:
     switch = tmp_path / "while"
     switch.touch()
     environment = faults.environment(switch, accept=[("EMFILE", 1_000_000)])
-    with server(environment=environment, **mode) as process, connect(process.address) as client:
+    options = {"exhausted": exhausted, **mode}
+    with server(environment=environment, **options) as process, connect(process.address) as client:
         client.sendall(b"hello")
         client.shutdown(socket.SHUT_WR)
-        # Four failures later the pause is 80 ms and more.
-        wait_until(lambda: process.ask("stats")["accept_errors"].get("EMFILE", 0) > 4)
-        if drain == "5":
+        wait_until(lambda: process.ask("stats")["accept_errors"])
+        if drain == "60":
             # The client that was queued is owed its answer: the drain goes on trying.
             switch.unlink()
         took, _ = process.ask("stop", drain)
-        assert took < (0.05 if drain != "5" else 0.3)
-        if drain == "5":
+        assert took < LIMIT
+        if drain == "60":
             assert client.recv(10) == b"hello"
 
 
@@ -468,10 +492,7 @@ def test_shed_without_its_descriptor_pauses(faults: Faults, tmp_path: Path) -> N
         with connect(process.address) as client:
             client.sendall(b"hello")
             wait_until(lambda: process.ask("stats")["accept_errors"])
-            begun = process.ask("cpu")
-            waits(client, 1)
-            spent = process.ask("cpu") - begun
-            assert spent < 0.01, f"{spent:.3f} s of CPU in 1 s"
+            assert spent_in_a_second(process, client) < 0.01
             logged(process, "WARNING")
             switch.unlink()
             answered(client)
@@ -493,20 +514,16 @@ def test_shed_gets_its_descriptor_back_from_a_stranger(faults: Faults, mode: Any
                 client.sendall(b"hello")
                 waits(client, 0.3)  # whether or not it was queued when the pause began
                 since, failed = time.monotonic(), process.ask("stats")["accept_errors"]["EMFILE"]
-                begun = process.ask("cpu")
-                waits(client, 1)
-                spent = process.ask("cpu") - begun
-                assert spent < 0.01, f"{spent:.3f} s of CPU in 1 s"
+                assert spent_in_a_second(process, client) < 0.01
                 tries = process.ask("stats")["accept_errors"]["EMFILE"] - failed
                 # By now the pause has its full length, 100 ms, or has had that after one or two tries more.
-                assert 5 <= tries <= (time.monotonic() - since) / 0.1 + 2
+                assert 3 <= tries <= (time.monotonic() - since) / 0.1 + 2
                 logged(process, *["WARNING", "INFO"] * (episode - 1), "WARNING")
                 switch.unlink()
-                freed = process.ask("free")
+                process.ask("free")
                 # The first that comes free is the spare again: who waits is refused through it.
                 with pytest.raises(ConnectionResetError):
                     client.recv(10)
-                assert time.monotonic() - freed < 0.15
             assert [refusal(process.address) for _ in range(5)] == ["reset"] * 5
             process.ask("empty")
             wait_until(lambda: is_served(process.address))
