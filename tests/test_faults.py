@@ -259,7 +259,9 @@ def test_no_descriptors_costs_nothing_and_ends_within_150_ms(mode: str) -> None:
             spent = process.ask("cpu") - begun
             assert spent < 0.03, f"{spent:.3f} s of CPU in 3 s"
             logged(process, "WARNING")
-            assert list(process.ask("stats")["accept_errors"]) == ["EMFILE"]
+            [(code, tries)] = process.ask("stats")["accept_errors"].items()
+            assert code == "EMFILE"
+            assert tries >= 20  # of 35: a busy machine is late, by half of the 100 ms if need be
             delays = [answered_after(process, client)]
         # With the last descriptor in use again the episode goes on; now it ends.
         process.ask("empty")
@@ -320,7 +322,7 @@ def test_the_same_for_what_the_whole_system_runs_out_of(
             [(found, tries)] = process.ask("stats")["accept_errors"].items()
             assert found == code
             # 10, 20, 40, 80 ms and then one try in 100 ms, or later where the machine is busy
-            assert 5 <= tries <= 5 + (time.monotonic() - came) / 0.1
+            assert 8 <= tries <= 5 + (time.monotonic() - came) / 0.1
             logged(process, "WARNING")
             switch.unlink()
             answered(client)
@@ -517,7 +519,7 @@ def test_shed_gets_its_descriptor_back_from_a_stranger(faults: Faults, mode: Any
                 assert spent_in_a_second(process, client) < 0.01
                 tries = process.ask("stats")["accept_errors"]["EMFILE"] - failed
                 # By now the pause has its full length, 100 ms, or has had that after one or two tries more.
-                assert 3 <= tries <= (time.monotonic() - since) / 0.1 + 2
+                assert 5 <= tries <= (time.monotonic() - since) / 0.1 + 2
                 logged(process, *["WARNING", "INFO"] * (episode - 1), "WARNING")
                 switch.unlink()
                 process.ask("free")
