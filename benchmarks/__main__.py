@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from ._build import cc
 from .runner import Cell, Sample, SampleError, Settings, Sizes, plan, raise_file_limit, take_sample
 from .servers import SERVERS
 from .workloads import QUICK, WORKLOADS
 
 ROUNDS = 7
 CPU_SECONDS = 3.0
-"""A full run: 3 s of CPU a sample is 750 ticks to split user from system by."""
+"""A full run: 21 s of CPU a figure, of which results.SPLIT_SECONDS would do for the split."""
 
 QUICK_ROUNDS = 3
 QUICK_CPU_SECONDS = 0.1
@@ -25,7 +30,7 @@ QUICK_LIMIT = 50.0
 
 
 CLONE = Path(__file__).parent.parent
-PICTURE = "benchmarks/results/latest.svg"
+PICTURE = "benchmarks/results/latest"
 """Of the run that README.md shows; its samples are not kept in git."""
 
 
@@ -59,14 +64,40 @@ def parser() -> argparse.ArgumentParser:
         "--readme",
         type=Path,
         metavar="OLD.json",
-        help=f"print an old run for README.md, and draw its picture there: {PICTURE} (or --out)",
+        help=f"print an old run for README.md, and draw its picture there: {PICTURE}.svg (or --out)",
     )
     return p
 
 
+def refuse(line: str) -> NoReturn:
+    """End with a line about what was asked for wrongly, before anything is measured."""
+    print(line, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read(path: Path) -> Results:
+    """Return the results of an old run, or refuse."""
+    try:
+        return Results.read(path)
+    except (OSError, ValueError) as error:
+        refuse(str(error))
+
+
+def check_output(stem: Path) -> None:
+    """Refuse what could not be written when all is measured, or drawn."""
+    if not stem.name or not stem.parent.is_dir():
+        refuse(f"--out: {stem.parent} is not a folder")
+    paths = [stem.parent, *(path for suffix in (".json", *SUFFIXES) if (path := add(stem, suffix)).exists())]
+    for path in paths:
+        if not os.access(path, os.W_OK) or (path != stem.parent and path.is_dir()):
+            refuse(f"--out: {path} cannot be written")
+    if importlib.util.find_spec("matplotlib") is None:
+        refuse("pictures need matplotlib: pip install -e '.[bench]'")
+
+
 def choose(names: str, quick: bool) -> list[Cell]:
     """Return the cells to measure for an --only list. Raises ValueError on an unknown name."""
-    chosen = frozenset(name for name in names.split(",") if name)
+    chosen = frozenset(filter(None, map(str.strip, names.split(","))))
     if unknown := chosen - SERVERS.keys() - WORKLOADS.keys():
         raise ValueError(f"unknown: {', '.join(sorted(unknown))}")
     workloads = chosen & WORKLOADS.keys() or (QUICK if quick else WORKLOADS.keys())
@@ -149,52 +180,81 @@ def main(arguments: Sequence[str]) -> int:
     # A file is wider than the 80 columns that are assumed of it.
     console = Console() if sys.stdout.isatty() else Console(width=120)
     if options.readme:
-        results = Results.read(options.readme)
-        stem = options.out or CLONE / PICTURE
-        stem.parent.mkdir(exist_ok=True)
-        draw(results, stem, (".svg",))
-        print(readme(results, os.path.relpath(stem.with_suffix(".svg"), CLONE)))
-        return 0
-    if options.show:
-        results = Results.read(options.show)
-    else:
-        rounds = options.rounds or (QUICK_ROUNDS if options.quick else ROUNDS)
-        cpu = options.cpu or (QUICK_CPU_SECONDS if options.quick else CPU_SECONDS)
-        if rounds < 1 or cpu <= 0:
-            raise SystemExit("--rounds and --cpu must be above 0")
-        if len(os.sched_getaffinity(0)) < 2:
-            raise SystemExit("two cores are needed: one for the server, one for the load")
+        results, stem = read(options.readme), options.out or CLONE / PICTURE
+        if not options.out:
+            stem.parent.mkdir(exist_ok=True)
+        check_output(stem)
         try:
-            cells = choose(options.only, options.quick)
+            words = readme(results, os.path.relpath(add(stem, ".svg"), CLONE))
         except ValueError as error:
-            raise SystemExit(f"--only: {error}") from None
-        for name in dict.fromkeys(cell.server.name for cell in cells):
-            if missing := SERVERS[name].missing():
-                console.print(f"left out: {name}, which needs {missing}")
-        cells = [cell for cell in cells if not cell.server.missing()]
-        settings = Settings(rounds, cpu)
-        if options.quick:
-            settings.probe, settings.limit_s = QUICK_PROBE, QUICK_LIMIT
-        raise_file_limit()
-        os.sched_setaffinity(0, {settings.load_core})  # and so every child that does not move
-        results = Results.of(settings, *measure(cells, settings, console))
-    show(results, console)
+            refuse(f"{options.readme}: {error}")
+        draw(results, stem, (".svg",))
+        print(words)
+        return 0
     if options.out:
-        path = options.out.with_suffix(".json")
+        check_output(options.out)
+    old = read(options.compare) if options.compare else None
+    results = read(options.show) if options.show else run(options, old, console)
+    if options.out:  # first, as the samples are worth more than what is said of them
+        path = add(options.out, ".json")
         results.write(path)
         console.print("wrote", *map(str, [path, *draw(results, options.out)]))
-    if options.compare:
-        compare(Results.read(options.compare), results, console)
+    show(results, console)
+    if old and not compare(old, results, console):
+        refuse(NOTHING_IN_COMMON)
     return 1 if results.failures else 0
+
+
+NOTHING_IN_COMMON = "--compare: the two runs have no workload, clients and server in common"
+
+
+def run(options: argparse.Namespace, old: Results | None, console: Console) -> Results:
+    """Measure what the options say; refuse what they say wrongly, or what `old` has nothing of."""
+    rounds = options.rounds
+    if rounds is None:
+        rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    cpu = options.cpu
+    if cpu is None:
+        cpu = QUICK_CPU_SECONDS if options.quick else CPU_SECONDS
+    if rounds < 1 or not 0 < cpu < float("inf"):
+        refuse("--rounds and --cpu must be above 0")
+    if len(os.sched_getaffinity(0)) < 2:
+        refuse("two cores are needed: one for the server, one for the load")
+    if shutil.which(cc()) is None:
+        refuse(f"a C compiler is needed: {cc()!r} is not there (CC can name another)")
+    try:
+        cells = choose(options.only, options.quick)
+    except ValueError as error:
+        refuse(f"--only: {error}")
+    lacks = {cell.server.name: cell.server.missing() for cell in cells}
+    lacks |= {cell.workload.name: cell.workload.missing() for cell in cells}
+    for name, missing in lacks.items():
+        if missing:
+            console.print(f"left out: {name}, which needs {missing}")
+    cells = [cell for cell in cells if not (lacks[cell.server.name] or lacks[cell.workload.name])]
+    if not cells:
+        refuse("--only: nothing is left to measure")
+    if old and not {(c.workload.name, c.concurrency, c.server.name) for c in cells} & old.keys():
+        refuse(NOTHING_IN_COMMON)
+    settings = Settings(rounds, cpu)
+    if options.quick:
+        settings.probe, settings.limit_s = QUICK_PROBE, QUICK_LIMIT
+    facts = machine()
+    raise_file_limit()
+    os.sched_setaffinity(0, {settings.load_core})  # and so every child that does not move
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, signal.default_int_handler)  # end the servers, keep the samples
+    return Results.of(settings, facts, *measure(cells, settings, console))
 
 
 try:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from .picture import draw
+    from .picture import SUFFIXES, add, draw
     from .report import compare, readme, show
-    from .results import Results
+    from .results import Results, machine
 except ModuleNotFoundError as error:
     raise SystemExit(f"{error}: pip install -e '.[bench]'") from None
 

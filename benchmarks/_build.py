@@ -17,13 +17,13 @@ def compiler_version(command: str) -> str:
     if shutil.which(command) is None:
         return ""
     flag = "version" if command == "go" else "--version"
-    answer = subprocess.run([command, flag], capture_output=True, text=True, check=True)
-    return answer.stdout.splitlines()[0]
+    answer = subprocess.run([command, flag], capture_output=True, text=True, check=False)
+    return answer.stdout.partition("\n")[0]
 
 
 def cc() -> str:
-    """Return the C compiler's command: $CC, or ``cc``."""
-    return os.environ.get("CC", "cc")
+    """Return the C compiler's command: $CC, else ``cc``, or ``gcc`` where only that is there."""
+    return os.environ.get("CC") or ("cc" if shutil.which("cc") or not shutil.which("gcc") else "gcc")
 
 
 def cache_folder() -> Path:

@@ -12,12 +12,25 @@ PANELS = ("close", "echo", "http")
 """The workloads that are drawn, as far as a run has them."""
 
 
-def draw(results: Results, stem: Path, suffixes: tuple[str, ...] = (".svg", ".png")) -> list[Path]:
+SUFFIXES = (".svg", ".png")
+
+OURS, OTHERS, SYSTEM, WHOLE, LINE = "#1b7837", "#4477aa", "#bbbbbb", "#ddcc77", "#cc3311"
+
+
+def add(stem: Path, suffix: str) -> Path:
+    """Return the path with the suffix after it; with_suffix() would take the ".1" of "run-0.1" away."""
+    return stem.with_name(stem.name + suffix)
+
+
+def draw(results: Results, stem: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """Write STEM.svg and STEM.png; return their paths, [] when there is nothing of PANELS."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.artist import Artist
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     panels = [
         (name, clients, sorted(rows, key=lambda row: row.middle))
@@ -38,7 +51,17 @@ def draw(results: Results, stem: Path, suffixes: tuple[str, ...] = (".svg", ".pn
     )
     for axis, (name, clients, rows) in zip(axes[0], panels, strict=True):
         _panel(axis, f"{name}, {clients} clients", rows)
-    axes[0][-1].legend(loc="upper right")
+    legend: list[Artist] = [
+        Patch(color=OURS, label="user, fastlisten"),
+        Patch(color=OTHERS, label="user, others"),
+        Patch(color=SYSTEM, label="system"),
+    ]
+    everything = [row for *_, rows in panels for row in rows]
+    if not all(row.user + row.system for row in everything):
+        legend.append(Patch(color=WHOLE, label="user and system: too short to split"))
+    if any(row.server == BASELINE for row in everything):
+        legend.append(Line2D([], [], color=LINE, linestyle="--", linewidth=1, label="C loop"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), frameon=False)
     m = results.machine
     figure.suptitle(
         f"CPU time of the server for one connection, median of {panels[0][2][0].rounds} rounds\n"
@@ -46,7 +69,7 @@ def draw(results: Results, stem: Path, suffixes: tuple[str, ...] = (".svg", ".pn
         f"CPython {m['python']}",
         fontsize=10,
     )
-    paths = [stem.with_suffix(suffix) for suffix in suffixes]
+    paths = [add(stem, suffix) for suffix in suffixes]
     for path in paths:
         figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
     plt.close(figure)
@@ -56,19 +79,18 @@ def draw(results: Results, stem: Path, suffixes: tuple[str, ...] = (".svg", ".pn
 def _panel(axis, title: str, rows: list[Summary]) -> None:  # type: ignore[no-untyped-def]
     places = range(len(rows))
     user = [row.user for row in rows]
-    ours = ["#1b7837" if row.server.startswith("fastlisten") else "#4477aa" for row in rows]
-    axis.barh(places, user, color=ours, label="user")
-    axis.barh(places, [row.system for row in rows], left=user, color="#bbbbbb", label="system")
+    colours = [OURS if row.server.startswith("fastlisten") else OTHERS for row in rows]
+    axis.barh(places, user, color=colours)
+    axis.barh(places, [row.system for row in rows], left=user, color=SYSTEM)
     whole = [0.0 if row.user + row.system else row.middle for row in rows]
-    if any(whole):  # too few ticks to split it
-        axis.barh(places, whole, color="#ddcc77", label="user and system")
+    axis.barh(places, whole, color=WHOLE)
     for place, row in enumerate(rows):
         ratio = f" ({row.ratio:.2f})" if row.ratio is not None else ""
         axis.annotate(
             f" {row.middle:.1f}{ratio}", (row.middle, place), va="center", fontsize=7, clip_on=False
         )
         if row.server == BASELINE:
-            axis.axvline(row.middle, color="#cc3311", linestyle="--", linewidth=1, label="C loop")
+            axis.axvline(row.middle, color=LINE, linestyle="--", linewidth=1)
     axis.set_yticks(places, [row.server for row in rows], fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, max(row.middle for row in rows) * 1.22)

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .results import Results, Summary, rank_test
-from .servers import SERVERS
-from .workloads import WORKLOADS
+from .servers import BASELINE, SERVERS
+from .workloads import CLIENTS, WORKLOADS
 
 SURE = 0.01
 """A difference is called one when chance alone would make it this seldom: of a hundred rows of
@@ -62,8 +62,11 @@ def _cell(row: Summary) -> str:
 def show(results: Results, console: Console) -> None:
     """Print a table for each workload."""
     console.print(_machine(results))
-    for name, rows in groupby(results.summaries(), key=lambda s: s.workload):
-        console.print(_table(name, list(rows)))
+    for name, group in groupby(results.summaries(), key=lambda s: s.workload):
+        rows = list(group)
+        console.print(_table(name, rows))
+        for line in growth(rows):
+            console.print(line, markup=False, highlight=False)
     for failure in results.failures:
         console.print(f"failed: {failure}", style="red", markup=False, soft_wrap=True)
 
@@ -81,37 +84,67 @@ def _table(name: str, rows: list[Summary]) -> Table:
     workload = WORKLOADS[name]
     split = any(row.user or row.system for row in rows)
     table = Table(
-        title=f"{name}: {workload.about}; {workload.figure.split('_')[0]} in {workload.unit}, "
+        title=f"{name}: {workload.about}; in {workload.unit}, "
         f"median (least to greatest) of {max(row.rounds for row in rows)} rounds",
         title_justify="left",
     )
     table.add_column("server")
-    table.add_column("clients", justify="right")
-    if split:
-        table.add_column("user", justify="right")
-        table.add_column("system", justify="right")
-    table.add_column("total" if split else workload.figure, justify="right")
+    for title in ("clients", *(("user", "system") if split else ())):
+        table.add_column(title, justify="right")
+    for metric in rows[0].columns:
+        table.add_column("total" if split else METRICS.get(metric, metric), justify="right")
     table.add_column("to the C loop", justify="right")
     for row in rows:
         ratio = (
             f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})" if row.ratio is not None else ""
         )
+        told = row.user + row.system > 0
         table.add_row(
             row.server,
             f"{row.concurrency:,}",
-            *([f"{row.user:.1f}", f"{row.system:.1f}"] if split else []),
-            f"{_number(row.middle)} ({_number(row.low)} to {_number(row.high)})",
+            *([f"{part:.1f}" if told else "" for part in (row.user, row.system)] if split else []),
+            *(
+                _number(value)
+                + (f" ({_number(row.low)} to {_number(row.high)})" if metric == workload.figure else "")
+                for metric, value in row.columns.items()
+            ),
             ratio,
             style="bold" if row.server.startswith("fastlisten") else None,
         )
     return table
 
 
-def verdict(old: Summary, new: Summary) -> tuple[str, float]:
-    """Return "better", "worse", "within noise" or "too few rounds", and the p-value."""
-    a, b = old.ratios, new.ratios
-    if not a or not b:
-        return "not comparable", 1.0
+METRICS = {
+    "cpu_us": "CPU",
+    "bytes": "memory",
+    "p50_ms": "p50",
+    "p99_ms": "p99",
+    "p999_ms": "p99.9",
+    "last_ms": "last",
+}
+"""What the tables call the metrics."""
+
+FLAT = 1.15
+"""A cost that grows by no more than this from 64 clients to the most is called flat."""
+
+
+def growth(rows: list[Summary]) -> list[str]:
+    """Return a line for each server that was measured with CLIENTS at once and with more."""
+    lines = []
+    for server in dict.fromkeys(row.server for row in rows):
+        costs = {row.concurrency: row.middle for row in rows if row.server == server}
+        most = max(costs)
+        if CLIENTS in costs and most > CLIENTS:
+            times = costs[most] / costs[CLIENTS]
+            word = "flat" if times <= FLAT else "not flat"
+            lines.append(
+                f"{server}: {most:,} clients cost {times:.2f} of {CLIENTS} each, {word} within {FLAT}"
+            )
+    return lines
+
+
+def verdict(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[str, float]:
+    """Return "better", "worse", "within noise" or "too few rounds", then to now, and the p-value."""
     chance = rank_test(a, b)
     if chance <= SURE:
         return ("better" if median(b) < median(a) else "worse"), chance
@@ -119,29 +152,35 @@ def verdict(old: Summary, new: Summary) -> tuple[str, float]:
     return ("within noise" if fewest <= SURE else "too few rounds"), chance
 
 
-def compare(old: Results, new: Results, console: Console) -> None:
-    """Print, for each figure that both runs have, whether it is better or worse.
+def compare(old: Results, new: Results, console: Console) -> bool:
+    """Print, for each figure that both runs have, whether it is better or worse; False if they have none.
 
     Compared are the ratios to the C loop of the same round, so that a machine that is slower today
-    does not make everything worse.
+    does not make everything worse. Where there are none, for memory and for the C loop itself, the
+    figures are: those tell of the machine too.
     """
-    before = {(s.workload, s.concurrency, s.server): s for s in old.summaries()}
-    table = Table(title=f"against {old.date}, ratios to the C loop", title_justify="left")
+    before = {row.key: row for row in old.summaries()}
+    pairs = [(then, now) for now in new.summaries() if (then := before.get(now.key))]
+    table = Table(title=f"against {old.date}: ratios to the C loop, or figures", title_justify="left")
     for column in ("workload", "clients", "server", "then", "now", "verdict", "p"):
         table.add_column(column)
-    for now in new.summaries():
-        then = before.get((now.workload, now.concurrency, now.server))
-        if then is None or then.ratio is None or now.ratio is None or set(now.ratios) == {1.0}:
-            continue
-        word, chance = verdict(then, now)
+    for then, now in pairs:
+        if then.ratios and now.ratios and now.server != BASELINE:
+            values = then.ratios, now.ratios
+            words = [f"{median(ratios):.3f}" for ratios in values]
+        else:
+            values = then.values, now.values
+            words = [f"{_number(median(figures))} {WORKLOADS[now.workload].unit}" for figures in values]
+        word, chance = verdict(*values)
         table.add_row(
             now.workload,
             f"{now.concurrency:,}",
             now.server,
-            f"{then.ratio:.3f}",
-            f"{now.ratio:.3f}",
+            *words,
             word,
             f"{chance:.3f}",
             style={"better": "green", "worse": "red"}.get(word),
         )
-    console.print(table)
+    if pairs:
+        console.print(table)
+    return bool(pairs)

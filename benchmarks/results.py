@@ -22,8 +22,10 @@ from .workloads import WORKLOADS
 
 SCHEMA = 1
 
-SPLIT_TICKS = 200
-"""Ticks to split user from system by: with fewer, chance moves a part by more than 7 % of the total."""
+SPLIT_SECONDS = 2.0
+"""CPU time, summed over the rounds, to split user from system by. The kernel splits by looking at who
+runs, at least 100 times a second of CPU: of 200 looks, two standard errors of a part are 7 % of the
+total at most (2 * sqrt(1/4 / 200)); of 500, as at 250 Hz, 4.5 %."""
 
 
 def _first(path: str, pattern: str) -> str:
@@ -39,18 +41,24 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
-    answer = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except OSError:  # no git here: the commit is unknown, as it is outside a clone
+        return ""
     return answer.stdout.strip()
 
 
 def machine() -> dict[str, Any]:
-    """Return what bears on the figures, and nothing that names the machine."""
+    """Return what bears on the figures, and nothing that names the machine.
+
+    To be called before the run: the load average is to be the machine's without it.
+    """
     packages = ("fastlisten", "uvloop", "gevent", "trio", "Cython")
     release = re.match(r"\d+\.\d+\.\d+", platform.release())
     return {
@@ -71,6 +79,10 @@ def machine() -> dict[str, Any]:
     }
 
 
+Key = tuple[str, int, str]
+"""Workload, clients at once, server."""
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a server's samples under one workload and concurrency say."""
@@ -86,12 +98,21 @@ class Summary:
     """Least and greatest of the figure."""
     user: float
     system: float
-    """The median shared out by all rounds' ticks; both 0 where those are too few, or not told."""
+    """The median shared out by all rounds' ticks; both 0 where there is no split, or not enough of it."""
     ratio: float | None
     """Median of the ratios to BASELINE in the same round; None without BASELINE."""
     ratio_low: float
     ratio_high: float
     ratios: tuple[float, ...]
+    values: tuple[float, ...]
+    """The figure of each round."""
+    columns: dict[str, float]
+    """The median of each metric that the workload's table has."""
+
+    @property
+    def key(self) -> Key:
+        """What tells it from others of its run."""
+        return self.workload, self.concurrency, self.server
 
 
 @dataclass(frozen=True)
@@ -105,10 +126,12 @@ class Results:
     failures: list[str]
 
     @classmethod
-    def of(cls, settings: Settings, samples: list[Sample], failures: list[str]) -> Results:
-        """Return the results of a run that ends now."""
+    def of(
+        cls, settings: Settings, facts: dict[str, Any], samples: list[Sample], failures: list[str]
+    ) -> Results:
+        """Return the results of a run that ends now; `facts`: what machine() said before it."""
         date = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(date, vars(settings), machine(), samples, failures)
+        return cls(date, vars(settings), facts, samples, failures)
 
     def write(self, path: Path) -> None:
         """Write them as JSON."""
@@ -126,22 +149,26 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Read what `write` wrote. Raises ValueError when it is something else."""
-        document = json.loads(path.read_text())
-        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
-            raise ValueError(f"{path} is not a result of this benchmark")
-        samples = [Sample(**sample) for sample in document["samples"]]
-        return cls(
-            document["date"],
-            document["settings"],
-            document["machine"],
-            samples,
-            document["failures"],
-        )
+        """Read what `write` wrote. Raises ValueError when it is something else, OSError from open()."""
+        try:
+            document = json.loads(path.read_text())
+            if document["schema"] != SCHEMA:
+                raise ValueError(f"schema {document['schema']}, not {SCHEMA}")
+            samples = [Sample(**sample) for sample in document["samples"]]
+            date, settings, machine = document["date"], document["settings"], document["machine"]
+            results = cls(date, settings, machine, samples, document["failures"])
+            results.summaries()  # and so each sample has its figures
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a result of this benchmark: {error!r}") from error
+        return results
+
+    def keys(self) -> set[Key]:
+        """Return what has a summary."""
+        return {summary.key for summary in self.summaries()}
 
     def summaries(self) -> list[Summary]:
         """Return a summary for each workload, concurrency and server, in the order measured."""
-        cells: dict[tuple[str, int, str], dict[int, Sample]] = {}
+        cells: dict[Key, dict[int, Sample]] = {}
         for sample in self.samples:
             if sample.workload in WORKLOADS:
                 key = (sample.workload, sample.concurrency, sample.server)
@@ -155,7 +182,7 @@ class Results:
         return [self._summary(key, cells) for key in keys]
 
     @staticmethod
-    def _summary(key: tuple[str, int, str], cells: dict[tuple[str, int, str], dict[int, Sample]]) -> Summary:
+    def _summary(key: Key, cells: dict[Key, dict[int, Sample]]) -> Summary:
         workload, concurrency, server = key
         figure = WORKLOADS[workload].figure
         samples = cells[key]
@@ -172,7 +199,13 @@ class Results:
         user = sum(sample.figures.get("user_ticks", 0) for sample in samples.values())
         system = sum(sample.figures.get("system_ticks", 0) for sample in samples.values())
         middle = median(values)
-        split = middle / (user + system) if user + system >= SPLIT_TICKS and figure == "cpu_us" else 0.0
+        spent = sum(
+            sample.figures["cpu_us"] * sample.figures["connections"] * 1e-6
+            for sample in samples.values()
+            if "user_ticks" in sample.figures
+        )
+        enough = figure == "cpu_us" and spent >= SPLIT_SECONDS and user + system > 0
+        split = middle / (user + system) if enough else 0.0
         return Summary(
             workload,
             concurrency,
@@ -187,6 +220,11 @@ class Results:
             min(ratios, default=0.0),
             max(ratios, default=0.0),
             ratios,
+            tuple(values),
+            {
+                name: median(sample.figures[name] for sample in samples.values())
+                for name in WORKLOADS[workload].columns or (figure,)
+            },
         )
 
 

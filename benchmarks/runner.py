@@ -3,7 +3,7 @@
 What is measured is the process's CPU clock (clock_getcpuclockid(3): scheduler time in ns, all
 threads, those that ended included), read by the load generator right before its first and after
 its last connection. /proc/PID/stat has the same total in ticks of 10 ms, and the only split into
-user and system; the split is sampled (250 Hz here), so it takes seconds of CPU to be worth reading.
+user and system; the split is sampled (CONFIG_HZ), so it takes seconds of CPU to be worth reading.
 getrusage(RUSAGE_CHILDREN) would add the start and the end of the interpreter.
 """
 
@@ -15,7 +15,6 @@ import random
 import re
 import resource
 import select
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -286,8 +285,6 @@ def measure_take(server: Running, cell: Cell, _: Settings, __: Sizes) -> dict[st
 
 def outside_client(command: list[str], server: Running, pattern: str) -> dict[str, float]:
     """Run a client that is not ours, and return the server's CPU time a request."""
-    if shutil.which(command[0]) is None:
-        raise SampleError(f"the command {command[0]!r} is not there")
     settle(server)
     before = server.cpu_ns()
     answer = subprocess.run(command, capture_output=True, text=True, check=False)

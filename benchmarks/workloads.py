@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,11 +22,17 @@ class Workload:
     concurrency: tuple[int, ...]
     """Clients at once; each is a cell of its own."""
     figure: str
-    """The metric in a sample that stands for the workload."""
+    """The metric in a sample that stands for the workload: what is compared."""
     unit: str
     servers: tuple[str, ...] = ()
     """Servers to run, () for all that do the work, BASELINE first."""
     about: str = ""
+    columns: tuple[str, ...] = ()
+    """The metrics that its table has, `figure` among them; () for `figure` alone."""
+
+    def missing(self) -> str:
+        """Return the command that the method lacks on this machine, "" when it can run."""
+        return self.method if self.method in COMMANDS and shutil.which(self.method) is None else ""
 
     def choose(self, only: frozenset[str]) -> list[Server]:
         """Return the servers for this workload, `only` those named (and BASELINE) if any are."""
@@ -40,6 +47,9 @@ class Workload:
             if self.work in SERVERS[name].works and (not only or name in only or name == BASELINE)
         ]
 
+
+COMMANDS = ("ab", "wrk")
+"""The methods that are commands of others."""
 
 CLIENTS = 64
 """Clients at once where nothing else is said: enough that one is always waiting."""
@@ -92,7 +102,8 @@ WORKLOADS: dict[str, Workload] = {
             (BURST,),
             "p99_ms",
             "ms",
-            about="4,000 echo clients at once: 99th percentile from connect to the answer's end",
+            about="4,000 echo clients at once: percentiles from connect to the answer's end",
+            columns=("p50_ms", "p99_ms", "p999_ms", "last_ms"),
         ),
         Workload(
             "take",

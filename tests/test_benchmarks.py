@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from support import LIMIT, wait_until
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads Linux's CPU clocks"),
@@ -33,10 +35,11 @@ def clone_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(CLONE))
 
 
-def run(*arguments):
+def run(*arguments, **environment):
     return subprocess.run(
         [sys.executable, "-m", "benchmarks", *map(str, arguments)],
         cwd=CLONE,
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=50,
@@ -44,52 +47,213 @@ def run(*arguments):
     )
 
 
-def results_of(stem):
+def results_of(path):
     from benchmarks.results import Results
 
-    return Results.read(stem.with_suffix(".json")).summaries()
+    return Results.read(path).summaries()
+
+
+two_cores = pytest.mark.skipif(
+    len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="one core for each side"
+)
 
 
 @needs_extra
-@pytest.mark.skipif(
-    len(getattr(os, "sched_getaffinity", lambda _: ())(0)) < 2, reason="one core for each side"
-)
+@two_cores
 def test_a_tiny_run_prints_a_table_and_writes_json_and_pictures(tmp_path):
-    stem = tmp_path / "tiny"
+    stem, path = tmp_path / "tiny-0.1", tmp_path / "tiny-0.1.json"  # the ".1" stays
     tiny = ("--quick", "--only", "close,socket.accept", "--rounds", 2, "--cpu", "0.02")
     answer = run(*tiny, "--out", stem)
     assert answer.returncode == 0, answer.stdout + answer.stderr
     assert "socket.accept" in answer.stdout
     assert "to the C loop" in answer.stdout
-    result = json.loads(stem.with_suffix(".json").read_text())
+    result = json.loads(path.read_text())
     measured = {(s["workload"], s["server"], s["round"]) for s in result["samples"]}
     servers = ("c-accept", "socket.accept")
     assert measured == {("close", server, turn) for server in servers for turn in (0, 1)}
     for sample in result["samples"]:
         assert sample["figures"]["connections"] >= 200
         assert sample["figures"]["cpu_us"] > 0
-    assert socket.gethostname() not in stem.with_suffix(".json").read_text()
-    assert stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
-    assert "<svg" in stem.with_suffix(".svg").read_text()
-    again = run("--show", stem.with_suffix(".json"), "--compare", stem.with_suffix(".json"))
+    assert socket.gethostname() not in path.read_text()
+    assert (tmp_path / "tiny-0.1.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "tiny-0.1.svg").read_text()
+    again = run("--show", path, "--compare", path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert "too few rounds" in again.stdout
-    words = run("--readme", stem.with_suffix(".json"), "--out", tmp_path / "picture").stdout
+    words = run("--readme", path, "--out", tmp_path / "picture").stdout
     (row,) = (line for line in words.splitlines() if line.startswith("| socket.accept |"))
-    (close,) = (s for s in results_of(stem) if s.server == "socket.accept")
+    (close,) = (s for s in results_of(path) if s.server == "socket.accept")
     assert row == f"| socket.accept | **{close.middle:.1f}** ({close.ratio:.2f}) |"
     assert (tmp_path / "picture.svg").exists()
     assert not (tmp_path / "picture.png").exists()
 
 
+def write_run(path, workload="close", values=(1.0, 2.0), server="socket.accept"):
+    """Write the results of a run with such CPU times, without the C loop."""
+    from benchmarks.results import Results, machine
+    from benchmarks.runner import Sample, Settings
+
+    samples = [Sample(workload, 64, server, turn, {"cpu_us": value}) for turn, value in enumerate(values)]
+    Results.of(Settings(len(values), 0.1), machine(), samples, []).write(path)
+
+
+MISTAKES = [
+    (["--only", "close,nonesuch"], "--only: unknown: nonesuch"),
+    (["--only", " shed, trio "], "--only: in none of the workloads: trio"),
+    (["--rounds", "0"], "--rounds and --cpu must be above 0"),
+    (["--cpu", "0"], "--rounds and --cpu must be above 0"),
+    (["--cpu", "nan"], "--rounds and --cpu must be above 0"),
+    (["--out", "nonesuch/stem"], "--out: nonesuch is not a folder"),
+    (["--out", "{tmp}/taken"], "--out: {tmp}/taken.svg cannot be written"),
+    (["--compare", "nonesuch.json"], "[Errno 2] No such file or directory: 'nonesuch.json'"),
+    (["--show", "nonesuch.json"], "[Errno 2] No such file or directory: 'nonesuch.json'"),
+    (["--readme", "nonesuch.json"], "[Errno 2] No such file or directory: 'nonesuch.json'"),
+    (["--readme", "{tmp}/shed.json"], "{tmp}/shed.json: the run has none of close, echo, http"),
+    (["--quick", "--compare", "{tmp}/shed.json"], "--compare: the two runs have no workload"),
+    (["--show", "{tmp}/close.json", "--compare", "{tmp}/shed.json"], "--compare: the two runs have no"),
+    *(
+        ([option, f"{{tmp}}/{name}.json"], f"{{tmp}}/{name}.json is not a result of this benchmark: ")
+        for option in ("--compare", "--show", "--readme")
+        for name in ("torn", "other", "part", "figure")
+    ),
+]
+
+
 @needs_extra
-def test_an_unknown_name_is_refused():
-    answer = run("--only", "close,nonesuch")
-    assert answer.returncode == 1
-    assert answer.stderr.strip() == "--only: unknown: nonesuch"
-    answer = run("--only", "shed,trio")
-    assert answer.returncode == 1
-    assert answer.stderr.strip() == "--only: in none of the workloads: trio"
+@two_cores
+@pytest.mark.parametrize(("arguments", "line"), MISTAKES, ids=[" ".join(case[0]) for case in MISTAKES])
+def test_a_mistake_is_told_before_anything_is_measured(arguments, line, tmp_path, monkeypatch, capsys):
+    from benchmarks import __main__ as command
+
+    (tmp_path / "torn.json").write_text('{"x":')
+    (tmp_path / "other.json").write_text('{"schema": 2}')
+    (tmp_path / "part.json").write_text('{"schema": 1}')
+    (tmp_path / "taken.svg").mkdir()
+    write_run(tmp_path / "close.json")
+    write_run(tmp_path / "shed.json", "shed")
+    text = (tmp_path / "shed.json").read_text().replace("cpu_us", "cost")
+    (tmp_path / "figure.json").write_text(text)
+    monkeypatch.setattr(command, "measure", lambda *_: pytest.fail("it measured"))
+    with pytest.raises(SystemExit) as end:
+        command.main([word.format(tmp=tmp_path) for word in arguments])
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(line.format(tmp=tmp_path))
+    assert told.count("\n") == 1
+
+
+@needs_extra
+@two_cores
+def test_what_is_not_installed_is_told_once_and_left_out(tmp_path):
+    (tmp_path / "gcc").symlink_to(shutil.which("gcc") or shutil.which("cc"))
+    for tool in ("as", "ld"):  # gcc looks for them in the path
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    tiny = ("--quick", "--only", "http-ab,close,socket.accept", "--rounds", 1, "--cpu", "0.01")
+    answer = run(*tiny, PATH=str(tmp_path), CC="", XDG_CACHE_HOME=str(tmp_path))  # no git, no ab, no cc
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert answer.stdout.count("left out: http-ab, which needs ab\n") == 1
+    assert "socket.accept" in answer.stdout
+    answer = run("--only", "http-ab", PATH=str(tmp_path))
+    assert (answer.returncode, answer.stderr) == (2, "--only: nothing is left to measure\n")
+    answer = run(*tiny, CC="nonesuch")
+    told = "a C compiler is needed: 'nonesuch' is not there (CC can name another)\n"
+    assert (answer.returncode, answer.stderr) == (2, told)
+
+
+@needs_extra
+@two_cores
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_server_and_keeps_the_samples(number, tmp_path):
+    options = ("--only", "close,go", "--rounds", "1", "--cpu", "100", "--out", str(tmp_path / "cut"))
+    command = [sys.executable, "-m", "benchmarks", *options]
+    with subprocess.Popen(command, cwd=CLONE, stdout=-1, stderr=-1, text=True) as process:
+        try:
+            (server,) = wait_until(
+                lambda: [pid for pid in children(process.pid) if " close" in command_line(pid)],
+                LIMIT,
+                "a server runs",
+            )
+            wait_until(lambda: len(children(process.pid)) == 2, LIMIT, "the load runs")
+            process.send_signal(number)
+            out, err = process.communicate(timeout=LIMIT)
+        finally:
+            process.kill()
+    assert (process.returncode, err) == (1, "")
+    assert "failed: interrupted after 0 of" in out
+    assert not Path(f"/proc/{server}").exists()
+    assert json.loads((tmp_path / "cut.json").read_text())["samples"] == []
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    except FileNotFoundError:
+        return ""
+
+
+def test_a_split_needs_seconds_of_cpu():
+    from benchmarks.results import Results
+    from benchmarks.runner import Sample
+
+    def parts(seconds):
+        figures = {"cpu_us": 10.0, "connections": seconds * 1e5, "user_ticks": 25, "system_ticks": 75}
+        samples = [Sample("close", 64, "go", turn, figures) for turn in range(2)]
+        (row,) = Results("", {}, {}, samples, []).summaries()
+        return row.user, row.system
+
+    assert parts(1.0) == (2.5, 7.5)
+    assert parts(0.9) == (0, 0)
+
+
+@needs_extra
+def test_growth_with_clients_is_told():
+    from benchmarks.report import growth
+    from benchmarks.results import Results
+    from benchmarks.runner import Sample
+
+    samples = [
+        Sample("concurrency", clients, server, 0, {"cpu_us": cost})
+        for server, costs in (("go", (9, 20, 23)), ("trio", (9, 20, 23.2)))
+        for clients, cost in zip((1, 64, 10_000), costs, strict=True)
+    ]
+    assert growth(Results("", {}, {}, samples, []).summaries()) == [
+        "go: 10,000 clients cost 1.15 of 64 each, flat within 1.15",
+        "trio: 10,000 clients cost 1.16 of 64 each, not flat within 1.15",
+    ]
+
+
+@needs_extra
+def test_figures_without_a_ratio_are_compared_too(tmp_path, capsys):
+    from rich.console import Console
+
+    from benchmarks.report import compare
+    from benchmarks.results import Results
+
+    for name, values in (("old", (5, 6, 7, 8, 9)), ("new", (1, 2, 3, 4, 4.5))):
+        write_run(tmp_path / name, values=values)
+    old, new = (Results.read(tmp_path / name) for name in ("old", "new"))
+    assert compare(old, new, Console(width=120))
+    row = next(line for line in capsys.readouterr().out.splitlines() if "socket.accept" in line)
+    assert [cell.strip() for cell in row.strip("│").split("│")][3:] == ["7 µs", "3 µs", "better", "0.008"]
+
+
+@needs_extra
+def test_the_burst_is_told_by_four_percentiles(capsys):
+    from rich.console import Console
+
+    from benchmarks.report import show
+    from benchmarks.results import Results, machine
+    from benchmarks.runner import Sample
+
+    figures = {"p50_ms": 11.0, "p99_ms": 22.0, "p999_ms": 33.0, "last_ms": 44.0}
+    show(Results("", {}, machine(), [Sample("burst", 4000, "go", 0, figures)], []), Console(width=120))
+    out = capsys.readouterr().out
+    assert re.search(r"p50 .* p99 .* p99\.9 .* last ", out)
+    assert re.search(r"go .* 11 .* 22 \(22 to 22\) .* 33 .* 44 ", out)
 
 
 @pytest.mark.parametrize(

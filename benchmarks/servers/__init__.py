@@ -66,7 +66,6 @@ SERVERS: dict[str, Server] = {
             ("accept_loop.c",),
             ALL | {"shed", "take"},
             "C: blocking accept4, one client after the other, -O2",
-            ("cc",),
         ),
         Server(
             "c-epoll",
@@ -75,7 +74,6 @@ SERVERS: dict[str, Server] = {
             ("epoll_loop.c",),
             ALL,
             "C: epoll, accept4 until EAGAIN, non-blocking clients, -O2",
-            ("cc",),
         ),
         Server("go", "native", "program", ("server.go",), ALL, "a goroutine a connection", ("go",)),
         Server(
