@@ -18,6 +18,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -138,7 +139,11 @@ def load_handler(name: str) -> Callable[[Connection], object]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # the module's own code runs, and can raise anything
-        raise CommandError(f"handler {name!r}: {_import_failure(error)}", MISUSED) from error
+        text = f"handler {name!r}: {_import_failure(error)}"
+        if isinstance(error, ImportError) and module_name.endswith(".py"):
+            module_name = module_name.removesuffix(".py").replace("/", ".")
+            text += f"; a module is named without its .py: {module_name}:{path}"
+        raise CommandError(text, MISUSED) from error
     try:
         handler = operator.attrgetter(path)(module)
     except AttributeError as error:
@@ -168,6 +173,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message} (see {self.prog} --help)", MISUSED)
 
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Parse, and tell of what is unknown here: the parser of all commands would name its own help."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
 
 def _number(least: int) -> Callable[[str], int]:
     def read(text: str) -> int:
@@ -189,14 +201,18 @@ def _seconds(text: str) -> float:
 
 
 def _threads(text: str) -> int | tuple[int, int]:
-    least, comma, most = text.partition(",")
     try:
-        threads = (_number(1)(least), _number(1)(most)) if comma else _number(0)(least)
+        numbers = [_number(0)(part) for part in text.split(",", 1)]
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither N nor MIN,MAX") from None
-    if isinstance(threads, tuple) and threads[0] > threads[1]:
+    if len(numbers) == 1:
+        return numbers[0]
+    least, most = numbers
+    if least < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has a minimum below 1; 0 for no threads stands alone")
+    if least > most:
         raise argparse.ArgumentTypeError(f"{text!r} has its minimum above its maximum")
-    return threads
+    return least, most
 
 
 def _mode(text: str) -> int:
@@ -326,14 +342,28 @@ def _given(options: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _say(text: str) -> None:
-    """Write to stdout at once, and carry on without it when its reader has gone."""
+    """Write to stdout at once, and carry on without it when its reader has gone.
+
+    Raises OSError when it cannot be written for another reason, such as a full disk.
+    """
     try:
         print(text, end="", flush=True)
-    except BrokenPipeError:
-        # "| head -1" has read enough. What stays in the buffer must not fail at exit.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+    except BrokenPipeError:  # "| head -1" has read enough
+        _give_up_output()
+
+
+def _give_up_output() -> None:
+    """Let stdout lead nowhere, so that what its buffer still has does not fail once more at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def _open_closed_streams() -> None:
+    """Give a process that was started without stdout or stderr (">&-", pythonw) ones that lead nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the end
 
 
 class Report:
@@ -351,6 +381,7 @@ class Report:
         self._news: queue.SimpleQueue[tuple[str, float] | None] = queue.SimpleQueue()
         self._output = threading.Lock()
         self._drawn = 0  # columns of the live line that are on the screen
+        self._failed = False  # to write to stdout
         # A daemon, because Ctrl-C can come between its start and the block that would end it.
         self._thread = threading.Thread(target=self._tell, name="report", daemon=True)
 
@@ -363,8 +394,18 @@ class Report:
         self._thread.join()
         with self._output:
             if self._drawn:
-                _say("\n")
+                self._write("\n")
                 self._drawn = 0
+
+    def _write(self, text: str) -> None:
+        """Say it; a service does not end because its log is full. The first failure is told on stderr."""
+        try:
+            _say(text)
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                with contextlib.suppress(OSError):  # then nothing is left to tell it by
+                    print(f"fastlisten: stdout: {error.strerror}; serving goes on", file=sys.stderr)
 
     def started(self, handler: str) -> None:
         """Tell the endpoint that was really bound."""
@@ -397,7 +438,7 @@ class Report:
         """Take the live line off the screen while something else writes there."""
         with self._output:
             if self._drawn:
-                _say(f"\r{' ' * self._drawn}\r")
+                self._write(f"\r{' ' * self._drawn}\r")
                 self._drawn = 0
             yield
 
@@ -405,7 +446,7 @@ class Report:
         if self._json:
             text = json.dumps({"event": event, **values}, default=str)
         with self.cleared():
-            _say(f"{text}\n")
+            self._write(f"{text}\n")
 
     def _tell(self) -> None:
         interval = LIVE_INTERVAL if self._live else LINE_INTERVAL
@@ -438,7 +479,7 @@ class Report:
         # One column less than there are: some terminals wrap when the last one is written.
         line = line[: max(shutil.get_terminal_size().columns - 1, 1)]
         with self._output:
-            _say(f"\r{line.ljust(self._drawn)}")
+            self._write(f"\r{line.ljust(self._drawn)}")
             self._drawn = len(line)
 
 
@@ -548,22 +589,42 @@ def serve_command(options: argparse.Namespace) -> int:
     try:
         endpoint = Endpoint.parse(options.endpoint)
     except ValueError as error:
-        raise CommandError(str(error), MISUSED) from error
+        raise CommandError(f"{error}{_endpoint_hint(options.endpoint)}", MISUSED) from error
     handler = load_handler(options.handler)
     serving = _given(options, SERVE_OPTIONS)
+    if "pending" in serving and "busy" not in serving:
+        text = "--pending needs --busy, which says what clients beyond it get"
+        raise CommandError(f"cannot serve {endpoint}: {text}", MISUSED)
     try:
         serve_options(handler, **serving)  # what is wrong with them is told before a socket opens
     except (TypeError, ValueError) as error:
-        raise CommandError(f"cannot serve {endpoint}: {error}", MISUSED) from error
+        raise CommandError(f"cannot serve {endpoint}: {_as_option(error)}", MISUSED) from error
     try:
         listener = fastlisten.bind(endpoint, **_given(options, BIND_OPTIONS))
     except OSError as error:
         raise CommandError(_bind_failure(endpoint, error), FAILED) from error
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
         # An option that does not fit the endpoint, or that this system does not have.
-        raise CommandError(f"cannot listen on {endpoint}: {error}", MISUSED) from error
+        raise CommandError(f"cannot listen on {endpoint}: {_as_option(error)}", MISUSED) from error
     with listener:
         return _serve(listener, handler, serving, options)
+
+
+def _endpoint_hint(text: str) -> str:
+    """Return what a text that is no endpoint was probably meant to be, as a question, or ""."""
+    port = DEFAULT_ENDPOINT.rpartition(":")[2]
+    meant = f":{text}" if text.isdecimal() else f"{text}:{port}"
+    try:
+        Endpoint.parse(meant)
+    except ValueError:
+        return ""
+    return f"; is {meant} meant?"
+
+
+def _as_option(error: Exception) -> str:
+    """Return the words of an error that begin with a parameter's name with the option's in its place."""
+    names = "|".join((*BIND_OPTIONS, *SERVE_OPTIONS))
+    return re.sub(rf"^({names})\b", lambda name: "--" + name[0].replace("_", "-"), str(error))
 
 
 def _serve(
@@ -585,7 +646,7 @@ def _serve(
         status, why = INTERRUPTED, "SIGINT"
     except OSError as error:
         raise CommandError(f"serving {listener.endpoint} failed: {error}", FAILED) from error
-    report.stopped(signals[0] if signals else why, result)
+    report.stopped(why or (signals[-1] if signals else None), result)
     return status
 
 
@@ -606,10 +667,36 @@ def _drain_on_signals(listener: Listener, seconds: float, report: Report) -> lis
 
 
 def _bind_failure(endpoint: Endpoint, error: OSError) -> str:
-    text = f"cannot listen on {endpoint}: {error.strerror or error}"
-    if error.errno == errno.EADDRINUSE and (holder := holder_of(endpoint)):
-        text += f" by {holder}"
-    return text
+    text = f"{error.strerror or error}"
+    if error.errno == errno.EADDRINUSE:
+        if holder := holder_of(endpoint):
+            text += f" by {holder}"
+        elif endpoint.host.startswith("unix:/"):
+            text = _path_in_use(endpoint.host.removeprefix("unix:")) or text
+    elif error.errno == errno.EACCES and 0 < endpoint.port < 1024:
+        text += ": ports below 1024 need privileges"
+    return f"cannot listen on {endpoint}: {text}"
+
+
+def _path_in_use(path: str) -> str | None:
+    """Say what stands where a unix socket cannot be made; None where that is a socket in use, or unknown."""
+    try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            return "a directory is there"
+        if not stat.S_ISSOCK(mode):
+            return "a file that is no socket is there"
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            client.connect(path)
+    except ConnectionRefusedError:
+        return "a socket is there on which nobody listens any more: remove it"
+    except OSError:  # it is not ours to look at, it listens and its queue is full, or it has gone
+        return None
+    return None
+
+
+NO_NAME = (1, 4, 11001, 11004)  # HOST_NOT_FOUND and NO_DATA of <netdb.h>, and Winsock's for them
 
 
 def hosts_command(options: argparse.Namespace) -> int:
@@ -619,6 +706,8 @@ def hosts_command(options: argparse.Namespace) -> int:
         entry = fastlisten.get_host_entry(name)
     except (OSError, TypeError, ValueError) as error:
         text = error.strerror if isinstance(error, OSError) and error.strerror else error
+        if isinstance(error, socket.herror) and error.errno in NO_NAME:
+            text = "no name is known for this address"
         raise CommandError(f"cannot look up {name!r}: {text}", FAILED) from error
     if options.json:
         values = {
@@ -626,17 +715,22 @@ def hosts_command(options: argparse.Namespace) -> int:
             "aliases": entry.aliases,
             "addresses": [str(address) for address in entry.addresses],
         }
-        _say(json.dumps(values) + "\n")
-        return 0
-    rows = [("name", entry.name)]
-    rows += [("alias", alias) for alias in entry.aliases]
-    rows += [("address", str(address)) for address in entry.addresses]
-    _say("".join(f"{label:8}{value}\n" for label, value in rows))
+        text = json.dumps(values) + "\n"
+    else:
+        rows = [("name", entry.name)]
+        rows += [("alias", alias) for alias in entry.aliases]
+        rows += [("address", str(address)) for address in entry.addresses]
+        text = "".join(f"{label:8}{value}\n" for label, value in rows)
+    try:
+        _say(text)
+    except OSError as error:
+        raise CommandError(f"cannot write to stdout: {error.strerror}", FAILED) from error
     return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 failed, 2 misused, 130 Ctrl-C."""
+    _open_closed_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # odd paths
     try:
         options = parser().parse_args(arguments)
@@ -648,6 +742,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.status
     except KeyboardInterrupt:
         return INTERRUPTED
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # told already
+            _give_up_output()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The command line, run as a person or a script runs it: in processes of its own."""
 
 import contextlib
+import errno
 import functools
 import inspect
 import ipaddress
@@ -372,6 +373,59 @@ def test_a_second_sigterm_does_not_wait() -> None:
     assert "0 connections finished, 1 cut" in output[-1]
 
 
+@signals
+def test_what_ended_it_is_named_and_not_what_came_before() -> None:
+    with (
+        serve("127.0.0.1:0", "--drain", "1000", "--threads", "2") as server,
+        connect(server.target) as client,
+    ):
+        client.sendall(b"a")
+        assert client.recv(1) == b"a"
+        server.process.send_signal(signal.SIGTERM)
+        server.line_with("SIGTERM: draining for at most 1000 s")
+        status, output, errors = server.end(signal.SIGINT)
+    assert (status, errors) == (130, "")
+    assert output[-1].startswith("stopped by SIGINT; ")
+
+
+# Runs the command with its arguments, with stdout closed or on a full disk.
+REDIRECTED = [
+    "sh",
+    "-c",
+    'how=$1; shift; case $how in closed) exec "$@" >&-;; full) exec "$@" >/dev/full;; esac',
+    "-",
+]
+full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+
+
+@full_disk
+@pytest.mark.parametrize("how", ["closed", "full"])
+def test_a_service_outlives_its_log(how: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        command = [*REDIRECTED, how, *COMMAND, "serve", f"fd:{listener.fileno()}"]
+        with subprocess.Popen(
+            command, pass_fds=[listener.fileno()], stderr=subprocess.PIPE, text=True
+        ) as process:
+            try:
+                assert exchange(listener) == b"ping"
+                process.send_signal(signal.SIGTERM)
+                errors = process.communicate(timeout=LIMIT)[1]
+            finally:
+                process.kill()
+    assert process.returncode == 0
+    line = f"fastlisten: stdout: {os.strerror(errno.ENOSPC)}; serving goes on\n"
+    assert errors == ("" if how == "closed" else line)
+
+
+@full_disk
+def test_hosts_tells_when_it_cannot_write() -> None:
+    hosts = [*COMMAND, "hosts", "127.0.0.1"]
+    done = subprocess.run([*REDIRECTED, "full", *hosts], capture_output=True, text=True, timeout=LIMIT)
+    is_one_line(done, 1, f"cannot write to stdout: {os.strerror(errno.ENOSPC)}")
+    done = subprocess.run([*REDIRECTED, "closed", *hosts], capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def read_all_or_reset(client: socket.socket) -> bytes:
     try:
         return read_all(client)
@@ -639,6 +693,76 @@ def test_the_process_passes_line_and_status_on() -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["serve", "11000"], "the port is missing; "),
+        (["serve", "11000"], "; is :11000 meant?"),
+        (["serve", "127.0.0.1"], "; is 127.0.0.1:11000 meant?"),
+        (["serve", "--port", "80"], "unrecognized arguments: --port (see fastlisten serve --help)"),
+        (["hosts", "a", "b"], "unrecognized arguments: b (see fastlisten hosts --help)"),
+        (["serve", ":0", "--threads", "0,3"], "'0,3' has a minimum below 1"),
+        (["serve", ":0", "--threads", "0,0"], "'0,0' has a minimum below 1"),
+        (["serve", ":0", "--pending", "3"], "--pending needs --busy"),
+        (["serve", ":0", "own.py:hello"], "a module is named without its .py: own:hello"),
+        (["serve", ":0", "a/own.py:hello"], "a module is named without its .py: a.own:hello"),
+        (["serve", "127.0.0.1:0", "--dualstack-ipv6"], "127.0.0.1:0: --dualstack-ipv6 "),
+        (["serve", "127.0.0.1:0", "--mode", "600"], "--mode is for unix paths, not for 127.0.0.1:0"),
+    ],
+)
+def test_a_mistake_is_met_with_what_may_have_been_meant(
+    told: Told, arguments: list[str], text: str, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text("def hello(connection): pass\n")
+    is_one_line(told(*arguments), 2, text)
+
+
+def test_an_address_without_a_name_is_no_unknown_host(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def look_up(name: str) -> None:
+        raise socket.herror(1, "Unknown host")
+
+    monkeypatch.setattr(fastlisten, "get_host_entry", look_up)
+    assert main(["hosts", "192.0.2.1"]) == 1
+    line = "fastlisten: cannot look up '192.0.2.1': no name is known for this address\n"
+    assert capsys.readouterr() == ("", line)
+
+
+def test_a_port_that_needs_privileges_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bind(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(fastlisten, "bind", bind)
+    text = "Permission denied"
+    for endpoint, end in (
+        ("127.0.0.1:80", f"{text}: ports below 1024 need privileges"),
+        ("[::1]:1024", text),
+    ):
+        assert main(["serve", endpoint]) == 1
+        assert capsys.readouterr().err == f"fastlisten: cannot listen on {endpoint}: {end}\n"
+
+
+@needs("unix sockets")
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (os.mkdir, "a directory is there"),
+        (lambda path: Path(path).touch(), "a file that is no socket is there"),
+        (lambda path: os.symlink(f"{path} nowhere", path), os.strerror(errno.EADDRINUSE)),
+    ],
+    ids=["directory", "file", "link to nothing"],
+)
+def test_what_stands_at_a_unix_path_is_told(
+    told: Told, tmp_path: Path, unix_path: str, make: Callable[[str], object], text: str
+) -> None:
+    path = f"{unix_path} x"
+    make(path)
+    is_one_line(told("serve", f"unix:{path}"), 1, f"cannot listen on unix:{path}: {text}\n")
+
+
+@pytest.mark.parametrize(
     ("option", "constant"),
     [
         (["--reuse-port"], "SO_REUSEPORT"),
@@ -682,9 +806,8 @@ def test_a_unix_path_in_use_names_the_process_that_holds_it(unix_path: str) -> N
     if sys.platform == "linux":
         assert f"in use by {own_name()} (process {os.getpid()})" in done.stderr
     # A path that nobody holds any more is in use all the same, and no process is named.
-    done = run("serve", f"unix:{path}")
-    assert done.returncode == 1
-    assert "(process" not in done.stderr
+    text = "a socket is there on which nobody listens any more: remove it"
+    is_one_line(run("serve", f"unix:{path}"), 1, f"cannot listen on unix:{path}: {text}\n")
 
 
 @needs("Linux")
