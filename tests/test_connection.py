@@ -391,7 +391,7 @@ def test_the_timeout_of_sendall_is_for_all_of_it() -> None:
                 begun = time.monotonic()
                 with pytest.raises(TimeoutError, match=r"^timed out$"):
                     accepted.sendall(b"x" * (1 << 27))
-                assert 0.29 < time.monotonic() - begun < 5
+                assert 0.29 < time.monotonic() - begun < LIMIT
             finally:
                 stop.set()
                 sipping.join()
@@ -586,7 +586,7 @@ def test_signals_do_not_lengthen_a_timed_recv(kind: str) -> None:
                 accepted.recv(1)
             took = time.monotonic() - begun
     assert len(rung) > 3
-    assert 0.29 < took < 2
+    assert 0.29 < took < LIMIT
 
 
 @needs("signals between processes")
