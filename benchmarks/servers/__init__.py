@@ -170,6 +170,33 @@ SERVERS: dict[str, Server] = {
             for threads in (1, 2, 4, 8, 16, 32, 64)
         ),
         Server(
+            "fastlisten-threads-1-8",
+            "fast",
+            "serve",
+            (1, 8),
+            ANSWERS | {"compute"},
+            "Listener.serve(handler, threads=(1, 8))",
+            _F,
+        ),
+        Server(
+            "fastlisten-for",
+            "fast",
+            "iterate",
+            (),
+            ALL,
+            "for connection in listener, one client after the other",
+            _F,
+        ),
+        Server(
+            "fastlisten-async-for",
+            "fast",
+            "iterate_async",
+            (),
+            frozenset({"close", "echo"}),
+            "async for connection in listener, on asyncio, one client after the other",
+            _F,
+        ),
+        Server(
             "fastlisten-busy",
             "fast",
             "refuse",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 from typing import Any, NoReturn
 
 import fastlisten
 
-from .handlers import ADDRESS, BACKLOG, HANDLERS, take_on_demand
+from .handlers import ADDRESS, BACKLOG, HANDLERS, QUESTION_LIMIT, take_on_demand
 
 
 def _listen() -> fastlisten.Listener:
@@ -17,9 +18,35 @@ def _listen() -> fastlisten.Listener:
     return listener
 
 
-def serve(work: str, threads: int) -> None:
-    """Listener.serve, inline or with threads."""
-    _listen().serve(HANDLERS[work], threads=threads)
+def serve(work: str, least: int, most: int | None = None) -> None:
+    """Listener.serve, inline, or with so many threads, or with threads between two numbers."""
+    _listen().serve(HANDLERS[work], threads=least if most is None else (least, most))
+
+
+def iterate(work: str) -> None:
+    """for connection in listener."""
+    if work == "hold":
+        held = []
+        for connection in _listen():
+            held.append(connection)
+    handler = HANDLERS[work]
+    for connection in _listen():
+        handler(connection)
+        connection.close()
+
+
+def iterate_async(work: str) -> None:
+    """async for connection in listener."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        connection: Any  # what the loop's sock_ methods take, for which asyncio's stubs ask for a socket
+        async for connection in _listen():
+            if work == "echo":
+                await loop.sock_sendall(connection, await loop.sock_recv(connection, QUESTION_LIMIT))
+            connection.close()
+
+    asyncio.run(main())
 
 
 def refuse(_: str) -> None:
