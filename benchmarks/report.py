@@ -39,7 +39,9 @@ def readme(results: Results, picture: str) -> str:
     lines = [
         "µs of the server's CPU for one connection, user + system = **total**, and in brackets the "
         f"total's ratio to the C `accept4` loop; median of {max(row.rounds for row in rows)} rounds.",
-        f"{_machine(results)}; commit {results.machine['commit'] or 'unknown'}.",
+        f"{_machine(results)}; commit {results.machine['commit'] or 'unknown'}; "
+        f"`python -m benchmarks --only {','.join(workloads)} "
+        f"--rounds {results.settings['rounds']} --cpu {results.settings['cpu_seconds']:g}`.",
         "",
         f"![The same as bars]({picture})",
         "",

@@ -81,6 +81,7 @@ def test_a_tiny_run_prints_a_table_and_writes_json_and_pictures(tmp_path):
     assert again.returncode == 0, again.stdout + again.stderr
     assert "too few rounds" in again.stdout
     words = run("--readme", path, "--out", tmp_path / "picture").stdout
+    assert "; `python -m benchmarks --only close --rounds 2 --cpu 0.02`." in words
     (row,) = (line for line in words.splitlines() if line.startswith("| socket.accept |"))
     (close,) = (s for s in results_of(path) if s.server == "socket.accept")
     assert row == f"| socket.accept | **{close.middle:.1f}** ({close.ratio:.2f}) |"

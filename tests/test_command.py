@@ -795,12 +795,18 @@ def test_a_port_in_use_names_the_process_that_holds_it() -> None:
 
 
 @needs("unix sockets")
-def test_a_unix_path_in_use_names_the_process_that_holds_it(unix_path: str) -> None:
+def test_a_unix_path_in_use_names_the_process_that_holds_it(
+    unix_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = f"{unix_path} x"
     with socket.socket(socket.AF_UNIX) as holder:
         holder.bind(path)
         holder.listen()
         done = run("serve", f"unix:{path}")
+        monkeypatch.setattr("fastlisten.__main__.holder_of", lambda _: None)  # another user's
+        assert main(["serve", f"unix:{path}"]) == 1
+        line = f"fastlisten: cannot listen on unix:{path}: {os.strerror(errno.EADDRINUSE)}\n"
+        assert capsys.readouterr().err == line
     assert done.returncode == 1
     assert done.stderr.startswith(f"fastlisten: cannot listen on unix:{path}: ")
     if sys.platform == "linux":
