@@ -784,9 +784,10 @@ cdef class Transport(Watched):
         cdef Py_ssize_t got
         cdef int code = 0
         cdef Py_buffer view
+        cdef bint buffered = self.buffered  # get_buffer() may set another protocol
         if self.closing or self.paused or self.ended:
             return 0
-        if not self.buffered:
+        if not buffered:
             got = port_recv(self.fd, self.hub.scratch, CHUNK, 0)
             if got < 0:
                 code = port_error()
@@ -809,9 +810,11 @@ cdef class Transport(Watched):
             PyBuffer_Release(&view)
             buffer = None
         if got > 0:
-            self.hand_over(got)
-            if not self.wanted & POLLIN:
-                self.again(READ)
+            try:
+                self.hand_over(got, buffered)
+            finally:  # SystemExit, too: the loop may run again
+                if not self.wanted & POLLIN:
+                    self.again(READ)
             return 0
         if got == 0:
             return self.end()
@@ -821,17 +824,17 @@ cdef class Transport(Watched):
             return self.again(READ)
         return self.fail(code, "Fatal read error on socket transport")
 
-    cdef int hand_over(self, Py_ssize_t got) except -1:
-        """Give the protocol what recv() brought."""
+    cdef int hand_over(self, Py_ssize_t got, bint buffered) except -1:
+        """Give the protocol what recv() brought, into its own buffer or the hub's scratch."""
         try:
-            if self.buffered:
+            if buffered:
                 self.protocol.buffer_updated(got)
             else:
                 self.protocol.data_received(PyBytes_FromStringAndSize(self.hub.scratch, got))
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            name = "buffer_updated" if self.buffered else "data_received"
+            name = "buffer_updated" if buffered else "data_received"
             self.fatal(error, f"Fatal error: protocol.{name}() call failed.")
         return 0
 

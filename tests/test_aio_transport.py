@@ -16,7 +16,7 @@ import threading
 from typing import Any
 
 import pytest
-from aio_support import WAYS, Echo, Notes, Run, asyncios, run, server
+from aio_support import LOOPS, WAYS, Echo, Notes, Run, asyncios, run, server
 from preload import Faults, check, interpreter
 from support import LIMIT, connect, needs, not_under_wine, read_all, reset, under_wine, wait_until
 
@@ -660,6 +660,37 @@ def test_a_buffered_protocol(run: Run) -> None:
     assert run(main()) == b"more than five bytes"
 
 
+class Switches(Buffered):
+    """Has another protocol called from within get_buffer()."""
+
+    after: Notes
+
+    def get_buffer(self, sizehint: int) -> Any:
+        self.after = Notes()
+        self.transport.set_protocol(self.after)
+        return super().get_buffer(sizehint)
+
+
+def test_get_buffer_that_sets_a_protocol_hands_out_nobody_elses_bytes(run: Run) -> None:
+    protocols = [Echo, Switches]
+
+    async def main() -> None:
+        async with server(lambda: protocols.pop(0)()) as serving:
+            with connect(serving.address) as other:
+                other.sendall(b"secret")
+                assert await in_thread(other.recv, 6) == b"secret"
+            with connect(serving.address) as client:
+                client.sendall(b"hello")
+                while len(serving.made) < 2 or not hasattr(serving.made[1], "after"):
+                    await asyncio.sleep(0)
+                after = serving.made[1].after
+                assert type(await after.lost) is AttributeError  # it has no buffer_updated()
+                assert after.data == b""
+
+    run(main())
+    assert run.messages() == ["Fatal error: protocol.buffer_updated() call failed."]
+
+
 def fails(*args: Any) -> Any:
     raise ZeroDivisionError("on purpose")
 
@@ -785,6 +816,44 @@ def test_system_exit_comes_out_and_the_other_clients_are_not_lost() -> None:
         assert running.stats().accepted == 5
     finally:
         loop.close()
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_connection_reads_on_after_an_interrupt(loop: str) -> None:
+    class Interrupted(Notes):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.data == b"one":
+                raise KeyboardInterrupt
+
+    async def start() -> Any:
+        return await aio.create_server(factory, "127.0.0.1", 0)
+
+    def factory() -> Interrupted:
+        made.append(Interrupted())
+        return made[-1]
+
+    made: list[Interrupted] = []
+    running = LOOPS[loop]()
+    try:
+        serving = running.run_until_complete(start())
+        with connect(serving.sockets[0].getsockname()) as client:
+            client.sendall(b"one")
+            with pytest.raises(KeyboardInterrupt):
+                running.run_forever()
+            client.sendall(b"two")
+
+            async def rest() -> None:
+                async with asyncio.timeout(LIMIT):
+                    await made[0].until(lambda protocol: protocol.data == b"onetwo")
+                    made[0].transport.close()
+                    await made[0].lost
+                    serving.close()
+                    await serving.wait_closed()
+
+            running.run_until_complete(rest())
+    finally:
+        running.close()
 
 
 def test_each_connection_has_its_own_context(run: Run) -> None:
