@@ -79,7 +79,6 @@ cdef object _log = logging.getLogger("fastlisten")
 cdef object _asyncio_log = logging.getLogger("asyncio")
 cdef object _StandardSocket = _socket.socket
 cdef object _BufferedProtocol = asyncio.BufferedProtocol
-cdef object _StreamReaderProtocol = asyncio.StreamReaderProtocol
 cdef int _warn_from = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
 cdef object _sendfile_by_writing = constants._SendfileMode.FALLBACK
 # Its words have changed between two bugfix releases of 3.13, so the running one has to say them.
@@ -764,7 +763,7 @@ cdef class Transport(Watched):
 
     cdef int meet(self) except -1:
         """Tell the protocol; and read what the client has sent already, unless something was scheduled that
-        comes first.  What a stream keeps, its task cannot tell: it is read at once."""
+        comes first: a stream's task may start TLS or set a protocol in its first step."""
         cdef Py_ssize_t scheduled = self.hub.scheduled()
         try:
             self.protocol.connection_made(self)
@@ -775,7 +774,7 @@ cdef class Transport(Watched):
             self.report(error, "Fatal error: protocol.connection_made() call failed.")
             self.force_close(error)
             return 0
-        if self.hub.scheduled() != scheduled and type(self.protocol) is not _StreamReaderProtocol:
+        if self.hub.scheduled() != scheduled:
             return self.again(READ)
         return self.read()
 

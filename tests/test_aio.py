@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from aio_support import Echo, Notes, Run, run, run_awaits, server
@@ -359,6 +359,35 @@ def test_streams_with_a_coroutine(run: Run) -> None:
     assert types == [asyncio.StreamReader, asyncio.StreamWriter]
 
 
+@pytest.mark.parametrize("how", ["set_protocol", "pause_reading"])
+def test_a_stream_reads_nothing_before_its_tasks_first_step(run: Run, how: str) -> None:
+    async def main() -> None:
+        async def first(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            transport = cast(aio.Transport, writer.transport)
+            if how == "set_protocol":
+                transport.set_protocol(notes)
+                await notes.until(lambda protocol: protocol.data == b"sent before the accept")
+            else:
+                transport.pause_reading()
+                for _ in range(5):
+                    await asyncio.sleep(0)
+                    assert not reader._buffer  # type: ignore[attr-defined]
+                transport.resume_reading()
+                assert await reader.readexactly(22) == b"sent before the accept"
+            transport.abort()
+            done.set_result(None)
+
+        notes = Notes()
+        done = asyncio.get_running_loop().create_future()
+        async with await aio.start_server(first, "127.0.0.1", 0) as running:
+            with connect(running.sockets[0].getsockname()) as client:
+                client.sendall(b"sent before the accept")
+                await done
+
+    run(main())
+    assert run.reports == []
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="asyncio has eager tasks since 3.12")
 def test_streams_with_eager_tasks(run: Run) -> None:
     if run.loop == "uvloop":
@@ -509,6 +538,25 @@ def test_tls_streams_and_start_tls(run: Run, tls: Any) -> None:
             writer.close()
             with contextlib.suppress(ssl.SSLError, ConnectionError):
                 await writer.wait_closed()
+
+    run(main())
+
+
+@needs("the openssl command")
+def test_start_tls_gets_the_hello_that_came_before_the_accept(run: Run, tls: Any) -> None:
+    async def main() -> None:
+        async def upgrade(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):  # the client leaves in the middle
+                await writer.start_tls(tls[0])
+
+        outgoing = ssl.MemoryBIO()
+        hello = tls[1].wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+        with pytest.raises(ssl.SSLWantReadError):
+            hello.do_handshake()
+        async with await aio.start_server(upgrade, "127.0.0.1", 0) as running:
+            with connect(running.sockets[0].getsockname()) as client:
+                client.sendall(outgoing.read())
+                assert await in_thread(client.recv, 1) == b"\x16"  # a handshake's record: RFC 8446, 5.1
 
     run(main())
 
