@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
-import shutil
 import signal
 import sys
 import time
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ._build import cc
+from ._build import build
 from .runner import Cell, Sample, SampleError, Settings, Sizes, plan, raise_file_limit, take_sample
 from .servers import SERVERS
 from .workloads import QUICK, WORKLOADS
@@ -220,8 +219,6 @@ def run(options: argparse.Namespace, old: Results | None, console: Console) -> R
         refuse("--rounds and --cpu must be above 0")
     if len(os.sched_getaffinity(0)) < 2:
         refuse("two cores are needed: one for the server, one for the load")
-    if shutil.which(cc()) is None:
-        refuse(f"a C compiler is needed: {cc()!r} is not there (CC can name another)")
     try:
         cells = choose(options.only, options.quick)
     except ValueError as error:
@@ -239,6 +236,10 @@ def run(options: argparse.Namespace, old: Results | None, console: Console) -> R
     settings = Settings(rounds, cpu)
     if options.quick:
         settings.probe, settings.limit_s = QUICK_PROBE, QUICK_LIMIT
+    try:
+        build("load.c")
+    except RuntimeError as error:
+        refuse(str(error))
     facts = machine()
     raise_file_limit()
     os.sched_setaffinity(0, {settings.load_core})  # and so every child that does not move

@@ -41,7 +41,10 @@ def build(name: str) -> Path:
     compiler = "go" if source.suffix == ".go" else cc()
     version = compiler_version(compiler)
     if not version:
-        raise RuntimeError(f"{name} needs the command {compiler!r}, which is not there")
+        raise RuntimeError(
+            f"{name} needs the command {compiler!r}, which is not there"
+            + " ($CC names another)" * (compiler != "go")
+        )
     key = hashlib.sha256(version.encode())
     for path in (source, *sorted(NATIVE.glob("*.h"))):
         key.update(path.read_bytes())

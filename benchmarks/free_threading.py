@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         for name, threads, gil in ROWS:
             try:
                 samples[name].append(sample(threads, gil))
-            except SampleError as error:
+            except (SampleError, RuntimeError) as error:  # no compiler
                 raise SystemExit(str(error)) from None
     print(f"CPython {sys.version.split()[0]}, free-threaded; {rounds} rounds of {REQUESTS:,} requests")
     print("| serve() | requests a second, median | least | greatest | cores |")

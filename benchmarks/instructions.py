@@ -137,7 +137,7 @@ def main(arguments: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     try:
         return run(arguments)
-    except SampleError as error:
+    except (SampleError, RuntimeError) as error:  # no compiler
         raise SystemExit(str(error)) from None
 
 
