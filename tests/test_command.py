@@ -398,6 +398,7 @@ REDIRECTED = [
 full_disk = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
 
 
+@posix_only("redirected by sh")
 @full_disk
 @pytest.mark.parametrize("how", ["closed", "full"])
 def test_a_service_outlives_its_log(how: str) -> None:
@@ -417,6 +418,7 @@ def test_a_service_outlives_its_log(how: str) -> None:
     assert errors == ("" if how == "closed" else line)
 
 
+@posix_only("redirected by sh")
 @full_disk
 def test_hosts_tells_when_it_cannot_write() -> None:
     hosts = [*COMMAND, "hosts", "127.0.0.1"]
