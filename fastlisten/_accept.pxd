@@ -11,6 +11,12 @@ cdef enum verdict_t:
     UNKNOWN         # raise
 
 
+# So many clients in a row that were lost before they were ours are no chance: accept() itself is refused, by
+# a seccomp filter for one (EPERM), and trying on would spin.  A kernel's queue hardly ever holds as many.
+cdef enum:
+    LOST_IN_A_ROW = 4096
+
+
 cdef struct client_t:  # accepted, and not yet a Connection
     port_socket fd
     int length

@@ -293,12 +293,14 @@ def accept_many(self, limit=64):
 def take(self):
     """The client that is queued first, as a non-blocking Connection of the caller's; None if nobody is.
 
-    Raises OSError as accept(); a client that was lost before it was ours is counted and passed over.
+    Raises OSError as accept(); a client that was lost before it was ours is counted and passed over, unless
+    they have no end.
     """
     cdef Ledger ledger = self._ledger
     cdef client_t client
     cdef verdict_t answer
     cdef int code
+    cdef int lost = 0
     share_nonblocking(self)
     while not take_client(_fileno(self), &client, 1):
         code = port_error()
@@ -307,7 +309,8 @@ def take(self):
             return None
         if answer in (CONNECTION, RESOURCES):
             count_error(ledger.at, code)
-        if answer != CONNECTION:
+        lost += 1
+        if answer != CONNECTION or lost == LOST_IN_A_ROW:
             raise_error(code)
     port_add(&ledger.at.accepted, 1)
     port_add(&ledger.at.active, 1)

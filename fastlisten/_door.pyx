@@ -19,6 +19,7 @@ from fastlisten._accept cimport (
     CLOSED,
     CONNECTION,
     INTERRUPTED,
+    LOST_IN_A_ROW,
     RESOURCES,
     Ledger,
     client_t,
@@ -45,11 +46,6 @@ cdef enum:
 # What the door opens for itself: the wake-up's two ends, the spare descriptor, the client that is refused.
 cdef enum:
     OWN = 4
-
-# So many clients in a row that were lost before they were ours are no chance: accept() itself is refused, by
-# a seccomp filter for one (EPERM), and trying on would spin.  A kernel's queue hardly ever holds as many.
-cdef enum:
-    LOST_IN_A_ROW = 4096
 
 # How many clients an usher accepts before it looks up to see whether it is to stop.
 cdef enum:

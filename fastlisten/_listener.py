@@ -170,6 +170,7 @@ class Listener(socket.socket):
         self._loop: Loop | None = None
         self._unlink: _OwnPath | None = None
         self._arrivals: Arrivals | None = None
+        self._served = False  # an asyncio server has it, and closes it
         _listeners.add(self)
 
     accept = _accept.accept

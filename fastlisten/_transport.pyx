@@ -37,6 +37,7 @@ from fastlisten._accept cimport (
     AGAIN,
     CONNECTION,
     INTERRUPTED,
+    LOST_IN_A_ROW,
     RESOURCES,
     Ledger,
     client_t,
@@ -135,6 +136,7 @@ cdef class Entrance(Watched):
     cdef readonly object sock
     cdef readonly Ledger ledger
     cdef bint failed
+    cdef int lost           # clients in a row that were lost before they were ours
 
     def __cinit__(self, Hub hub, sock, Ledger ledger not None):
         self.hub = hub
@@ -151,14 +153,21 @@ cdef class Entrance(Watched):
         cdef int i = 0
         cdef list arrived = []
         cdef Transport transport
+        if not self.wanted:
+            return 0  # the hub has scheduled this look, and something has changed since
         while taken < most and code == 0:
             if take_client(self.fd, &clients[taken], 1):
                 taken += 1
+                self.lost = 0
                 continue
             code = port_error()
             if verdict(code) == CONNECTION:
                 count_error(self.ledger.at, code)
-                code = 0
+                self.lost += 1
+                if self.lost < LOST_IN_A_ROW:
+                    code = 0
+            elif verdict(code) == AGAIN:
+                self.lost = 0
         port_add(&self.ledger.at.accepted, taken)
         try:
             while i < taken:
@@ -179,8 +188,9 @@ cdef class Entrance(Watched):
         cdef verdict_t answer = AGAIN if code == 0 else verdict(code)
         if answer == RESOURCES:
             count_error(self.ledger.at, code)
+        if answer == RESOURCES or answer == CONNECTION:
             self.hub.run_out(code)
-        elif self.hub.failures and taken:
+        elif self.hub.failures and (taken or answer == AGAIN):
             self.hub.recover()
         elif answer not in (AGAIN, INTERRUPTED):
             self.failed = True  # an accept that goes on failing would spin
@@ -283,7 +293,6 @@ cdef class Hub:
             raise MemoryError
         self.loop = loop
         self.factory = factory
-        self.context = PyContext_CopyCurrent()
         self.most = most
         self.watched = {}
         self.queue = _ready_queue(loop)
@@ -455,6 +464,7 @@ cdef class Hub:
 
     def serve(self):
         """Accept from now on."""
+        self.context = PyContext_CopyCurrent()
         self.serving = True
         self.arrange()
 
@@ -498,7 +508,8 @@ cdef class Hub:
         return <int>min(<int64_t>most, max(self.most - self.active, 0))
 
     cdef int run_out(self, int code) except -1:
-        """No descriptors or no memory: shed the clients, or pause for longer each time."""
+        """No descriptors or no memory, or lost clients without end: shed the clients, or pause for longer each
+        time."""
         if self.failures == 0:
             self.pause = PAUSE_FIRST
             self.failing_since = port_now()
@@ -522,19 +533,23 @@ cdef class Hub:
         for entrance in self.entrances:
             for _ in range(ACCEPTS):
                 code = shed_client(entrance.fd, entrance.ledger.at, &self.spare, NULL, 0)
-                if self.spare == PORT_NO_SOCKET or verdict(code) == RESOURCES:
+                if (self.spare == PORT_NO_SOCKET or verdict(code) == RESOURCES
+                        or entrance.lost >= LOST_IN_A_ROW):
                     return False  # the whole system has run out: one descriptor of ours does not help
                 if code != 0:
                     break
         return True
 
     def _again(self):
+        cdef Entrance entrance
         if self.retry is not None:
             self.retry.cancel()
             self.retry = None
         if self.shed and self.spare == PORT_NO_SOCKET and self.serving:
             self.spare = port_spare()
         self.arrange()
+        for entrance in self.entrances:  # that nobody is queued any more tells of no event
+            self.loop.call_soon(entrance._readable)
 
     cdef int recover(self) except -1:
         _log.info("accepting again after %.3f s and %d failed tries",
@@ -560,16 +575,21 @@ cdef class Hub:
         elif was_full and self.serving:
             self.arrange()
         if self.active == 0:
+            idle = self.idle
             self.rest()
-            if self.idle is not None:
-                self.idle()
+            if idle is not None:
+                idle()
         return 0
 
-    cdef void rest(self) noexcept:
-        """Close the poller of a server that is over; somebody may hold on to a Transport for long."""
-        if self.stopped and self.active == 0 and self.poller != PORT_NO_SOCKET:
-            port_close(self.poller)
-            self.poller = PORT_NO_SOCKET
+    cdef int rest(self) except -1:
+        """Close the poller of a server that is over, and let go of it; somebody may hold on to a Transport
+        for long."""
+        if self.stopped and self.active == 0:
+            self.idle = None
+            if self.poller != PORT_NO_SOCKET:
+                port_close(self.poller)
+                self.poller = PORT_NO_SOCKET
+        return 0
 
     def when_idle(self, idle):
         """Call `idle` each time the last connection is gone."""
@@ -672,6 +692,9 @@ cdef class Transport(Watched):
         if self.fd != PORT_NO_SOCKET:
             if self.protocol is not None:  # else it was never begun
                 warnings.warn(f"unclosed transport {self!r}", ResourceWarning, stacklevel=1, source=self)
+            # A forked child shares the poller with its parent, who goes on: fork(2), epoll(7).  Who is watched
+            # is held by its watcher, so that one ends with the other.
+            self.wanted = 0
             self.release()
 
     def __repr__(self):
@@ -719,9 +742,14 @@ cdef class Transport(Watched):
             return self.release()
         PyContext_Enter(context)
         try:
-            self.lose()
+            if self.due == MEET:  # somebody else has closed it before that turn
+                self.due = NOTHING
+                self.meet()
         finally:
-            PyContext_Exit(context)
+            try:
+                self.lose()
+            finally:
+                PyContext_Exit(context)
         return 0
 
     cdef int ready(self, short events) except -1:

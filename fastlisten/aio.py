@@ -69,6 +69,8 @@ _Proactor: Any = getattr(asyncio, "ProactorEventLoop", ())
 _CLOSES_CLIENTS = sys.version_info >= (3, 13)
 _WAITS_FOR_CLIENTS = sys.version_info >= (3, 12)
 _UNLINKS = sys.version_info >= (3, 13)
+# What cancelling serve_forever() does to the clients has changed in a bugfix release: cpython's gh-123720.
+_LEAVES_CLIENTS = "close_clients" not in asyncio.Server.serve_forever.__code__.co_names
 # Before 3.11.7 and 3.12.1 its streams leave the task of a callback alone: cpython's gh-110894.
 _WATCHES_TASKS = sys.version_info >= (3, 12, 1) or (3, 11, 7) <= sys.version_info < (3, 12)
 
@@ -119,7 +121,10 @@ class Server(asyncio.AbstractServer):
     def _start(self) -> None:
         if self._serving:
             return
-        assert self._sockets is not None
+        if self._sockets is None:
+            raise RuntimeError(f"server {self!r} is closed")
+        for sock in self._sockets:
+            _take_over(sock)
         self._serving = True
         for sock in self._sockets:
             sock.listen(self._backlog)
@@ -138,7 +143,7 @@ class Server(asyncio.AbstractServer):
         await asyncio.sleep(0)
 
     async def serve_forever(self) -> None:
-        """Serve until cancelled or closed; cancelling closes the server."""
+        """Serve until cancelled or closed; cancelling closes the server, and the clients where asyncio's does."""
         if self._forever is not None:
             raise RuntimeError(f"server {self!r} is already being awaited on serve_forever()")
         if self._sockets is None:
@@ -150,6 +155,8 @@ class Server(asyncio.AbstractServer):
         except asyncio.CancelledError:
             try:
                 self.close()
+                if not _LEAVES_CLIENTS:
+                    self.close_clients()
                 await self.wait_closed()
             finally:
                 raise
@@ -323,6 +330,16 @@ def _ledger_of(sock: socket.socket) -> _accept.Ledger:
     return _accept.Ledger(int(sock.family), int(sock.type), sock.proto)
 
 
+def _take_over(sock: socket.socket) -> None:
+    """Have nobody else accept from a Listener, which the server closes; RuntimeError if somebody waits there."""
+    if isinstance(sock, Listener):
+        if sock._loop is not None:
+            raise RuntimeError(f"serve() runs already on {sock!r}")
+        if sock._arrivals is not None and sock._arrivals.waiting:
+            raise RuntimeError(f"somebody waits for the clients of {sock!r}")
+        sock._served = True
+
+
 def _remove_socket(path: str | bytes, inode: int) -> None:
     try:
         if os.stat(path).st_ino == inode:
@@ -429,7 +446,7 @@ async def _serve(
 ) -> Server:
     """A Server on bound sockets, which it owns; on failure they are closed."""
     loop = asyncio.get_running_loop()
-    if ssl is not None:
+    if ssl:  # as asyncio asks
         factory = functools.partial(
             _over_tls, loop, factory, ssl, ssl_handshake_timeout, ssl_shutdown_timeout
         )
@@ -452,10 +469,22 @@ async def _serve(
 
 
 async def _bind_specially(
-    host: Any, port: Any, *, family: int, flags: int, backlog: int, **options: Any
+    host: Any,
+    port: Any,
+    *,
+    family: int,
+    flags: int,
+    sock: socket.socket | None,
+    backlog: int,
+    tls: dict[str, Any],
+    **options: Any,
 ) -> list[socket.socket]:
     """Sockets with options that have to be set before bind(), which asyncio does not know."""
     loop = asyncio.get_running_loop()
+    if sock is not None:
+        raise ValueError("dualstack_ipv6 and exclusive are set before bind(), which sock has behind it")
+    with socket.socket() as unbound:  # for asyncio's checks
+        await _bound(_bind_tcp, sock=unbound, backlog=backlog, **tls)
     if options["dualstack_ipv6"]:
         host, family = host or "::", socket.AF_INET6
     hosts = [host] if host is None or isinstance(host, str) else list(host)
@@ -540,13 +569,15 @@ async def create_server(
         )
         own = await _bind_tcp(loop, protocol_factory, host, port, start_serving=start_serving, **asked, **tls)
         return cast(Server, own)
-    if (dualstack_ipv6 or exclusive) and sock is None:
+    if dualstack_ipv6 or exclusive:
         sockets = await _bind_specially(
             host,
             port,
             family=family,
             flags=flags,
+            sock=sock,
             backlog=backlog,
+            tls=tls,
             dualstack_ipv6=dualstack_ipv6,
             exclusive=exclusive,
             reuse_port=bool(reuse_port),
@@ -740,6 +771,8 @@ class Arrivals:
 
     def take(self) -> Connection | None:
         """The next client, if one is queued and the Listener is not paused; a drain takes it all the same."""
+        if self._listener._served:  # one descriptor has one watcher on an event loop
+            raise RuntimeError(f"an asyncio server accepts from {self._listener!r}")
         if self._to_drain is None:
             return None if self._listener._ledger.paused else _accept.take(self._listener)
         connection = _accept.take(self._listener)
@@ -760,6 +793,11 @@ class Arrivals:
             if not self._waiters:
                 self._unwatch()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether somebody waits."""
+        return bool(self._waiters)
+
     def _watch(self) -> None:
         ledger = self._listener._ledger
         ledger.arm()
@@ -776,7 +814,8 @@ class Arrivals:
 
     def _wake_one(self) -> None:
         # Readiness is told again on each turn of the loop, so that others come to theirs.
-        self._waiters.pop(0).set_result(None)
+        while self._waiters and not _told(self._waiters.pop(0)):
+            pass
         if not self._waiters:
             self._unwatch()
 
@@ -788,7 +827,7 @@ class Arrivals:
         """Have all that wait look again, and no descriptor watched until they wait again."""
         self._unwatch()
         while self._waiters:
-            self._waiters.pop().set_result(None)
+            _told(self._waiters.pop())
 
     def end(self) -> None:
         """The Listener is about to be closed or detached."""
@@ -833,6 +872,14 @@ class Arrivals:
                 iterator.ended = True
             self.wake()
         return True
+
+
+def _told(waiter: asyncio.Future[None]) -> bool:
+    """Tell who waits; False when its task was cancelled and has not left wait() yet."""
+    if waiter.done():
+        return False
+    waiter.set_result(None)
+    return True
 
 
 class LookedFor(Arrivals):
