@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import contextvars
+import gc
 import inspect
 import logging
 import os
@@ -10,12 +12,13 @@ import ssl
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from aio_support import Echo, Notes, Run, run, run_awaits, server
+from aio_support import Echo, Notes, Run, asyncios, run, run_awaits, server
 from support import LIMIT, connect, exchange, needs, posix_only, read_all, under_wine
 
 import fastlisten
@@ -195,6 +198,96 @@ def test_serve_forever_until_cancelled(run: Run) -> None:
         assert running.sockets == ()
 
     run(main())
+
+
+@pytest.mark.parametrize("loop", ["asyncio"])
+def test_cancelling_serve_forever_does_to_the_clients_what_asyncios_does(loop: str) -> None:
+    async def closes(create: Any) -> bool:
+        async with server(Notes, create) as serving:
+            forever = asyncio.create_task(serving.server.serve_forever())
+            with connect(serving.address):
+                protocol = await serving.first()
+                forever.cancel()
+                await turns()
+                closing: bool = protocol.transport.is_closing()
+                protocol.transport.abort()
+                await asyncio.wait([forever])
+                assert forever.cancelled()
+        return closing
+
+    run = Run(loop)
+    assert run(closes(aio.create_server)) == run(closes(asyncios))
+
+
+def test_a_closed_server_does_not_start(run: Run) -> None:
+    async def main() -> None:
+        closed = await aio.create_server(Echo, "127.0.0.1", 0, start_serving=False)
+        closed.close()
+        with pytest.raises(RuntimeError, match="is closed"):
+            await closed.start_serving()
+
+    run(main())
+
+
+def test_a_closed_server_is_freed_by_its_count(run: Run) -> None:
+    async def main() -> bool:
+        one = await aio.create_server(Echo, "127.0.0.1", 0)
+        assert await in_thread(exchange, one.sockets[0].getsockname()) == b"ping"
+        one.close()
+        await one.wait_closed()
+        await turns()
+        weak = weakref.ref(one)
+        gc.disable()
+        try:
+            del one
+            return weak() is None
+        finally:
+            gc.enable()
+
+    assert run(main())
+
+
+@pytest.mark.parametrize("create", [aio.create_server, asyncios])
+def test_the_context_is_that_of_start_serving(create: Any) -> None:
+    variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
+
+    class Looks(Notes):
+        def connection_made(self, transport: Any) -> None:
+            self.seen = variable.get()
+            super().connection_made(transport)
+
+    async def main() -> str:
+        variable.set("created")
+        async with server(Looks, create, start_serving=False) as serving:
+            variable.set("started")
+            await serving.server.start_serving()
+            variable.set("later")
+            with connect(serving.address):
+                seen: str = (await serving.first()).seen
+                return seen
+
+    assert Run("asyncio")(main()) == "started"
+
+
+@pytest.mark.parametrize("mistake", [{"ssl": True}, {"ssl_handshake_timeout": 1}, {"sock": None}], ids=str)
+@pytest.mark.parametrize("option", ["dualstack_ipv6", "exclusive"])
+def test_asyncios_checks_hold_for_options_it_does_not_know(run: Run, option: str, mistake: Any) -> None:
+    async def main() -> None:
+        with socket.socket() as sock:
+            given = {"sock": sock} if "sock" in mistake else {"port": 0, **mistake}
+            with pytest.raises((TypeError, ValueError), match="ssl|sock"):
+                await aio.create_server(Echo, **given, **{option: True})
+
+    run(main())
+
+
+def test_ssl_that_is_false_is_no_tls(run: Run) -> None:
+    async def main() -> bytes:
+        async with server(Echo, ssl=0) as serving:
+            answer: bytes = await in_thread(exchange, serving.address)
+            return answer
+
+    assert run(main()) == b"ping"
 
 
 def test_serve_forever_until_closed(run: Run) -> None:
@@ -870,6 +963,68 @@ def test_closing_a_listener_ends_who_waits(run_awaits: Run) -> None:
             await waiting
 
     run_awaits(main())
+
+
+@pytest.mark.parametrize("how", ["close", "pause"])
+def test_a_waiter_just_cancelled_keeps_nobody_from_being_told(run_awaits: Run, how: str) -> None:
+    async def main() -> None:
+        listener = fastlisten.bind("127.0.0.1:0")
+        waiting = [asyncio.create_task(listener.accept_async()) for _ in range(3)]
+        await turns()
+        waiting[0].cancel()
+        waiting[2].cancel()
+        getattr(listener, how)()
+        if how == "close":
+            with pytest.raises(OSError):
+                await waiting[1]
+        else:
+            listener.resume()
+            with connect(listener.getsockname()):
+                (await waiting[1])[0].close()
+            listener.close()
+        assert [task.cancelled() for task in waiting] == [True, False, True]
+
+    run_awaits(main())
+    assert run_awaits.reports == []
+
+
+def test_a_client_and_a_cancelling_in_one_turn(run: Run) -> None:
+    async def main() -> None:
+        listener = fastlisten.bind("127.0.0.1:0")
+        first, second = (asyncio.create_task(listener.accept_async()) for _ in range(2))
+        await turns()
+        found = listener._arrivals
+        assert found is not None
+        first.cancel()
+        with connect(listener.getsockname()):
+            found._wake_one()  # the loop's call, in the turn in which the task was cancelled
+            (await second)[0].close()
+        assert first.cancelled()
+        listener.close()
+
+    run(main())
+
+
+def test_a_listener_that_a_server_has_is_not_awaited(run: Run) -> None:
+    async def main() -> None:
+        listener = fastlisten.bind("127.0.0.1:0")
+        waiting = asyncio.create_task(listener.accept_async())
+        await turns()
+        idle = await aio.create_server(Echo, sock=listener, start_serving=False)
+        with pytest.raises(RuntimeError, match="somebody waits"):
+            await idle.start_serving()
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await idle.start_serving()
+        with pytest.raises(RuntimeError, match="server accepts"):
+            await listener.accept_async()
+        with pytest.raises(RuntimeError, match="server accepts"):
+            await anext(aiter(listener))
+        assert await in_thread(exchange, listener.getsockname()) == b"ping"
+        idle.close()
+        await idle.wait_closed()
+
+    run(main())
 
 
 def test_async_iteration_until_stop(run_awaits: Run) -> None:
