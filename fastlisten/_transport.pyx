@@ -508,8 +508,8 @@ cdef class Hub:
         return <int>min(<int64_t>most, max(self.most - self.active, 0))
 
     cdef int run_out(self, int code) except -1:
-        """No descriptors or no memory, or lost clients without end: shed the clients, or pause for longer each
-        time."""
+        """No descriptors or no memory, or lost clients without end: shed the clients, or pause for longer
+        each time."""
         if self.failures == 0:
             self.pause = PAUSE_FIRST
             self.failing_since = port_now()
@@ -549,7 +549,8 @@ cdef class Hub:
             self.spare = port_spare()
         self.arrange()
         for entrance in self.entrances:  # that nobody is queued any more tells of no event
-            self.loop.call_soon(entrance._readable)
+            if entrance.wanted:
+                self.loop.call_soon(entrance._readable)
 
     cdef int recover(self) except -1:
         _log.info("accepting again after %.3f s and %d failed tries",
@@ -692,8 +693,8 @@ cdef class Transport(Watched):
         if self.fd != PORT_NO_SOCKET:
             if self.protocol is not None:  # else it was never begun
                 warnings.warn(f"unclosed transport {self!r}", ResourceWarning, stacklevel=1, source=self)
-            # A forked child shares the poller with its parent, who goes on: fork(2), epoll(7).  Who is watched
-            # is held by its watcher, so that one ends with the other.
+            # A forked child shares the poller with its parent, who goes on: fork(2), epoll(7).  Who is
+            # watched is held by its watcher, so that one ends with the other.
             self.wanted = 0
             self.release()
 

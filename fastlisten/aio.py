@@ -70,7 +70,7 @@ _CLOSES_CLIENTS = sys.version_info >= (3, 13)
 _WAITS_FOR_CLIENTS = sys.version_info >= (3, 12)
 _UNLINKS = sys.version_info >= (3, 13)
 # What cancelling serve_forever() does to the clients has changed in a bugfix release: cpython's gh-123720.
-_LEAVES_CLIENTS = "close_clients" not in asyncio.Server.serve_forever.__code__.co_names
+_CUTS_CLIENTS = "close_clients" in asyncio.Server.serve_forever.__code__.co_names
 # Before 3.11.7 and 3.12.1 its streams leave the task of a callback alone: cpython's gh-110894.
 _WATCHES_TASKS = sys.version_info >= (3, 12, 1) or (3, 11, 7) <= sys.version_info < (3, 12)
 
@@ -143,7 +143,7 @@ class Server(asyncio.AbstractServer):
         await asyncio.sleep(0)
 
     async def serve_forever(self) -> None:
-        """Serve until cancelled or closed; cancelling closes the server, and the clients where asyncio's does."""
+        """Serve until cancelled or closed; cancelling closes the server, and since 3.14 its clients."""
         if self._forever is not None:
             raise RuntimeError(f"server {self!r} is already being awaited on serve_forever()")
         if self._sockets is None:
@@ -155,7 +155,7 @@ class Server(asyncio.AbstractServer):
         except asyncio.CancelledError:
             try:
                 self.close()
-                if not _LEAVES_CLIENTS:
+                if _CUTS_CLIENTS:
                     self.close_clients()
                 await self.wait_closed()
             finally:
@@ -331,7 +331,7 @@ def _ledger_of(sock: socket.socket) -> _accept.Ledger:
 
 
 def _take_over(sock: socket.socket) -> None:
-    """Have nobody else accept from a Listener, which the server closes; RuntimeError if somebody waits there."""
+    """Have a Listener accept for a server only; RuntimeError if somebody waits there."""
     if isinstance(sock, Listener):
         if sock._loop is not None:
             raise RuntimeError(f"serve() runs already on {sock!r}")

@@ -178,7 +178,7 @@ def test_the_life_of_a_server(run: Run) -> None:
         running.close()
         with pytest.raises(ConnectionRefusedError):
             connect(address)
-        with pytest.raises(RuntimeError, match="is closed"):
+        with pytest.raises(RuntimeError, match="closed"):
             await running.serve_forever()
 
     run(main())
@@ -223,7 +223,7 @@ def test_a_closed_server_does_not_start(run: Run) -> None:
     async def main() -> None:
         closed = await aio.create_server(Echo, "127.0.0.1", 0, start_serving=False)
         closed.close()
-        with pytest.raises(RuntimeError, match="is closed"):
+        with pytest.raises(RuntimeError, match="closed"):
             await closed.start_serving()
 
     run(main())
@@ -275,7 +275,7 @@ def test_asyncios_checks_hold_for_options_it_does_not_know(run: Run, option: str
     async def main() -> None:
         with socket.socket() as sock:
             given = {"sock": sock} if "sock" in mistake else {"port": 0, **mistake}
-            with pytest.raises((TypeError, ValueError), match="ssl|sock"):
+            with pytest.raises((TypeError, ValueError), match=r"ssl|sock"):
                 await aio.create_server(Echo, **given, **{option: True})
 
     run(main())
@@ -975,7 +975,7 @@ def test_a_waiter_just_cancelled_keeps_nobody_from_being_told(run_awaits: Run, h
         waiting[2].cancel()
         getattr(listener, how)()
         if how == "close":
-            with pytest.raises(OSError):
+            with pytest.raises(OSError, match="descriptor"):
                 await waiting[1]
         else:
             listener.resume()

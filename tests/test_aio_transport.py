@@ -11,13 +11,14 @@ import os
 import random
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 from typing import Any
 
 import pytest
 from aio_support import LOOPS, WAYS, Echo, Notes, Run, asyncios, run, server
-from preload import Faults, check, interpreter
+from preload import Faults, check, interpreter, plain_environment
 from support import LIMIT, connect, needs, not_under_wine, read_all, reset, under_wine, wait_until
 
 from fastlisten import aio
@@ -137,6 +138,35 @@ def test_what_was_scheduled_before_is_called_before(run: Run, protocol: type[Ord
     assert run(main(aio.create_server)) == [expected] * clients
     if run.loop == "asyncio":  # uvloop's own transport reads before "made + 1"
         assert run(main(asyncios)) == [expected] * clients
+
+
+def test_connection_made_comes_before_connection_lost_whoever_closes(run: Run) -> None:
+    class Closes(Notes):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if len(serving.made) == 3:
+                for other in serving.server._hub.clients():
+                    other.abort()
+
+    def factory() -> Closes:
+        if len(serving.made) == 1:
+            asyncio.get_running_loop().call_soon(int)  # the second is told of its connection a turn later
+        return Closes()
+
+    async def main() -> list[list[str]]:
+        nonlocal serving
+        async with server(factory) as serving:
+            with contextlib.ExitStack() as stack:
+                for _ in range(3):
+                    stack.enter_context(connect(serving.address))
+                while len(serving.made) < 3:
+                    await asyncio.sleep(0)
+                for protocol in serving.made:
+                    await protocol.lost
+                return [protocol.events for protocol in serving.made]
+
+    serving: Any = None
+    assert run(main()) == [["made", "lost"]] * 3
 
 
 def test_a_close_from_a_task_keeps_its_place(run: Run) -> None:
@@ -1172,3 +1202,114 @@ def test_10000_connections_with_faults_in_recv_and_send(faults: Faults, loop: st
     assert (active, messages) == (0, [])
     assert accepted == handled == made == lost == count
     assert answered > count // 4
+
+
+FORKS = """if True:
+    import asyncio, functools, os, socket, sys
+    from fastlisten import aio
+    from fastlisten._transport import Hub
+    from support import LIMIT, connect
+
+    class Heard(asyncio.Protocol):
+        def connection_made(self, transport):
+            made.append(self)
+            self.transport = transport
+            self.heard = asyncio.get_running_loop().create_future()
+
+        def data_received(self, data):
+            self.heard.set_result(data)
+
+    made = []
+
+    async def main():
+        server = await aio.create_server(Heard, "127.0.0.1", 0)
+        with connect(server.sockets[0].getsockname()) as client:
+            while not made:
+                await asyncio.sleep(0)
+            for _ in range(5):
+                await asyncio.sleep(0)  # now it is watched
+            child = os.fork()
+            if child == 0:
+                sys.exit(0)  # it closes nothing itself: what it has goes with it
+            assert os.waitpid(child, 0)[1] == 0
+            client.sendall(b"still there")
+            assert await asyncio.wait_for(made[0].heard, LIMIT) == b"still there"
+            made[0].transport.abort()
+        server.close()
+        await server.wait_closed()
+        print("heard", flush=True)
+
+    aio.Hub = functools.partial(Hub, polled=sys.argv[1] == "True")
+    with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+        runner.run(main())
+    """
+
+
+@needs("Linux")
+@pytest.mark.parametrize("polled", [True, False])
+def test_a_forked_child_that_exits_leaves_the_parents_connections_watched(polled: bool) -> None:
+    command = [sys.executable, "-c", FORKS, str(polled)]
+    done = subprocess.run(
+        command, env=plain_environment(), capture_output=True, text=True, timeout=2 * LIMIT, check=False
+    )
+    assert done.stdout == "heard\n", done.stderr
+
+
+LOST_WITHOUT_END = """if True:
+    import asyncio, json, logging, sys, time
+    import fastlisten
+    from aio_support import Echo, Run, server
+    from preload import change_plan
+    from support import connect
+
+    lines = []
+    logging.basicConfig(level=logging.INFO, handlers=[type("Keeps", (logging.Handler,), {
+        "emit": lambda self, record: lines.append(record.getMessage())})()])
+
+    async def awaits():
+        listener = fastlisten.bind("127.0.0.1:0")
+        try:
+            with connect(listener.getsockname()):
+                await listener.accept_async()
+        except PermissionError:
+            pass
+        finally:
+            listener.close()
+
+    async def serves(exhausted):
+        async with server(Echo, exhausted=exhausted) as serving:
+            change_plan(accept=[("EPERM", 1 << 30)])
+            with connect(serving.address) as client:
+                turns = 0
+                while serving.server._hub.failures < 4:
+                    turns += 1
+                    await asyncio.sleep(0.001)
+                change_plan()
+                client.setblocking(False)
+                loop = asyncio.get_running_loop()
+                await loop.sock_sendall(client, b"hello")
+                assert await loop.sock_recv(client, 5) == b"hello"
+                while serving.server._hub.failures:
+                    await asyncio.sleep(0.001)
+            return turns
+
+    run = Run(sys.argv[1])
+    change_plan(accept=[("EPERM", 1 << 30)])
+    run(awaits())
+    change_plan()
+    turns = run(serves(sys.argv[2]))
+    print(json.dumps([turns > 4, lines, run.messages()]))
+    """
+
+
+@needs("Linux", "a C compiler")
+@pytest.mark.parametrize("exhausted", ["pause", "shed"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_accept_that_loses_every_client_pauses(faults: Faults, loop: str, exhausted: str) -> None:
+    quick, lines, reports = faults.python(LOST_WITHOUT_END, loop, exhausted)
+    assert quick
+    assert reports == []
+    assert [line[:16] for line in lines if line.startswith("accepting")] == [
+        "accepting pauses",
+        "accepting again ",
+    ]
