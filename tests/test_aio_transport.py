@@ -1246,7 +1246,7 @@ FORKS = """if True:
 
 
 @needs("Linux")
-@pytest.mark.skipif(sys.version_info >= (3, 14), reason="there a loop in which it forked never ends in the child")
+@pytest.mark.skipif(sys.version_info >= (3, 14), reason="the child of a loop never ends there")
 @pytest.mark.parametrize("polled", [True, False])
 def test_a_forked_child_that_exits_leaves_the_parents_connections_watched(polled: bool) -> None:
     command = [sys.executable, "-c", FORKS, str(polled)]
