@@ -207,7 +207,8 @@ class Listener(socket.socket):
         on_error(exception, connection): gets what a handler raised; without it the log gets it.
 
         Returns a ServeResult.  Raises what ends the loop: KeyboardInterrupt and SystemExit, also out of a
-        handler; OSError of the listener; RuntimeError when a serve() runs on this Listener already.
+        handler; OSError of the listener; RuntimeError when somebody else serves this Listener already, or
+        waits for its clients on an event loop.
         """
         options = serve_options(
             handler,
@@ -237,7 +238,7 @@ class Listener(socket.socket):
         """Wait for a client on the event loop that runs; returns (socket.socket, address) as accept() does.
 
         The socket is non-blocking and the caller's to close.  Several tasks may wait; cancelling one loses
-        no client.  Raises OSError as accept().
+        no client.  Raises OSError as accept(), and RuntimeError when the Listener is served.
         """
         from fastlisten.aio import arrivals
 
@@ -355,21 +356,34 @@ class _OwnPath(NamedTuple):
             pass
 
 
+def check_unserved(listener: Listener) -> None:
+    """RuntimeError when a serve() or an asyncio server accepts from this Listener, and hears its requests."""
+    if listener._loop is not None:
+        raise RuntimeError(f"serve() runs already on {listener!r}")
+    if listener._served:
+        raise RuntimeError(f"an asyncio server accepts from {listener!r}")
+
+
+def check_free(listener: Listener) -> None:
+    """check_unserved(), and RuntimeError when somebody waits in accept_async() or `async for`."""
+    check_unserved(listener)
+    if listener._arrivals is not None and listener._arrivals.waiting:
+        raise RuntimeError(f"somebody waits on an event loop for the clients of {listener!r}")
+
+
 def _claim(listeners: list[Listener], loop: Loop) -> None:
     if len({*listeners}) < len(listeners):
         raise ValueError("a listener is given more than once")
     with _claims:
         for listener in listeners:
-            if listener._loop is not None:
-                raise RuntimeError(f"serve() runs already on {listener!r}")
+            check_free(listener)
         for listener in listeners:
             listener._loop = loop
 
 
 def _let_go(listeners: list[Listener]) -> None:
     for listener in listeners:
-        if listener._arrivals is None:  # else an event loop may watch the wake-up
-            listener._ledger.disarm()
+        listener._ledger.disarm()
         listener._loop = None
         if listener._ledger.stopping:
             listener._ledger.answered()

@@ -35,6 +35,8 @@ from fastlisten._listener import (
     _permissions,
     _whole,
     bind,
+    check_free,
+    check_unserved,
     serve_options,
 )
 from fastlisten._loop import Loop
@@ -333,10 +335,7 @@ def _ledger_of(sock: socket.socket) -> _accept.Ledger:
 def _take_over(sock: socket.socket) -> None:
     """Have a Listener accept for a server only; RuntimeError if somebody waits there."""
     if isinstance(sock, Listener):
-        if sock._loop is not None:
-            raise RuntimeError(f"serve() runs already on {sock!r}")
-        if sock._arrivals is not None and sock._arrivals.waiting:
-            raise RuntimeError(f"somebody waits for the clients of {sock!r}")
+        check_free(sock)
         sock._served = True
 
 
@@ -771,8 +770,7 @@ class Arrivals:
 
     def take(self) -> Connection | None:
         """The next client, if one is queued and the Listener is not paused; a drain takes it all the same."""
-        if self._listener._served:  # one descriptor has one watcher on an event loop
-            raise RuntimeError(f"an asyncio server accepts from {self._listener!r}")
+        check_unserved(self._listener)  # one descriptor has one watcher on an event loop, and one wake-up
         if self._to_drain is None:
             return None if self._listener._ledger.paused else _accept.take(self._listener)
         connection = _accept.take(self._listener)

@@ -827,25 +827,25 @@ def test_stop_lets_handlers_end_in_their_own_time(threads: Any, listener: Listen
     assert read_all(client) == b"0"
 
 
-def test_an_event_loop_that_waits_on_the_same_listener_keeps_its_wake_up(listener: Listener) -> None:
+def test_a_listener_is_served_or_awaited_not_both(listener: Listener) -> None:
     async def main() -> None:
-        listener.pause()
         waits = asyncio.ensure_future(listener.accept_async())
         await asyncio.sleep(0)
-        served = Serving(lambda: listener.serve(echo))
-        await asyncio.to_thread(wait_until, lambda: listener._loop is not None)
-        listener.stop()
-        await asyncio.to_thread(served.wait)
-        ours, theirs = socket.socketpair()  # which get the lowest numbers that are free
-        with ours, theirs:
-            ours.setblocking(False)
-            heard = asyncio.ensure_future(asyncio.get_running_loop().sock_recv(ours, 1))
-            await asyncio.sleep(0)
-            waits.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await waits
-            theirs.send(b"x")
-            assert await asyncio.wait_for(heard, LIMIT) == b"x"
+        with pytest.raises(RuntimeError, match="somebody waits on an event loop"):
+            listener.serve(echo)
+        waits.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await waits
+        with serving(listener, echo):
+            with pytest.raises(RuntimeError, match=r"serve\(\) runs already on"):
+                await listener.accept_async()
+            with pytest.raises(RuntimeError, match=r"serve\(\) runs already on"):
+                await anext(aiter(listener))
+            assert exchange(listener, b"served") == b"served"
+        with connect(listener) as client:
+            accepted, address = await listener.accept_async()
+            with accepted:
+                assert address == client.getsockname()
 
     asyncio.run(main())
 
