@@ -163,8 +163,9 @@ def test_what_is_not_installed_is_told_once_and_left_out(tmp_path):
 
 @needs_extra
 @two_cores
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_the_server_and_keeps_the_samples(number, tmp_path):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
+def test_a_signal_ends_the_server_and_keeps_the_samples(name, tmp_path):
+    number = getattr(signal, name)
     if signal.getsignal(number) is signal.SIG_IGN:
         pytest.skip("whoever runs the tests has it ignored, as nohup does")
     options = ("--only", "close,go", "--rounds", "1", "--cpu", "100", "--out", str(tmp_path / "cut"))
