@@ -36,11 +36,13 @@ def readme(results: Results, picture: str) -> str:
     workloads = tuple(name for name in README_WORKLOADS if any(row.workload == name for row in rows))
     servers = [name for name in SERVERS if any(row.server == name for row in rows)]
     titles = [f"{name}: {WORKLOADS[name].about}" for name in workloads]
+    measured = dict.fromkeys(row.workload for row in results.summaries())
+    only = "" if measured.keys() == WORKLOADS.keys() else f"--only {','.join(measured)} "
     lines = [
         "µs of the server's CPU for one connection, user + system = **total**, and in brackets the "
         f"total's ratio to the C `accept4` loop; median of {max(row.rounds for row in rows)} rounds.",
         f"{_machine(results)}; commit {results.machine['commit'] or 'unknown'}; "
-        f"`python -m benchmarks --only {','.join(workloads)} "
+        f"`python -m benchmarks {only}"
         f"--rounds {results.settings['rounds']} --cpu {results.settings['cpu_seconds']:g}`.",
         "",
         f"![The same as bars]({picture})",

@@ -22,10 +22,10 @@ from .workloads import WORKLOADS
 
 SCHEMA = 1
 
-SPLIT_SECONDS = 2.0
+SPLIT_SECONDS = 1.5
 """CPU time, summed over the rounds, to split user from system by. The kernel splits by looking at who
-runs, at least 100 times a second of CPU: of 200 looks, two standard errors of a part are 7 % of the
-total at most (2 * sqrt(1/4 / 200)); of 500, as at 250 Hz, 4.5 %."""
+runs, at least 100 times a second of CPU: of 150 looks, two standard errors of a part are 8 % of the
+total at most (2 * sqrt(1/4 / 150)); of 375, as at 250 Hz, 5 %."""
 
 
 def _first(path: str, pattern: str) -> str:

@@ -975,7 +975,7 @@ def test_a_waiter_just_cancelled_keeps_nobody_from_being_told(run_awaits: Run, h
         waiting[2].cancel()
         getattr(listener, how)()
         if how == "close":
-            with pytest.raises(OSError, match="descriptor|10038"):
+            with pytest.raises(OSError, match=r"descriptor|10038"):
                 await waiting[1]
         else:
             listener.resume()
