@@ -358,10 +358,10 @@ class _OwnPath(NamedTuple):
 
 def check_unserved(listener: Listener) -> None:
     """RuntimeError when a serve() or an asyncio server accepts from this Listener, and hears its requests."""
-    if listener._loop is not None:
-        raise RuntimeError(f"serve() runs already on {listener!r}")
     if listener._served:
         raise RuntimeError(f"an asyncio server accepts from {listener!r}")
+    if listener._loop is not None:
+        raise RuntimeError(f"serve() runs already on {listener!r}")
 
 
 def check_free(listener: Listener) -> None:

@@ -125,8 +125,9 @@ class Server(asyncio.AbstractServer):
             return
         if self._sockets is None:
             raise RuntimeError(f"server {self!r} is closed")
-        for sock in self._sockets:
-            _take_over(sock)
+        given = [sock for sock in self._sockets if isinstance(sock, Listener)]
+        for listener in given:
+            check_free(listener)
         self._serving = True
         for sock in self._sockets:
             sock.listen(self._backlog)
@@ -137,6 +138,8 @@ class Server(asyncio.AbstractServer):
             self._gate = _Gate(self._sockets, self._limits)
             self._ledgers = [listener._ledger for listener in self._gate.listeners]
             self._hub.add_gate(self._gate.loop)
+        for listener in given:
+            listener._served = True
         self._hub.serve()
 
     async def start_serving(self) -> None:
@@ -330,13 +333,6 @@ def _ledger_of(sock: socket.socket) -> _accept.Ledger:
     if isinstance(sock, Listener):
         return sock._ledger
     return _accept.Ledger(int(sock.family), int(sock.type), sock.proto)
-
-
-def _take_over(sock: socket.socket) -> None:
-    """Have a Listener accept for a server only; RuntimeError if somebody waits there."""
-    if isinstance(sock, Listener):
-        check_free(sock)
-        sock._served = True
 
 
 def _remove_socket(path: str | bytes, inode: int) -> None:

@@ -1005,12 +1005,13 @@ def test_a_client_and_a_cancelling_in_one_turn(run: Run) -> None:
     run(main())
 
 
-def test_a_listener_that_a_server_has_is_not_awaited(run: Run) -> None:
+@pytest.mark.parametrize("limits", [{}, {"busy": "reset", "pending": 2}], ids=["", "busy"])
+def test_a_listener_that_a_server_has_is_not_awaited(run: Run, limits: dict[str, Any]) -> None:
     async def main() -> None:
         listener = fastlisten.bind("127.0.0.1:0")
         waiting = asyncio.create_task(listener.accept_async())
         await turns()
-        idle = await aio.create_server(Echo, sock=listener, start_serving=False)
+        idle = await aio.create_server(Echo, sock=listener, start_serving=False, **limits)
         with pytest.raises(RuntimeError, match="somebody waits"):
             await idle.start_serving()
         waiting.cancel()
@@ -1020,6 +1021,8 @@ def test_a_listener_that_a_server_has_is_not_awaited(run: Run) -> None:
             await listener.accept_async()
         with pytest.raises(RuntimeError, match="server accepts"):
             await anext(aiter(listener))
+        with pytest.raises(RuntimeError, match="server accepts"):
+            listener.serve(print)
         assert await in_thread(exchange, listener.getsockname()) == b"ping"
         idle.close()
         await idle.wait_closed()
