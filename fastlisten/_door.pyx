@@ -400,7 +400,7 @@ cdef class Door:
         TAKEN: a listener is ready.  LOOK: rung or interrupted.  NOBODY: the time is over.
         """
         cdef int n = self.count
-        cdef int64_t patience = shut if shut > 0 else 0 if self.stopping and shut == 0 else -1
+        cdef int64_t patience = shut if shut > 0 else -1
         cdef int64_t left
         cdef int i, ready
         cdef source_t *source
@@ -414,6 +414,8 @@ cdef class Door:
                 self.polls[n].fd = source.fd
                 self.polls[n].events = POLLIN
                 n += 1
+        if self.stopping and shut == 0:
+            patience = 0  # a drain takes who is there, and nobody who may yet come
         if self.deadline:
             left = max(self.deadline - port_now(), 0)
             patience = left if patience < 0 else min(patience, left)

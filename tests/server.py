@@ -82,8 +82,9 @@ def endless_pause(error: OSError, attempt: int) -> float:
 
 
 seen: list[Any] = []
-NAMED = {f.__name__: f for f in (answer, echo, hold, sheds, a_minute, gives_up, bad_pause)}
-NAMED |= {f.__name__: f for f in (negative_pause, no_pause, endless_pause)}
+HANDLERS = (answer, echo, hold)
+PAUSES = (sheds, a_minute, gives_up, bad_pause, negative_pause, no_pause, endless_pause)
+NAMED: dict[str, Any] = {f.__name__: f for f in (*HANDLERS, *PAUSES)}
 
 
 class Server:

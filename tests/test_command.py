@@ -358,8 +358,9 @@ def test_sigterm_cuts_the_client_that_outstays_the_drain() -> None:
     assert output[-1].startswith("stopped by SIGTERM: 0 connections finished, 1 cut; 1 accepted")
 
 
-@signals
-def test_a_second_sigterm_does_not_wait() -> None:
+@contextlib.contextmanager
+def draining() -> Iterator[Server]:
+    """Give a command that a SIGTERM has told to drain, and that a client keeps from ending."""
     with (
         serve("127.0.0.1:0", "--drain", "1000", "--threads", "2") as server,
         connect(server.target) as client,
@@ -368,6 +369,12 @@ def test_a_second_sigterm_does_not_wait() -> None:
         assert client.recv(1) == b"a"
         server.process.send_signal(signal.SIGTERM)
         server.line_with("SIGTERM: draining for at most 1000 s")
+        yield server
+
+
+@signals
+def test_a_second_sigterm_does_not_wait() -> None:
+    with draining() as server:
         status, output, _ = server.end(signal.SIGTERM)
     assert status == 0
     assert "0 connections finished, 1 cut" in output[-1]
@@ -375,14 +382,7 @@ def test_a_second_sigterm_does_not_wait() -> None:
 
 @signals
 def test_what_ended_it_is_named_and_not_what_came_before() -> None:
-    with (
-        serve("127.0.0.1:0", "--drain", "1000", "--threads", "2") as server,
-        connect(server.target) as client,
-    ):
-        client.sendall(b"a")
-        assert client.recv(1) == b"a"
-        server.process.send_signal(signal.SIGTERM)
-        server.line_with("SIGTERM: draining for at most 1000 s")
+    with draining() as server:
         status, output, errors = server.end(signal.SIGINT)
     assert (status, errors) == (130, "")
     assert output[-1].startswith("stopped by SIGINT; ")
