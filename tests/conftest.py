@@ -45,13 +45,12 @@ def open_descriptors() -> dict[int, str]:
     """Return the open descriptors and what they name; empty where they cannot be listed.
 
     Windows has no list of a process's sockets, only a count of all kernel handles, which moves
-    with threads, events and Wine's own: there the threads alone are counted.
+    with threads, events and Wine's own: there the threads alone are counted. (Wine's drive Z: shows
+    the folders below, of Wine's own server.)
     """
-    for folder in ("/proc/self/fd", "/dev/fd"):
-        if os.path.isdir(folder):
-            break
-    else:
+    if os.name != "posix":
         return {}
+    folder = "/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"
     found = {}
     for name in os.listdir(folder):
         try:
