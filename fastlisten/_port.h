@@ -30,6 +30,7 @@ typedef int port_length;                        /* how long a buffer may be in o
 #  define PORT_REUSE_ADDRESS 0
 #  define PORT_SIGNALS_APART 1                  /* Ctrl-C comes in a thread of its own */
 #  define PORT_NO_SIGPIPE 0
+#  define PORT_MORE 0
 #else
 #  include <arpa/inet.h>
 #  include <errno.h>
@@ -57,6 +58,12 @@ typedef size_t port_length;
 #    define PORT_NO_SIGPIPE MSG_NOSIGNAL
 #  else
 #    define PORT_NO_SIGPIPE 0
+#  endif
+/* More follows at once, the end of the stream at least: one segment takes both, where that can be said. */
+#  ifdef MSG_MORE
+#    define PORT_MORE MSG_MORE
+#  else
+#    define PORT_MORE 0
 #  endif
 #  ifdef __CYGWIN__
 #    define PORT_REUSE_ADDRESS 0
@@ -303,7 +310,8 @@ static inline void port_refuse(port_socket s, const char *message, Py_ssize_t le
         int on = 1;
         (void)setsockopt(s, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
 #endif
-        (void)port_send(s, message, length, PORT_NO_SIGPIPE); /* what a fresh buffer does not take is not sent */
+        /* what a fresh buffer does not take is not sent */
+        (void)port_send(s, message, length, PORT_NO_SIGPIPE | PORT_MORE);
         (void)port_shutdown(s, PORT_SHUT_WRITE);
         while (rounds-- > 0 && port_recv(s, scrap, sizeof scrap, 0) > 0) {}
     } else {

@@ -56,7 +56,7 @@ cdef extern from "_port.h" nogil:
         port_socket listener, port_address *address, int *length, int nonblocking)
     Py_ssize_t port_recv(port_socket s, void *buffer, Py_ssize_t length, int flags)
     Py_ssize_t port_send(port_socket s, const void *buffer, Py_ssize_t length, int flags)
-    int PORT_SHUT_WRITE
+    int PORT_MORE, PORT_SHUT_WRITE
     int port_shutdown(port_socket s, int how)
     void port_cut(port_socket s)
     bint port_says_cut(int code)

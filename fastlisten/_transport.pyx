@@ -658,6 +658,8 @@ cdef class Transport(Watched):
     cdef object context             # contextvars.Context in which the protocol is called
     cdef object sock                # the socket.socket that owns the descriptor, once somebody asked for one
     cdef object peer, sockname
+    cdef list held                  # bytes written in our call to the protocol, to be sent at its end; or None
+    cdef Py_ssize_t held_size
     cdef object buffer              # deque of bytes to be sent; None until something has to be kept
     cdef Py_ssize_t sent            # how much of the first is gone
     cdef Py_ssize_t size            # how much there is
@@ -670,6 +672,7 @@ cdef class Transport(Watched):
     cdef char address[SHORT_ADDRESS]
     cdef bint buffered              # the protocol is a BufferedProtocol
     cdef bint connected             # there is a protocol
+    cdef bint holding               # the protocol is being called by us
     cdef bint closing, paused, ended, eof_sent, writing_paused
 
     _start_tls_compatible = True
@@ -717,6 +720,7 @@ cdef class Transport(Watched):
             self.context = PyContext_Copy(self.hub.context)
         context = self.context
         PyContext_Enter(context)
+        self.holding = True
         try:
             if due == BEGIN:
                 self.begin()
@@ -725,7 +729,10 @@ cdef class Transport(Watched):
             else:
                 self.read()
         finally:
-            PyContext_Exit(context)
+            try:
+                self.let_go()
+            finally:
+                PyContext_Exit(context)
         return 0
 
     cdef int again(self, due_t due) except -1:
@@ -756,6 +763,7 @@ cdef class Transport(Watched):
     cdef int ready(self, short events) except -1:
         cdef object context = self.context
         PyContext_Enter(context)
+        self.holding = True
         try:
             # A hang-up or an error is told to whoever waits, as asyncio's selectors do.
             if events & ~POLLOUT and self.wanted & POLLIN:
@@ -763,7 +771,10 @@ cdef class Transport(Watched):
             if events & ~POLLIN and self.wanted & POLLOUT:
                 self.flush()
         finally:
-            PyContext_Exit(context)
+            try:
+                self.let_go()
+            finally:
+                PyContext_Exit(context)
         return 0
 
     cdef int begin(self) except -1:
@@ -917,6 +928,8 @@ cdef class Transport(Watched):
         return self.force_close(error)
 
     cdef int force_close(self, error) except -1:
+        if self.held is not None:
+            self.send_held(0)
         if self.lost or self.fd == PORT_NO_SOCKET:
             return 0
         self.drop_buffer()
@@ -978,6 +991,14 @@ cdef class Transport(Watched):
     cdef int shut(self) except -1:
         if self.closing:
             return 0
+        if self.held is not None:
+            # With the end of the stream in the same segment.  Closing alone does not send what is held back
+            # when the client has said more than was read; shutdown() does.
+            self.send_held(PORT_MORE)
+            if self.lost:
+                return 0
+            if not self.size:
+                port_shutdown(self.fd, PORT_SHUT_WRITE)  # fails when the client is gone; it is closed anyway
         self.closing = True
         self.want(self.wanted & ~POLLIN)
         if self.size:
@@ -1051,17 +1072,52 @@ cdef class Transport(Watched):
 
     cdef int transmit(self, data, const char *start, Py_ssize_t length) except -1:
         """Send, and keep the rest.  data: the bytes object that `start` points into, or None."""
-        cdef Py_ssize_t sent = 0
-        cdef int code
         if length == 0:
             return 0
+        if self.held is not None and self.held_size + length > SMALL:
+            self.send_held(PORT_MORE)
+        if self.holding and length <= SMALL and not self.size and not self.lost and self.sock is None:
+            return self.hold(data, start, length)
+        return self.send(data, start, length, 0)
+
+    # What a protocol writes while it is called by us leaves when it returns: all of it in one send(), and with
+    # the end of the stream in the same segment if it closes, too; that is one way through the stack less.  Who
+    # has asked for the socket may use it between two writes, so there nothing is held.
+
+    cdef int hold(self, data, const char *start, Py_ssize_t length) except -1:
+        """Have it sent at the end of our call."""
+        if self.held is None:
+            self.held = []
+        self.held.append(PyBytes_FromStringAndSize(start, length) if data is None else data)
+        self.held_size += length
+        return 0
+
+    cdef int send_held(self, int flags) except -1:
+        """Send what is held.  flags: PORT_MORE when more, or the end, follows at once."""
+        cdef list held = self.held
+        cdef bytes data = b"".join(held)  # one alone is not copied
+        self.held = None
+        self.held_size = 0
+        return self.send(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), flags)
+
+    cdef int let_go(self) except -1:
+        """Our call is over."""
+        self.holding = False
+        if self.held is not None:
+            return self.send_held(0)
+        return 0
+
+    cdef int send(self, data, const char *start, Py_ssize_t length, int flags) except -1:
+        """Send now, and keep the rest."""
+        cdef Py_ssize_t sent = 0
+        cdef int code
         if self.lost:
             if self.lost >= _warn_from:
                 _asyncio_log.warning("socket.send() raised exception.")
             self.lost += 1
             return 0
         if self.size == 0:
-            sent = port_send(self.fd, start, length, 0)
+            sent = port_send(self.fd, start, length, flags)
             if sent == length:
                 return 0
             if sent < 0:
@@ -1150,6 +1206,10 @@ cdef class Transport(Watched):
         """End the sending side when all that was written is sent; reading goes on."""
         if self.closing or self.eof_sent:
             return
+        if self.held is not None:
+            self.send_held(PORT_MORE)
+            if self.closing:
+                return
         self.eof_sent = True
         if not self.size and port_shutdown(self.fd, PORT_SHUT_WRITE) != 0:
             raise_error(port_error())
@@ -1158,7 +1218,7 @@ cdef class Transport(Watched):
 
     def get_write_buffer_size(self):
         """How many bytes are kept to be sent."""
-        return self.size
+        return self.size + self.held_size
 
     def get_write_buffer_limits(self):
         """The marks below and above which the protocol is told to go on and to pause: (low, high)."""
@@ -1241,6 +1301,8 @@ cdef class Transport(Watched):
         if self.sock is None:
             if self.fd == PORT_NO_SOCKET:
                 return None
+            if self.held is not None:
+                self.send_held(0)
             self.sock = _StandardSocket(
                 self.ledger.family, self.ledger.type, self.ledger.protocol, fileno=self.fd)
             self.sock.setblocking(False)

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from typing import Any
 import pytest
 from aio_support import LOOPS, WAYS, Echo, Notes, Run, asyncios, run, server
 from preload import Faults, check, interpreter, plain_environment
-from support import LIMIT, connect, needs, not_under_wine, read_all, reset, under_wine, wait_until
+from support import LIMIT, connect, needs, not_under_wine, posix_only, read_all, reset, under_wine, wait_until
 
 from fastlisten import aio
 
@@ -472,6 +473,152 @@ def test_the_server_ends_and_the_client_goes_on_writing(run: Run, size: int) -> 
                 return protocol.data
 
     assert run(main()) == b"still here"
+
+
+# What one call of ours to the protocol writes leaves when it returns.
+
+
+class Answers(Notes):
+    """Writes twice in one call and then does what `way` says."""
+
+    way = "nothing"
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        changing = bytearray(b"one ")
+        self.transport.write(changing)
+        changing[:] = b"gone"
+        self.transport.writelines([b"two ", memoryview(b"three ")])
+        getattr(self, self.way)()
+
+    def nothing(self) -> None:
+        asyncio.get_running_loop().call_later(0, self.transport.close)
+
+    def close(self) -> None:
+        self.transport.close()
+
+    def abort(self) -> None:
+        self.transport.abort()
+
+    def write_eof(self) -> None:
+        self.transport.write_eof()
+        self.transport.write_eof()
+        asyncio.get_running_loop().call_later(0, self.transport.close)
+
+    def fail(self) -> None:
+        raise ValueError("as planned")
+
+    def much_more(self) -> None:
+        self.transport.write(bytes(BIG))
+        self.transport.write(b"end")
+        self.transport.close()
+
+    def shut_the_socket(self) -> None:
+        self.transport.get_extra_info("socket").shutdown(socket.SHUT_WR)
+        self.transport.close()
+
+    def leave_it_to_another(self) -> None:
+        other = self.transport.get_extra_info("socket").dup()
+        self.transport.write(b"four ")
+        self.transport.close()
+
+        def speak() -> None:
+            with other:
+                other.sendall(b"five ")
+
+        asyncio.get_running_loop().call_later(0, speak)
+
+
+WAYS_ON = [
+    name for name in vars(Answers) if not name.startswith("_") and name not in ("way", "data_received")
+]
+
+
+@pytest.mark.parametrize("way", WAYS_ON)
+def test_what_a_call_wrote_is_sent_however_it_ends(
+    run: Run, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Answers, "way", way)
+
+    async def main(create: Any) -> tuple[bytes, type]:
+        async with server(Answers, create) as serving:
+            with connect(serving.address) as client:
+                client.sendall(b"question")
+                data = await in_thread(read_all, client)
+            error = await serving.made[0].lost
+            return data, type(error)
+
+    said = b"one two three "
+    said += {"much_more": bytes(BIG) + b"end", "leave_it_to_another": b"four five "}.get(way, b"")
+    outcome = run(main(aio.create_server))
+    assert outcome == (said, ValueError if way == "fail" else type(None))
+    # uvloop's own aborts without sending, and asyncio's raises when one that sent the rest late is aborted
+    if run.loop == "asyncio" and way != "much_more":
+        assert run(main(asyncios)) == outcome
+
+
+@needs("Linux", "TCP_INFO of a listener")
+def test_an_answer_and_the_end_are_one_segment(run: Run) -> None:
+    segments = struct.Struct("=140xI8xI")  # tcpi_segs_in, tcpi_data_segs_in of struct tcp_info, linux/tcp.h
+
+    class Greets(Notes):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.write(b"good ")
+            transport.write(b"bye")
+            transport.close()
+
+    async def main() -> None:
+        async with server(Greets) as serving:
+            with connect(serving.address) as client:
+                assert await in_thread(read_all, client) == b"good bye"
+                await serving.made[0].lost
+                info = client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, segments.size)
+                assert segments.unpack(info) == (2, 1)  # the first is the answer to its SYN
+
+    run(main())
+
+
+@posix_only("there a reset takes away what the client has received and not read")
+def test_an_answer_arrives_though_the_question_was_not_read(run: Run) -> None:
+    class Refuses(Notes):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.write(b"no")
+            transport.close()
+
+    async def main() -> None:
+        async with server(Refuses) as serving:
+            with connect(serving.address) as client:
+                client.sendall(b"question")  # closing over it is a reset: RFC 2525, 2.17
+                assert await in_thread(client.recv, 100) == b"no"
+                await serving.made[0].lost
+                assert await in_thread(client.recv, 100) == b""  # the end came before the reset
+
+    run(main())
+
+
+def test_what_is_held_back_counts_as_kept(run: Run) -> None:
+    sizes = []
+
+    class Counts(Notes):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            transport.write(b"one")
+            sizes.append(transport.get_write_buffer_size())
+            transport.get_extra_info("socket")  # who asks for it may use it
+            sizes.append(transport.get_write_buffer_size())
+            transport.write(b"two")
+            sizes.append(transport.get_write_buffer_size())
+
+    async def main() -> None:
+        async with server(Counts) as serving:
+            with connect(serving.address) as client:
+                await serving.first()
+                assert client.recv(6, socket.MSG_WAITALL) == b"onetwo"
+
+    run(main())
+    assert sizes == [3, 0, 0]
 
 
 def test_close_sends_what_was_written_and_reads_no_more(run: Run) -> None:
