@@ -81,7 +81,7 @@ cdef object _asyncio_log = logging.getLogger("asyncio")
 cdef object _StandardSocket = _socket.socket
 cdef object _BufferedProtocol = asyncio.BufferedProtocol
 cdef int _warn_from = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
-cdef object _sendfile_by_writing = constants._SendfileMode.FALLBACK
+cdef object _SendfileMode = constants._SendfileMode
 # Its words have changed between two bugfix releases of 3.13, so the running one has to say them.
 cdef object _asyncio_write = asyncio.selector_events._SelectorSocketTransport.write
 cdef object _writelines_name = "writelines" if sys.version_info >= (3, 12) else "write"
@@ -664,6 +664,7 @@ cdef class Transport(Watched):
     cdef Py_ssize_t sent            # how much of the first is gone
     cdef Py_ssize_t size            # how much there is
     cdef Py_ssize_t low, high
+    cdef object emptied             # a Future while a file is sent: nothing is kept any more
     cdef ledger_t *ledger
     cdef object error               # what connection_lost() gets
     cdef int lost                   # connection_lost() is due or done; counts the writes after that
@@ -676,7 +677,6 @@ cdef class Transport(Watched):
     cdef bint closing, paused, ended, eof_sent, writing_paused
 
     _start_tls_compatible = True
-    _sendfile_compatible = _sendfile_by_writing
     max_size = CHUNK
 
     def __cinit__(self):
@@ -970,6 +970,8 @@ cdef class Transport(Watched):
             self.lost = max(self.lost, 1)
             self.drop_buffer()
             self.fd = PORT_NO_SOCKET
+            if self.emptied is not None and not self.emptied.done():
+                self.emptied.set_exception(self.error or ConnectionError("Connection is closed by peer"))
             self.protocol = self.context = self.error = None
             if self.sock is not None:
                 self.sock.close()
@@ -1048,7 +1050,11 @@ cdef class Transport(Watched):
         if type(data) is bytes:
             self.transmit(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
             return
-        PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        except BufferError as error:  # it is not contiguous
+            self.fatal(error, "Fatal write error on socket transport")
+            return
         try:
             self.transmit(None, <const char *>view.buf, view.len)
         finally:
@@ -1057,17 +1063,18 @@ cdef class Transport(Watched):
     def writelines(self, list_of_data):
         """Send the pieces as one."""
         self.check_writable(_writelines_name)
-        try:
-            data = b"".join(list_of_data)
-        except TypeError:
-            if _writelines_name == "writelines":  # since 3.12 asyncio looks at each piece by itself
-                list_of_data = [memoryview(piece) for piece in list_of_data]
-            raise
+        if _writelines_name == "writelines":  # since 3.12 asyncio looks at each piece by itself
+            if not list_of_data:
+                return
+            list_of_data = [memoryview(piece) for piece in list_of_data]
+        data = b"".join(list_of_data)
         self.transmit(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
 
     cdef int check_writable(self, name) except -1:
         if self.eof_sent:
             raise RuntimeError(f"Cannot call {name}() after write_eof()")
+        if self.emptied is not None:
+            raise RuntimeError(f"unable to {name}; sendfile is in progress")
         return 0
 
     cdef int transmit(self, data, const char *start, Py_ssize_t length) except -1:
@@ -1191,6 +1198,8 @@ cdef class Transport(Watched):
         self.maybe_resume()
         if self.size == 0 and self.fd != PORT_NO_SOCKET and not self.lost:
             self.want(self.wanted & ~POLLOUT)
+            if self.emptied is not None and not self.emptied.done():
+                self.emptied.set_result(None)
             if self.closing:
                 self.lost = 1
                 return self.lose()
@@ -1256,9 +1265,42 @@ cdef class Transport(Watched):
             self.report(error, f"protocol.{name}() failed")
         return 0
 
+    # --- what asyncio's sendfile() asks ------------------------------------------------------------
+
     @property
-    def _protocol_paused(self):  # asyncio's sendfile() asks
+    def _protocol_paused(self):
         return bool(self.writing_paused)
+
+    @property
+    def _sendfile_compatible(self):
+        # A selector loop takes the transport out of its table while the kernel sends the file, and puts it
+        # back.  There it stands under no descriptor, which the loop would refuse to watch for us then.
+        transports = getattr(self.hub.loop, "_transports", None)
+        if transports is None:
+            return _SendfileMode.FALLBACK
+        transports[self._sock_fd] = self
+        return _SendfileMode.TRY_NATIVE
+
+    @property
+    def _sock_fd(self):
+        return -id(self)
+
+    @property
+    def _sock(self):
+        return self.own_socket()
+
+    def _make_empty_waiter(self):
+        if self.emptied is not None:
+            raise RuntimeError("Empty waiter is already set")
+        if self.held is not None:
+            self.send_held(0)
+        self.emptied = self.hub.loop.create_future()
+        if not self.size:
+            self.emptied.set_result(None)
+        return self.emptied
+
+    def _reset_empty_waiter(self):
+        self.emptied = None
 
     # --- the protocol and the socket ---------------------------------------------------------------
 

@@ -471,6 +471,7 @@ async def _bind_specially(
     flags: int,
     sock: socket.socket | None,
     backlog: int,
+    reuse_address: bool | None,
     tls: dict[str, Any],
     **options: Any,
 ) -> list[socket.socket]:
@@ -478,6 +479,8 @@ async def _bind_specially(
     loop = asyncio.get_running_loop()
     if sock is not None:
         raise ValueError("dualstack_ipv6 and exclusive are set before bind(), which sock has behind it")
+    if reuse_address is not None and bool(reuse_address) != (os.name == "posix"):
+        raise ValueError("reuse_address is the system's own with dualstack_ipv6 and exclusive")
     with socket.socket() as unbound:  # for asyncio's checks
         await _bound(_bind_tcp, sock=unbound, backlog=backlog, **tls)
     if options["dualstack_ipv6"]:
@@ -572,6 +575,7 @@ async def create_server(
             flags=flags,
             sock=sock,
             backlog=backlog,
+            reuse_address=reuse_address,
             tls=tls,
             dualstack_ipv6=dualstack_ipv6,
             exclusive=exclusive,

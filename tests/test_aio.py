@@ -269,13 +269,17 @@ def test_the_context_is_that_of_start_serving(create: Any) -> None:
     assert Run("asyncio")(main()) == "started"
 
 
-@pytest.mark.parametrize("mistake", [{"ssl": True}, {"ssl_handshake_timeout": 1}, {"sock": None}], ids=str)
+@pytest.mark.parametrize(
+    "mistake",
+    [{"ssl": True}, {"ssl_handshake_timeout": 1}, {"sock": None}, {"reuse_address": os.name != "posix"}],
+    ids=str,
+)
 @pytest.mark.parametrize("option", ["dualstack_ipv6", "exclusive"])
 def test_asyncios_checks_hold_for_options_it_does_not_know(run: Run, option: str, mistake: Any) -> None:
     async def main() -> None:
         with socket.socket() as sock:
             given = {"sock": sock} if "sock" in mistake else {"port": 0, **mistake}
-            with pytest.raises((TypeError, ValueError), match=r"ssl|sock"):
+            with pytest.raises((TypeError, ValueError), match=r"ssl|sock|reuse_address"):
                 await aio.create_server(Echo, **given, **{option: True})
 
     run(main())

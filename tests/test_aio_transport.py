@@ -615,7 +615,7 @@ def test_what_is_held_back_counts_as_kept(run: Run) -> None:
         async with server(Counts) as serving:
             with connect(serving.address) as client:
                 await serving.first()
-                assert client.recv(6, socket.MSG_WAITALL) == b"onetwo"
+                assert read_all(client, 6) == b"onetwo"
 
     run(main())
     assert sizes == [3, 0, 0]
@@ -1131,6 +1131,9 @@ MISTAKES: dict[str, Any] = {
     "write None": lambda t: t.write(None),
     "writelines str": lambda t: t.writelines(["text"]),
     "writelines int": lambda t: t.writelines(5),
+    "writelines some str": lambda t: t.writelines(piece for piece in (b"text", "text")),
+    "writelines None": lambda t: t.writelines(None),
+    "write every second byte": lambda t: t.write(memoryview(b"text")[::2]),
     "limits": lambda t: t.set_write_buffer_limits(1, 2),
     "negative limits": lambda t: t.set_write_buffer_limits(-1),
     "negative low": lambda t: t.set_write_buffer_limits(5, -1),
@@ -1154,11 +1157,14 @@ def test_mistakes_raise_what_asyncio_raises(mistake: str) -> None:
             with connect(serving.address):
                 transport = (await serving.first()).transport
                 await asyncio.sleep(0)
+                raised = None
                 try:
                     MISTAKES[mistake](transport)
                 except Exception as error:
-                    return type(error), str(error)
-                return None
+                    raised = type(error), str(error)
+                reported = [(report["message"], repr(report["exception"])) for report in run.reports]
+                run.reports.clear()
+                return raised, transport.is_closing(), reported
 
     assert run(outcome(aio.create_server)) == run(outcome(asyncios))
 
@@ -1166,35 +1172,84 @@ def test_mistakes_raise_what_asyncio_raises(mistake: str) -> None:
 # --- what asyncio does with a transport
 
 
-def test_sendfile(run: Run) -> None:
+no_sendfile = posix_only("Windows has no sendfile()")
+
+
+class Files(Notes):
+    """Sends a file for each thing that the client says, and reads on."""
+
     content = bytes(range(256)) * 4096
+    before = b"before "
+    fallback = False
 
-    class Sends(Notes):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.task = asyncio.get_running_loop().create_task(self.send())
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.tasks: list[asyncio.Task[int]] = []
 
-        async def send(self) -> Any:
-            with tempfile.TemporaryFile() as file:
-                file.write(content)
-                file.flush()
-                try:
-                    return await asyncio.get_running_loop().sendfile(self.transport, file, 100)
-                finally:
-                    self.transport.close()
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.tasks.append(asyncio.get_running_loop().create_task(self.send()))
 
-    async def main() -> tuple[bytes, Any]:
-        async with server(Sends) as serving:
+    async def send(self) -> int:
+        with tempfile.TemporaryFile() as file:
+            file.write(self.content)
+            file.flush()
+            self.transport.write(self.before)
+            return await asyncio.get_running_loop().sendfile(
+                self.transport, file, 100, fallback=self.fallback
+            )
+
+
+@pytest.mark.parametrize("fallback", [True, pytest.param(False, marks=no_sendfile)])
+@pytest.mark.parametrize("before", [b"", b"before ", bytes(BIG)], ids=len)
+def test_sendfile(run: Run, before: bytes, fallback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Files, "before", before)
+    monkeypatch.setattr(Files, "fallback", fallback)
+    expected = before + Files.content[100:]
+
+    async def main() -> None:
+        async with server(Files) as serving:
             with connect(serving.address) as client:
-                data = await in_thread(read_all, client)
-            return data, (await asyncio.wait([serving.made[0].task]))[0].pop()
+                for i in range(2):  # the second time it is watched as before the first
+                    client.sendall(b"question")
+                    protocol = await serving.first()
+                    await protocol.until(lambda notes, i=i: len(notes.tasks) > i)
+                    task = protocol.tasks[i]
+                    if run.loop == "uvloop":  # it has none, and says so
+                        with pytest.raises(NotImplementedError):
+                            await task
+                        return
+                    assert await in_thread(read_all, client, len(expected)) == expected
+                    assert await task == len(Files.content) - 100
 
-    data, task = run(main())
-    if run.loop == "uvloop":  # it has none, and says so
-        assert isinstance(task.exception(), NotImplementedError)
-    else:
-        assert task.result() == len(content) - 100
-        assert data == content[100:]
+    run(main())
+    assert not run.reports
+
+
+@no_sendfile
+def test_while_a_file_is_sent_nobody_may_write(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Files, "content", bytes(BIG))
+
+    async def main(create: Any) -> list[str]:
+        mistakes = []
+        async with server(Files, create) as serving:
+            with connect(serving.address, receive_buffer=SMALL_BUFFER) as client:
+                client.sendall(b"question")
+                protocol = await serving.first()
+                await protocol.until(lambda notes: notes.tasks)
+                await asyncio.sleep(0)
+                for write, data in (("write", b"x"), ("writelines", [b"x"])):
+                    with pytest.raises(RuntimeError) as raised:
+                        getattr(protocol.transport, write)(data)
+                    mistakes.append(str(raised.value))
+                reset(client)
+                with pytest.raises(ConnectionError) as ended:
+                    await protocol.tasks[0]
+                mistakes.append(ended.type.__name__)
+        return mistakes
+
+    if run.loop != "uvloop":
+        assert run(main(aio.create_server)) == run(main(asyncios))
 
 
 def test_a_file_like_object_is_no_data(run: Run) -> None:
