@@ -658,7 +658,7 @@ cdef class Transport(Watched):
     cdef object context             # contextvars.Context in which the protocol is called
     cdef object sock                # the socket.socket that owns the descriptor, once somebody asked for one
     cdef object peer, sockname
-    cdef list held                  # bytes written in our call to the protocol, to be sent at its end; or None
+    cdef list held                  # bytes written in our call to the protocol, to be sent after it; or None
     cdef Py_ssize_t held_size
     cdef object buffer              # deque of bytes to be sent; None until something has to be kept
     cdef Py_ssize_t sent            # how much of the first is gone
@@ -1088,8 +1088,8 @@ cdef class Transport(Watched):
         return self.send(data, start, length, 0)
 
     # What a protocol writes while it is called by us leaves when it returns: all of it in one send(), and with
-    # the end of the stream in the same segment if it closes, too; that is one way through the stack less.  Who
-    # has asked for the socket may use it between two writes, so there nothing is held.
+    # the end of the stream in the same segment if it closes, too; that is one way through the stack less.
+    # Who has asked for the socket may use it between two writes, so there nothing is held.
 
     cdef int hold(self, data, const char *start, Py_ssize_t length) except -1:
         """Have it sent at the end of our call."""
