@@ -84,6 +84,8 @@ cdef int _warn_from = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
 cdef object _SendfileMode = constants._SendfileMode
 # Its words have changed between two bugfix releases of 3.13, so the running one has to say them.
 cdef object _asyncio_write = asyncio.selector_events._SelectorSocketTransport.write
+# Connections begin in the context of create_server() there, of start_serving() before.
+cdef bint _context_of_creation = sys.version_info >= (3, 15)
 cdef object _writelines_name = "writelines" if sys.version_info >= (3, 12) else "write"
 
 
@@ -300,6 +302,8 @@ cdef class Hub:
         self.ending = []
         self.transports = {}
         self.entrances = []
+        if _context_of_creation:
+            self.context = PyContext_CopyCurrent()
         if polled:
             self.poller = port_poller()
         self.shed = shed
@@ -464,7 +468,8 @@ cdef class Hub:
 
     def serve(self):
         """Accept from now on."""
-        self.context = PyContext_CopyCurrent()
+        if self.context is None:
+            self.context = PyContext_CopyCurrent()
         self.serving = True
         self.arrange()
 

@@ -247,8 +247,7 @@ def test_a_closed_server_is_freed_by_its_count(run: Run) -> None:
     assert run(main())
 
 
-@pytest.mark.parametrize("create", [aio.create_server, asyncios])
-def test_the_context_is_that_of_start_serving(create: Any) -> None:
+def test_connections_begin_in_the_context_where_asyncios_do() -> None:
     variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable")
 
     class Looks(Notes):
@@ -256,7 +255,7 @@ def test_the_context_is_that_of_start_serving(create: Any) -> None:
             self.seen = variable.get()
             super().connection_made(transport)
 
-    async def main() -> str:
+    async def main(create: Any) -> str:
         variable.set("created")
         async with server(Looks, create, start_serving=False) as serving:
             variable.set("started")
@@ -266,7 +265,8 @@ def test_the_context_is_that_of_start_serving(create: Any) -> None:
                 seen: str = (await serving.first()).seen
                 return seen
 
-    assert Run("asyncio")(main()) == "started"
+    run = Run("asyncio")
+    assert run(main(aio.create_server)) == run(main(asyncios))
 
 
 @pytest.mark.parametrize(
