@@ -18,7 +18,6 @@ import sys
 import warnings
 from asyncio import constants, trsock
 from collections import deque
-from weakref import ref
 
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
@@ -29,6 +28,7 @@ from cpython.contextvars cimport (
     PyContext_Enter,
     PyContext_Exit,
 )
+from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -277,7 +277,9 @@ cdef class Hub:
     cdef list due               # Transports that have something to do on the loop's next turn
     cdef list ending            # ... and those whose connection_lost() is what comes next
     cdef bint awake             # a wake is under way, whose end sees to both
-    cdef dict transports        # weak references to the open ones, by id
+    cdef dict transports        # weak references to the open ones, by descriptor
+    cdef type kind              # of the protocol that came last, and whether it is a BufferedProtocol
+    cdef bint buffered
     cdef char *scratch
     cdef list entrances
     cdef Bell bell
@@ -565,16 +567,15 @@ cdef class Hub:
 
     # --- the connections ---------------------------------------------------------------------------
 
-    cdef int enter(self, Transport transport) except -1:
-        self.transports[<size_t><void *>transport] = ref(transport)
+    cdef int enter(self, Transport transport, port_socket fd) except -1:
+        self.transports[fd] = PyWeakref_NewRef(transport, None)
         self.active += 1
         if self.most and self.active >= self.most:
             self.arrange()
         return 0
 
-    cdef int leave(self, Transport transport) except -1:
+    cdef int leave(self) except -1:
         cdef bint was_full = self.most != 0 and self.active >= self.most
-        del self.transports[<size_t><void *>transport]
         self.active -= 1
         if self.retry is not None:
             self._again()  # a descriptor came free
@@ -628,7 +629,7 @@ cdef Transport new_transport(
     else:
         memcpy(transport.address, address, length)
         transport.address_length = length
-    hub.enter(transport)
+    hub.enter(transport, fd)
     port_add(&ledger.holders, 1)
     port_add(&ledger.active, 1)
     transport.ledger = ledger
@@ -857,7 +858,7 @@ cdef class Transport(Watched):
             try:
                 self.hand_over(got, buffered)
             finally:  # SystemExit, too: the loop may run again
-                if not self.wanted & POLLIN:
+                if not self.wanted & POLLIN and not self.closing:
                     self.again(READ)
             return 0
         if got == 0:
@@ -978,6 +979,7 @@ cdef class Transport(Watched):
             if self.emptied is not None and not self.emptied.done():
                 self.emptied.set_exception(self.error or ConnectionError("Connection is closed by peer"))
             self.protocol = self.context = self.error = None
+            hub.transports.pop(fd, None)
             if self.sock is not None:
                 self.sock.close()
             else:
@@ -988,7 +990,7 @@ cdef class Transport(Watched):
             if port_get(&ledger.wanted):
                 ledger_ring(ledger)
             ledger_release(ledger)
-            hub.leave(self)
+            hub.leave()
         return 0
 
     def close(self):
@@ -1315,7 +1317,10 @@ cdef class Transport(Watched):
 
     cdef int attach(self, protocol) except -1:
         self.protocol = protocol
-        self.buffered = isinstance(protocol, _BufferedProtocol)
+        if type(protocol) is not self.hub.kind:
+            self.hub.buffered = isinstance(protocol, _BufferedProtocol)
+            self.hub.kind = type(protocol)
+        self.buffered = self.hub.buffered
         self.connected = True
         return 0
 
