@@ -363,7 +363,8 @@ def _open_closed_streams() -> None:
     """Give a process that was started without stdout or stderr (">&-", pythonw) ones that lead nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # until the end
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # open until the end: nothing is left to close it
+            setattr(sys, name, open(nowhere, "w", encoding="utf-8", closefd=False))
 
 
 class Report:

@@ -1094,7 +1094,7 @@ cdef class Transport(Watched):
             return self.hold(data, start, length)
         return self.send(data, start, length, 0)
 
-    # What a protocol writes while it is called by us leaves when it returns: all of it in one send(), and with
+    # What a protocol writes while we call it leaves when it returns: all of it in one send(), and with
     # the end of the stream in the same segment if it closes, too; that is one way through the stack less.
     # Who has asked for the socket may use it between two writes, so there nothing is held.
 
