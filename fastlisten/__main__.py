@@ -363,8 +363,8 @@ def _open_closed_streams() -> None:
     """Give a process that was started without stdout or stderr (">&-", pythonw) ones that lead nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            nowhere = os.open(os.devnull, os.O_WRONLY)  # open until the end: nothing is left to close it
-            setattr(sys, name, open(nowhere, "w", encoding="utf-8", closefd=False))
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # until the end, when nobody is left to close it
+            setattr(sys, name, os.fdopen(nowhere, "w", encoding="utf-8", closefd=False))
 
 
 class Report:
