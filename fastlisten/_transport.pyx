@@ -13,6 +13,7 @@ a process with busy threads it would take up to a switch interval (5 ms) to get 
 import asyncio
 import gc
 import logging
+import os
 import socket as _socket
 import sys
 import warnings
@@ -76,6 +77,9 @@ cdef enum:
 cdef double PAUSE_FIRST = 0.010
 cdef double PAUSE_LAST = 0.100
 
+# One more in each forked child than in its parent.
+cdef int _generation = 1
+
 cdef object _log = logging.getLogger("fastlisten")
 cdef object _asyncio_log = logging.getLogger("asyncio")
 cdef object _StandardSocket = _socket.socket
@@ -96,6 +100,15 @@ class SocketTransport(asyncio.transports._FlowControlMixin):
     """
 
     __slots__ = ()
+
+
+def _after_fork_in_child():
+    global _generation
+    _generation += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 # --- What is watched ----------------------------------------------------------------------------------------
@@ -679,6 +692,7 @@ cdef class Transport(Watched):
     cdef char address[SHORT_ADDRESS]
     cdef bint buffered              # the protocol is a BufferedProtocol
     cdef bint connected             # there is a protocol
+    cdef int held_in                # the generation in which it was written
     cdef bint holding               # the protocol is being called by us
     cdef bint closing, paused, ended, eof_sent, writing_paused
 
@@ -820,6 +834,8 @@ cdef class Transport(Watched):
             self.report(error, "Fatal error: protocol.connection_made() call failed.")
             self.force_close(error)
             return 0
+        if self.held is not None:
+            self.send_held(0)  # a greeting comes before the question
         if self.hub.scheduled() != scheduled:
             return self.again(READ)
         return self.read()
@@ -1088,7 +1104,7 @@ cdef class Transport(Watched):
         """Send, and keep the rest.  data: the bytes object that `start` points into, or None."""
         if length == 0:
             return 0
-        if self.held is not None and self.held_size + length > SMALL:
+        if self.held is not None and (self.held_size + length > SMALL or self.held_in != _generation):
             self.send_held(PORT_MORE)
         if self.holding and length <= SMALL and not self.size and not self.lost and self.sock is None:
             return self.hold(data, start, length)
@@ -1102,6 +1118,7 @@ cdef class Transport(Watched):
         """Have it sent at the end of our call."""
         if self.held is None:
             self.held = []
+            self.held_in = _generation
         self.held.append(PyBytes_FromStringAndSize(start, length) if data is None else data)
         self.held_size += length
         return 0
@@ -1112,6 +1129,8 @@ cdef class Transport(Watched):
         cdef bytes data = b"".join(held)  # one alone is not copied
         self.held = None
         self.held_size = 0
+        if self.held_in != _generation:
+            return 0  # a forked child: its parent sends that
         return self.send(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), flags)
 
     cdef int let_go(self) except -1:
@@ -1203,6 +1222,8 @@ cdef class Transport(Watched):
                 self.buffer.popleft()
                 self.sent = 0
         self.maybe_resume()
+        if self.held is not None:
+            self.send_held(0)  # a last word, before the end that may follow now
         if self.size == 0 and self.fd != PORT_NO_SOCKET and not self.lost:
             self.want(self.wanted & ~POLLOUT)
             if self.emptied is not None and not self.emptied.done():
@@ -1350,11 +1371,11 @@ cdef class Transport(Watched):
     cdef object own_socket(self):
         """The socket.socket of the connection, made when somebody asks; from then on it owns the descriptor.
         None when nobody asked before the end."""
+        if self.held is not None:
+            self.send_held(0)  # may call the protocol, which may ask, too
         if self.sock is None:
             if self.fd == PORT_NO_SOCKET:
                 return None
-            if self.held is not None:
-                self.send_held(0)
             self.sock = _StandardSocket(
                 self.ledger.family, self.ledger.type, self.ledger.protocol, fileno=self.fd)
             self.sock.setblocking(False)
