@@ -361,7 +361,15 @@ static inline int port_poller_set(port_socket poller, port_socket s, short befor
     memset(&event, 0, sizeof event);
     event.events = (uint32_t)events;            /* epoll's EPOLLIN and EPOLLOUT are poll's numbers */
     event.data.fd = s;
-    return epoll_ctl(poller, !before ? EPOLL_CTL_ADD : !events ? EPOLL_CTL_DEL : EPOLL_CTL_MOD, s, &event);
+    if (before) {
+        /* A forked child that closes its copy takes s out of the poller that both have: then there is nothing to
+         * take out, or it is put in anew. */
+        if (epoll_ctl(poller, events ? EPOLL_CTL_MOD : EPOLL_CTL_DEL, s, &event) == 0)
+            return 0;
+        if (errno != ENOENT || !events)
+            return errno == ENOENT ? 0 : -1;
+    }
+    return epoll_ctl(poller, EPOLL_CTL_ADD, s, &event);
 #else
     (void)poller; (void)s; (void)before; (void)events;
     return -1;

@@ -17,6 +17,7 @@ import os
 import socket as _socket
 import sys
 import warnings
+import weakref
 from asyncio import constants, trsock
 from collections import deque
 
@@ -77,8 +78,8 @@ cdef enum:
 cdef double PAUSE_FIRST = 0.010
 cdef double PAUSE_LAST = 0.100
 
-# One more in each forked child than in its parent.
-cdef int _generation = 1
+# Every Hub there is.
+cdef object _hubs = weakref.WeakSet()
 
 cdef object _log = logging.getLogger("fastlisten")
 cdef object _asyncio_log = logging.getLogger("asyncio")
@@ -102,13 +103,17 @@ class SocketTransport(asyncio.transports._FlowControlMixin):
     __slots__ = ()
 
 
-def _after_fork_in_child():
-    global _generation
-    _generation += 1
+def _before_fork():
+    """What is held leaves now: after it two would send it, and the end that goes with it is for both."""
+    cdef Hub hub
+    loop = asyncio._get_running_loop()
+    for hub in list(_hubs):
+        if hub.loop is loop:
+            hub.let_go()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork)
 
 
 # --- What is watched ----------------------------------------------------------------------------------------
@@ -291,7 +296,7 @@ cdef class Hub:
     cdef list ending            # ... and those whose connection_lost() is what comes next
     cdef bint awake             # a wake is under way, whose end sees to both
     cdef dict transports        # weak references to the open ones, by descriptor
-    cdef type kind              # of the protocol that came last, and whether it is a BufferedProtocol
+    cdef object kind            # the class of the last protocol, and whether that is a BufferedProtocol
     cdef bint buffered
     cdef char *scratch
     cdef list entrances
@@ -308,6 +313,7 @@ cdef class Hub:
         self.scratch = <char *>malloc(CHUNK)
         if self.scratch is NULL:
             raise MemoryError
+        _hubs.add(self)
         self.loop = loop
         self.factory = factory
         self.most = most
@@ -615,6 +621,12 @@ cdef class Hub:
         """Call `idle` each time the last connection is gone."""
         self.idle = idle
 
+    cdef int let_go(self) except -1:
+        """No Transport holds back what is written any longer."""
+        for transport in self.clients():
+            (<Transport>transport).let_go()
+        return 0
+
     def clients(self):
         """The open Transports."""
         return [transport for weak in list(self.transports.values())
@@ -692,7 +704,6 @@ cdef class Transport(Watched):
     cdef char address[SHORT_ADDRESS]
     cdef bint buffered              # the protocol is a BufferedProtocol
     cdef bint connected             # there is a protocol
-    cdef int held_in                # the generation in which it was written
     cdef bint holding               # the protocol is being called by us
     cdef bint closing, paused, ended, eof_sent, writing_paused
 
@@ -858,6 +869,7 @@ cdef class Transport(Watched):
                 if not len(buffer):
                     raise RuntimeError("get_buffer() returned an empty buffer")
             except (SystemExit, KeyboardInterrupt):
+                self.read_on()
                 raise
             except BaseException as error:
                 return self.fatal(error, "Fatal error: protocol.get_buffer() call failed.")
@@ -873,9 +885,8 @@ cdef class Transport(Watched):
         if got > 0:
             try:
                 self.hand_over(got, buffered)
-            finally:  # SystemExit, too: the loop may run again
-                if not self.wanted & POLLIN and not self.closing:
-                    self.again(READ)
+            finally:
+                self.read_on()
             return 0
         if got == 0:
             return self.end()
@@ -884,6 +895,12 @@ cdef class Transport(Watched):
         if code == PORT_EINTR:
             return self.again(READ)
         return self.fail(code, "Fatal read error on socket transport")
+
+    cdef int read_on(self) except -1:
+        """Read once more, after SystemExit, too: the loop may run again."""
+        if not self.wanted & POLLIN and not self.closing:
+            return self.again(READ)
+        return 0
 
     cdef int hand_over(self, Py_ssize_t got, bint buffered) except -1:
         """Give the protocol what recv() brought, into its own buffer or the hub's scratch."""
@@ -901,13 +918,14 @@ cdef class Transport(Watched):
 
     cdef int end(self) except -1:
         """The client has sent all it will."""
-        self.ended = True
         try:
             keep = self.protocol.eof_received()
         except (SystemExit, KeyboardInterrupt):
+            self.read_on()  # and be told again, as with asyncio's own
             raise
         except BaseException as error:
             return self.fatal(error, "Fatal error: protocol.eof_received() call failed.")
+        self.ended = True
         if keep:
             return self.watch(self.wanted & ~POLLIN)
         return self.shut()
@@ -1090,6 +1108,9 @@ cdef class Transport(Watched):
             if not list_of_data:
                 return
             list_of_data = [memoryview(piece) for piece in list_of_data]
+            for piece in list_of_data:
+                if not piece.c_contiguous:
+                    return self.write(piece)  # which ends it
         data = b"".join(list_of_data)
         self.transmit(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
 
@@ -1104,7 +1125,7 @@ cdef class Transport(Watched):
         """Send, and keep the rest.  data: the bytes object that `start` points into, or None."""
         if length == 0:
             return 0
-        if self.held is not None and (self.held_size + length > SMALL or self.held_in != _generation):
+        if self.held is not None and self.held_size + length > SMALL:
             self.send_held(PORT_MORE)
         if self.holding and length <= SMALL and not self.size and not self.lost and self.sock is None:
             return self.hold(data, start, length)
@@ -1118,7 +1139,6 @@ cdef class Transport(Watched):
         """Have it sent at the end of our call."""
         if self.held is None:
             self.held = []
-            self.held_in = _generation
         self.held.append(PyBytes_FromStringAndSize(start, length) if data is None else data)
         self.held_size += length
         return 0
@@ -1129,8 +1149,6 @@ cdef class Transport(Watched):
         cdef bytes data = b"".join(held)  # one alone is not copied
         self.held = None
         self.held_size = 0
-        if self.held_in != _generation:
-            return 0  # a forked child: its parent sends that
         return self.send(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), flags)
 
     cdef int let_go(self) except -1:
@@ -1255,7 +1273,9 @@ cdef class Transport(Watched):
 
     def get_write_buffer_size(self):
         """How many bytes are kept to be sent."""
-        return self.size + self.held_size
+        if self.held is not None:
+            self.send_held(0)  # what the kernel takes is not kept
+        return self.size
 
     def get_write_buffer_limits(self):
         """The marks below and above which the protocol is told to go on and to pause: (low, high)."""
@@ -1338,9 +1358,10 @@ cdef class Transport(Watched):
 
     cdef int attach(self, protocol) except -1:
         self.protocol = protocol
-        if type(protocol) is not self.hub.kind:
+        kind = protocol.__class__  # type() would not see through a proxy
+        if kind is not self.hub.kind:
             self.hub.buffered = isinstance(protocol, _BufferedProtocol)
-            self.hub.kind = type(protocol)
+            self.hub.kind = kind
         self.buffered = self.hub.buffered
         self.connected = True
         return 0

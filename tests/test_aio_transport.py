@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import weakref
 from typing import Any
 
 import pytest
@@ -598,27 +599,33 @@ def test_an_answer_arrives_though_the_question_was_not_read(run: Run) -> None:
     run(main())
 
 
-def test_what_is_held_back_counts_as_kept(run: Run) -> None:
-    sizes = []
+def test_who_fills_until_something_is_kept_is_told_to_go_on(run: Run) -> None:
+    class Fills(Notes):
+        left = BIG
 
-    class Counts(Notes):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            transport.write(b"one")
-            sizes.append(transport.get_write_buffer_size())
-            transport.get_extra_info("socket")  # who asks for it may use it
-            sizes.append(transport.get_write_buffer_size())
-            transport.write(b"two")
-            sizes.append(transport.get_write_buffer_size())
+            transport.set_write_buffer_limits(high=0)
+            self.fill()
+
+        def fill(self) -> None:
+            while self.left and self.transport.get_write_buffer_size() == 0:
+                self.transport.write(bytes(SMALL_BUFFER))
+                self.left -= SMALL_BUFFER
+            if not self.left:
+                self.transport.close()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.fill()
 
     async def main() -> None:
-        async with server(Counts) as serving:
-            with connect(serving.address) as client:
-                await serving.first()
-                assert read_all(client, 6) == b"onetwo"
+        async with server(Fills) as serving:
+            with connect(serving.address, receive_buffer=SMALL_BUFFER) as client:
+                assert len(await in_thread(read_all, client)) == BIG
+            assert "resume" in serving.made[0].events
 
     run(main())
-    assert sizes == [3, 0, 0]
 
 
 def test_a_last_word_when_writing_resumes_goes_out_before_the_end(run: Run) -> None:
@@ -909,6 +916,32 @@ def test_a_buffered_protocol(run: Run) -> None:
     assert run(main()) == b"more than five bytes"
 
 
+def test_a_protocol_behind_a_proxy_is_of_its_own_kind(run: Run) -> None:
+    behind: list[Any] = []
+
+    class Plain(Notes):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            behind.append(Buffered())
+            self.transport.set_protocol(weakref.proxy(behind[-1]))
+
+    def proxied() -> Any:
+        behind.append(Plain())
+        return weakref.proxy(behind[-1])
+
+    async def main() -> None:
+        async with server(proxied) as serving:
+            with connect(serving.address) as client:
+                await serving.first()
+                client.sendall(b"one")
+                await behind[0].until(lambda plain: plain.data == b"one")
+                client.sendall(b"two")
+                await behind[1].until(lambda buffered: buffered.data == b"two")
+
+    run(main())
+    assert run.reports == []
+
+
 class Switches(Buffered):
     """Has another protocol called from within get_buffer()."""
 
@@ -1075,6 +1108,12 @@ def test_a_connection_reads_on_after_an_interrupt(loop: str) -> None:
             if self.data == b"one":
                 raise KeyboardInterrupt
 
+        def eof_received(self) -> bool:
+            super().eof_received()
+            if self.events.count("eof") == 1:
+                raise KeyboardInterrupt
+            return False
+
     async def start() -> Any:
         return await aio.create_server(factory, "127.0.0.1", 0)
 
@@ -1091,16 +1130,19 @@ def test_a_connection_reads_on_after_an_interrupt(loop: str) -> None:
             with pytest.raises(KeyboardInterrupt):
                 running.run_forever()
             client.sendall(b"two")
+            client.shutdown(socket.SHUT_WR)
+            with pytest.raises(KeyboardInterrupt):
+                running.run_forever()
 
             async def rest() -> None:
                 async with asyncio.timeout(LIMIT):
-                    await made[0].until(lambda protocol: protocol.data == b"onetwo")
-                    made[0].transport.close()
-                    await made[0].lost
+                    assert await made[0].lost is None
                     serving.close()
                     await serving.wait_closed()
 
             running.run_until_complete(rest())
+            assert made[0].data == b"onetwo"
+            assert made[0].events == ["made", "data", "data", "eof", "eof", "lost"]
     finally:
         running.close()
 
@@ -1492,8 +1534,11 @@ FORKS = """if True:
 
         def data_received(self, data):
             self.transport.write(b"once")
-            if os.fork() == 0:
-                sys.exit(0)  # what its parent wrote is its parent's to send
+            if os.fork() == 0:  # what its parent wrote is sent; the stream is its parent's to end
+                if sys.argv[2] == "close":
+                    self.transport.close()
+                    os._exit(0)
+                sys.exit(0)
             assert os.wait()[1] == 0
             self.heard.set_result(data)
 
@@ -1531,9 +1576,10 @@ FORKS = """if True:
 
 @needs("Linux")
 @pytest.mark.skipif(sys.version_info >= (3, 14), reason="the child of a loop never ends there")
+@pytest.mark.parametrize("end", ["exit", "close"])
 @pytest.mark.parametrize("polled", [True, False])
-def test_a_forked_child_that_exits_leaves_the_parents_connections_alone(polled: bool) -> None:
-    command = [sys.executable, "-c", FORKS, str(polled)]
+def test_a_forked_child_that_ends_leaves_the_parents_connections_alone(polled: bool, end: str) -> None:
+    command = [sys.executable, "-c", FORKS, str(polled), end]
     done = subprocess.run(
         command, env=plain_environment(), capture_output=True, text=True, timeout=2 * LIMIT, check=False
     )
