@@ -362,14 +362,13 @@ static inline int port_poller_set(port_socket poller, port_socket s, short befor
     event.events = (uint32_t)events;            /* epoll's EPOLLIN and EPOLLOUT are poll's numbers */
     event.data.fd = s;
     if (before) {
-        /* A forked child that closes its copy takes s out of the poller that both have: then there is nothing to
-         * take out, or it is put in anew. */
         if (epoll_ctl(poller, events ? EPOLL_CTL_MOD : EPOLL_CTL_DEL, s, &event) == 0)
             return 0;
-        if (errno != ENOENT || !events)
-            return errno == ENOENT ? 0 : -1;
+        if (errno != ENOENT)
+            return -1;
+        /* a forked child that closed its copy has taken s out of the poller that both have */
     }
-    return epoll_ctl(poller, EPOLL_CTL_ADD, s, &event);
+    return events ? epoll_ctl(poller, EPOLL_CTL_ADD, s, &event) : 0;
 #else
     (void)poller; (void)s; (void)before; (void)events;
     return -1;

@@ -750,8 +750,7 @@ cdef class Transport(Watched):
         if due == BEGIN:
             self.context = PyContext_Copy(self.hub.context)
         context = self.context
-        PyContext_Enter(context)
-        self.holding = True
+        self.enter_call(context)
         try:
             if due == BEGIN:
                 self.begin()
@@ -760,10 +759,7 @@ cdef class Transport(Watched):
             else:
                 self.read()
         finally:
-            try:
-                self.let_go()
-            finally:
-                PyContext_Exit(context)
+            self.leave_call(context)
         return 0
 
     cdef int again(self, due_t due) except -1:
@@ -793,8 +789,7 @@ cdef class Transport(Watched):
 
     cdef int ready(self, short events) except -1:
         cdef object context = self.context
-        PyContext_Enter(context)
-        self.holding = True
+        self.enter_call(context)
         try:
             # A hang-up or an error is told to whoever waits, as asyncio's selectors do.
             if events & ~POLLOUT and self.wanted & POLLIN:
@@ -802,10 +797,7 @@ cdef class Transport(Watched):
             if events & ~POLLIN and self.wanted & POLLOUT:
                 self.flush()
         finally:
-            try:
-                self.let_go()
-            finally:
-                PyContext_Exit(context)
+            self.leave_call(context)
         return 0
 
     cdef int begin(self) except -1:
@@ -845,8 +837,7 @@ cdef class Transport(Watched):
             self.report(error, "Fatal error: protocol.connection_made() call failed.")
             self.force_close(error)
             return 0
-        if self.held is not None:
-            self.send_held(0)  # a greeting comes before the question
+        self.send_held(0)  # a greeting comes before the question
         if self.hub.scheduled() != scheduled:
             return self.again(READ)
         return self.read()
@@ -968,8 +959,7 @@ cdef class Transport(Watched):
         return self.force_close(error)
 
     cdef int force_close(self, error) except -1:
-        if self.held is not None:
-            self.send_held(0)
+        self.send_held(0)
         if self.lost or self.fd == PORT_NO_SOCKET:
             return 0
         self.drop_buffer()
@@ -1125,7 +1115,7 @@ cdef class Transport(Watched):
         """Send, and keep the rest.  data: the bytes object that `start` points into, or None."""
         if length == 0:
             return 0
-        if self.held is not None and self.held_size + length > SMALL:
+        if self.held_size + length > SMALL:
             self.send_held(PORT_MORE)
         if self.holding and length <= SMALL and not self.size and not self.lost and self.sock is None:
             return self.hold(data, start, length)
@@ -1144,19 +1134,30 @@ cdef class Transport(Watched):
         return 0
 
     cdef int send_held(self, int flags) except -1:
-        """Send what is held.  flags: PORT_MORE when more, or the end, follows at once."""
-        cdef list held = self.held
-        cdef bytes data = b"".join(held)  # one alone is not copied
+        """Send what is held, if anything.  flags: PORT_MORE when more, or the end, follows at once."""
+        cdef bytes data
+        if self.held is None:
+            return 0
+        data = b"".join(self.held)  # one alone is not copied
         self.held = None
         self.held_size = 0
         return self.send(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), flags)
 
-    cdef int let_go(self) except -1:
-        """Our call is over."""
-        self.holding = False
-        if self.held is not None:
-            return self.send_held(0)
+    cdef int enter_call(self, context) except -1:
+        PyContext_Enter(context)
+        self.holding = True
         return 0
+
+    cdef int leave_call(self, context) except -1:
+        try:
+            return self.let_go()
+        finally:
+            PyContext_Exit(context)
+
+    cdef int let_go(self) except -1:
+        """Hold nothing any longer."""
+        self.holding = False
+        return self.send_held(0)
 
     cdef int send(self, data, const char *start, Py_ssize_t length, int flags) except -1:
         """Send now, and keep the rest."""
@@ -1240,8 +1241,7 @@ cdef class Transport(Watched):
                 self.buffer.popleft()
                 self.sent = 0
         self.maybe_resume()
-        if self.held is not None:
-            self.send_held(0)  # a last word, before the end that may follow now
+        self.send_held(0)  # a last word, before the end that may follow now
         if self.size == 0 and self.fd != PORT_NO_SOCKET and not self.lost:
             self.want(self.wanted & ~POLLOUT)
             if self.emptied is not None and not self.emptied.done():
@@ -1261,10 +1261,9 @@ cdef class Transport(Watched):
         """End the sending side when all that was written is sent; reading goes on."""
         if self.closing or self.eof_sent:
             return
-        if self.held is not None:
-            self.send_held(PORT_MORE)
-            if self.closing:
-                return
+        self.send_held(PORT_MORE)
+        if self.closing:
+            return
         self.eof_sent = True
         if not self.size and port_shutdown(self.fd, PORT_SHUT_WRITE) != 0:
             raise_error(port_error())
@@ -1273,8 +1272,7 @@ cdef class Transport(Watched):
 
     def get_write_buffer_size(self):
         """How many bytes are kept to be sent."""
-        if self.held is not None:
-            self.send_held(0)  # what the kernel takes is not kept
+        self.send_held(0)  # what the kernel takes is not kept
         return self.size
 
     def get_write_buffer_limits(self):
@@ -1340,8 +1338,7 @@ cdef class Transport(Watched):
     def _make_empty_waiter(self):
         if self.emptied is not None:
             raise RuntimeError("Empty waiter is already set")
-        if self.held is not None:
-            self.send_held(0)
+        self.send_held(0)
         self.emptied = self.hub.loop.create_future()
         if not self.size:
             self.emptied.set_result(None)
@@ -1392,8 +1389,7 @@ cdef class Transport(Watched):
     cdef object own_socket(self):
         """The socket.socket of the connection, made when somebody asks; from then on it owns the descriptor.
         None when nobody asked before the end."""
-        if self.held is not None:
-            self.send_held(0)  # may call the protocol, which may ask, too
+        self.send_held(0)  # may call the protocol, which may ask, too
         if self.sock is None:
             if self.fd == PORT_NO_SOCKET:
                 return None
