@@ -4,6 +4,11 @@ import errno
 import socket as _socket
 from operator import index
 
+try:
+    from _socket import socketpair  # not Python code, in which a signal's exception would leave descriptors
+except ImportError:  # Windows
+    from socket import socketpair
+
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t
@@ -161,7 +166,7 @@ cdef void count_error(ledger_t *ledger, int code) noexcept nogil:
 
 def wake_pair():
     """Two connected sockets, non-blocking and not inheritable, as descriptors: ring one, poll the other."""
-    a, b = _socket.socketpair()
+    a, b = socketpair()
     a.setblocking(False)
     b.setblocking(False)
     return a.detach(), b.detach()

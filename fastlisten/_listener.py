@@ -371,7 +371,9 @@ def check_free(listener: Listener) -> None:
         raise RuntimeError(f"somebody waits on an event loop for the clients of {listener!r}")
 
 
-def _claim(listeners: list[Listener], loop: Loop) -> None:
+def claim(loop: Loop) -> None:
+    """Make this the loop of its listeners, until its let_go(); RuntimeError when one is claimed already."""
+    listeners = loop.listeners
     if len({*listeners}) < len(listeners):
         raise ValueError("a listener is given more than once")
     with _claims:
@@ -381,34 +383,25 @@ def _claim(listeners: list[Listener], loop: Loop) -> None:
             listener._loop = loop
 
 
-def _let_go(listeners: list[Listener]) -> None:
-    for listener in listeners:
-        listener._ledger.disarm()
-        listener._loop = None
-        if listener._ledger.stopping:
-            listener._ledger.answered()
-
-
 def run_loop(loop: Loop) -> ServeResult:
-    """Claim the loop's listeners, run it, let them go; RuntimeError when one is claimed already."""
-    listeners = list(loop.listeners)
-    _claim(listeners, loop)
+    """Claim the loop's listeners, run it, let them go.  Raises as claim(), and what ends the loop."""
     try:
+        claim(loop)  # in here, for a signal may end it half-way
         return ServeResult(*loop.run())
     finally:
-        _let_go(listeners)
+        loop.let_go()
 
 
 def _connections(listener: Listener) -> Iterator[Connection]:
     loop = Loop([listener], None, serve_options(print))
-    _claim([listener], loop)
     try:
+        claim(loop)
         loop.start()
         while (connection := loop.next()) is not None:
             yield connection
     finally:
         loop.finish()
-        _let_go([listener])
+        loop.let_go()
 
 
 def serve(
@@ -653,7 +646,7 @@ def _after_fork_in_child() -> None:
                 os.dup2(new, old, inheritable=False)
                 os.close(new)
         if listener._loop is not None and not listener._loop.survives_fork():
-            _let_go([listener])
+            listener._loop.let_go()
 
 
 if hasattr(os, "register_at_fork"):

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from _contextvars import copy_context
 from _thread import allocate_lock, start_new_thread
 
 cimport cython
@@ -60,6 +61,7 @@ cdef class Loop:
     cdef bint daemon                # they are daemon threads
     cdef bint leave                 # run() does not wait for their handlers; join() does
     cdef int64_t alive, idle
+    cdef int64_t starting           # the first of them are being started
     cdef unsigned long caller       # the thread of run()
     cdef port_socket bell[2]        # wakes it while others lead
     cdef set workers
@@ -156,6 +158,15 @@ cdef class Loop:
         self.close_wake_ups()
         self.door.tell_news()
 
+    def let_go(self):
+        """After finish(): the listeners that were claimed for this loop are free for the next one."""
+        for listener in self.listeners:
+            if listener._loop is self:
+                listener._ledger.disarm()
+                listener._loop = None
+                if listener._ledger.stopping:
+                    listener._ledger.answered()
+
     cdef void close_wake_ups(self) noexcept:
         """After run(): a handler that outlives it still rings, and the last one closes them."""
         if port_get(&self.finished_run) and port_get(&self.alive) == 0:
@@ -250,8 +261,12 @@ cdef class Loop:
     cdef int run_threads(self) except -1:
         """Start the threads and wait, open to signals, until the last has ended."""
         try:
-            while port_get(&self.alive) < self.least and not port_get(&self.door.over):
-                self.grow()
+            port_swap(&self.starting, 1)
+            try:
+                start_new_thread(copy_context().run, (self.start_threads,))
+            except BaseException:
+                port_swap(&self.starting, 0)
+                raise
             while self.to_wait_for():
                 self.wait_for_bell()
                 PyErr_CheckSignals()
@@ -267,8 +282,23 @@ cdef class Loop:
                 log().warning("%d handlers go on without their connections", port_get(&self.alive))
         return 0
 
+    def start_threads(self):
+        """Start the least of the threads.  Not in run()'s own: a signal's exception there may come half-way
+        through threading.Thread.start(), and whether the thread runs is then not to be known."""
+        try:
+            while port_get(&self.alive) < self.least and not port_get(&self.door.over):
+                self.grow()
+        except BaseException as error:
+            self.fail(error)
+            self.cut_all()
+        finally:
+            port_swap(&self.starting, 0)
+            self.ring_bell()
+
     cdef bint to_wait_for(self) noexcept:
         """Whether a thread is still to be waited for; in a handler, no longer than GRACE after its cut."""
+        if port_get(&self.starting):
+            return True
         if port_get(&self.alive) == 0 or self.may_leave():
             return False
         return (not self.cut_at or port_now() < self.cut_at + GRACE
@@ -310,17 +340,17 @@ cdef class Loop:
 
     cdef int grow(self) except -1:
         """Start a thread, unless there are as many as may be."""
-        if port_get(&self.door.over):
+        if port_get(&self.door.over) or port_get(&self.alive) >= self.most:
             return 0
+        thread = threading.Thread(target=self.work, name="fastlisten", daemon=self.daemon)
         if port_add(&self.alive, 1) > self.most:
             port_add(&self.alive, -1)
             return 0
         port_add(&self.idle, 1)
-        thread = threading.Thread(target=self.work, name="fastlisten", daemon=self.daemon)
         self.threads.append(thread)
         try:
             thread.start()
-        except (RuntimeError, MemoryError):  # not started; a signal's exception comes after the start
+        except (RuntimeError, MemoryError):  # not started
             self.threads.remove(thread)
             port_add(&self.idle, -1)
             port_add(&self.alive, -1)
@@ -456,6 +486,7 @@ cdef class Loop:
             return True
         port_swap(&self.door.over, 1)
         port_swap(&self.alive, 0)
+        port_swap(&self.starting, 0)
         self.reapers.clear()
         self.threads.clear()
         self.lead = Lead()

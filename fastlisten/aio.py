@@ -29,14 +29,13 @@ from fastlisten._connection import Connection
 from fastlisten._listener import (
     Listener,
     ListenerStats,
-    _claim,
-    _let_go,
     _option,
     _permissions,
     _whole,
     bind,
     check_free,
     check_unserved,
+    claim,
     serve_options,
 )
 from fastlisten._loop import Loop
@@ -301,11 +300,11 @@ class _Gate:
         try:
             self.listeners = [self._listener(sock) for sock in sockets]
             self.loop = Loop(self.listeners, None, limits.options)
-            _claim(self.listeners, self.loop)
         except BaseException:
             self._close_copies()
             raise
         try:
+            claim(self.loop)
             self.loop.start()
         except BaseException:
             self.close()
@@ -321,7 +320,7 @@ class _Gate:
     def close(self) -> None:
         """End the usher; who still waits is closed."""
         self.loop.finish()
-        _let_go(self.listeners)
+        self.loop.let_go()
         self._close_copies()
 
     def _close_copies(self) -> None:

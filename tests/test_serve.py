@@ -1053,6 +1053,60 @@ def test_ctrl_c_ends_serve_whatever_the_handlers_do(kind: str, threads: int) -> 
         assert "Traceback" not in err
 
 
+INTERRUPTED_AT = """
+import ast, os, signal, sys, threading, fastlisten
+options = ast.literal_eval(sys.argv[1])
+
+def serve_interrupted_at(step):
+    def count(frame, event, argument):
+        nonlocal step
+        # What a weak reference's callback raises is told and dropped, by Python itself.
+        if event not in ("call", "c_return") or frame.f_code.co_name == "_remove":
+            return
+        step -= 1
+        if step == 0:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
+
+    with fastlisten.bind(("127.0.0.1", 0)) as listener:
+        listener.stop()  # so that it ends where no signal comes
+        sys.setprofile(count)
+        try:
+            listener.serve(print, **options)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        assert threading.active_count() == 1, threading.enumerate()
+        assert listener.stats().threads == 0
+        listener.stop()
+        listener.serve(print, **options)
+    return step <= 0
+
+def lowest_free_descriptor():
+    free = os.dup(0)
+    os.close(free)
+    return free
+
+steps, free = 1, lowest_free_descriptor()
+while serve_interrupted_at(steps):
+    assert lowest_free_descriptor() == free, steps
+    steps += 1
+print(steps)
+"""
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"threads": 3}, {"threads": (1, 3)}, {"threads": 2, "busy": "reset"}], ids=str
+)
+def test_ctrl_c_may_come_at_any_step_of_serve(options: Any) -> None:
+    """Where Python looks for signals: at the call of each function, and when one of C returns."""
+    with child(INTERRUPTED_AT, repr(options)) as process:
+        out, err = process.communicate(timeout=LIMIT)
+    assert (process.returncode, err) == (0, "")
+    assert int(out) > 20
+
+
 EXITING = """
 import fastlisten, sys, threading
 listener = fastlisten.bind(("127.0.0.1", 0))
