@@ -260,6 +260,7 @@ cdef class Loop:
 
     cdef int run_threads(self) except -1:
         """Start the threads and wait, open to signals, until the last has ended."""
+        cdef int code
         try:
             port_swap(&self.starting, 1)
             try:
@@ -268,7 +269,9 @@ cdef class Loop:
                 port_swap(&self.starting, 0)
                 raise
             while self.to_wait_for():
-                self.wait_for_bell()
+                code = self.wait_for_bell()
+                if code != 0:
+                    raise_error(code)
                 PyErr_CheckSignals()
         except BaseException:
             self.stop_now()
@@ -324,9 +327,14 @@ cdef class Loop:
             if self.bell[1] != PORT_NO_SOCKET:
                 port_ring(self.bell[1])
 
-    cdef void wait_for_bell(self) noexcept:
-        """Wait for the end of a thread or a signal; after a cut until GRACE is over, or for as long again."""
+    cdef int wait_for_bell(self) noexcept:
+        """Wait for the end of a thread or a signal; after a cut until GRACE is over, or for as long again.
+
+        Returns the code of a poll() that failed, or 0.
+        """
         cdef int64_t patience = -1
+        cdef int ready
+        cdef int code = 0
         cdef port_pollfd poll
         if self.cut_at:
             patience = self.cut_at + GRACE - port_now()
@@ -335,8 +343,12 @@ cdef class Loop:
         poll.fd = self.bell[0]
         poll.events = POLLIN
         with nogil:
-            if port_poll_ns(&poll, 1, patience) > 0:
+            ready = port_poll_ns(&poll, 1, patience)
+            if ready > 0:
                 port_unring(poll.fd)
+            elif ready < 0:
+                code = port_error()
+        return 0 if code == PORT_EINTR else code
 
     cdef int grow(self) except -1:
         """Start a thread, unless there are as many as may be."""

@@ -685,15 +685,15 @@ from support import connect, echo, exchange, serving, told
 records = Records()
 logging.getLogger("fastlisten").addHandler(records)
 logging.getLogger("fastlisten").propagate = False
-options, at_once = map(ast.literal_eval, sys.argv[1:])
+options, come = map(ast.literal_eval, sys.argv[1:])
 with fastlisten.bind(("127.0.0.1", 0)) as listener:
-    if at_once:
-        change_plan(thread=[("EAGAIN", 1)])
+    if come is not None:
+        change_plan(thread=[(0, come), ("EAGAIN", 1)])
         ended = told(lambda: listener.serve(echo, **options))
         print(json.dumps([ended[0].__name__, len(records.kept)]))
     else:
-        # The thread of serving() and the first of serve() come, no other.
-        change_plan(thread=[(0, 2), ("EAGAIN", 1000)])
+        # The thread of serving(), the one that starts serve()'s and the first of these come, no other.
+        change_plan(thread=[(0, 3), ("EAGAIN", 1000)])
         with serving(listener, echo, **options):
             answers = [exchange(listener).decode() for _ in range(10)]
         print(json.dumps([sorted(set(answers)), sorted({level for level, _ in records.kept})]))
@@ -703,25 +703,37 @@ with fastlisten.bind(("127.0.0.1", 0)) as listener:
 @pytest.mark.parametrize("mode", [{"threads": (1, 4)}], ids=str)
 def test_threads_that_cannot_be_had_are_done_without(faults: Faults, mode: Any) -> None:
     """The one that there is goes on serving; the log tells."""
-    assert faults.python(NO_THREADS, repr(mode), "False") == [["ping"], ["WARNING"]]
+    assert faults.python(NO_THREADS, repr(mode), "None") == [["ping"], ["WARNING"]]
 
 
 @pytest.mark.parametrize(
-    "mode", [{"threads": 2}, {"threads": (1, 4)}, {"busy": "reset", "pending": 3}], ids=str
+    ("mode", "come"),
+    [
+        *[({"threads": 2}, come) for come in range(3)],
+        *[({"threads": (1, 4)}, come) for come in range(2)],
+        ({"busy": "reset", "pending": 3}, 0),
+    ],
+    ids=str,
 )
-def test_without_its_first_threads_serve_raises(faults: Faults, mode: Any) -> None:
-    assert faults.python(NO_THREADS, repr(mode), "True") == ["RuntimeError", 0]
+def test_without_its_first_threads_serve_raises(faults: Faults, mode: Any, come: int) -> None:
+    """`come` of them can be had; the first is the one that starts the others."""
+    assert faults.python(NO_THREADS, repr(mode), repr(come)) == ["RuntimeError", 0]
 
 
 NO_REAPER = """
-import ast, json, sys, fastlisten
+import ast, json, sys, threading, fastlisten
 from preload import change_plan
-from support import connect, echo, serving, told
+from support import connect, echo, serving, told, wait_until
 options = ast.literal_eval(sys.argv[1])
+
+def threads_that_run():
+    return sum(thread.ident is not None for thread in threading.enumerate())
+
 with fastlisten.bind(("127.0.0.1", 0)) as listener, connect(listener) as client:
     with serving(listener, echo, **options) as served:
         client.sendall(b"x")
         client.recv(1)
+        wait_until(lambda: threads_that_run() == 2 + options.get("threads", 0))  # ours and serving()'s
         change_plan(thread=[("EAGAIN", 1)])
         stopped = told(listener.stop, 5)
         client.close()
