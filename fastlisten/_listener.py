@@ -373,14 +373,9 @@ def check_free(listener: Listener) -> None:
 
 def claim(loop: Loop) -> None:
     """Make this the loop of its listeners, until its let_go(); RuntimeError when one is claimed already."""
-    listeners = loop.listeners
-    if len({*listeners}) < len(listeners):
+    if len({*loop.listeners}) < len(loop.listeners):
         raise ValueError("a listener is given more than once")
-    with _claims:
-        for listener in listeners:
-            check_free(listener)
-        for listener in listeners:
-            listener._loop = loop
+    loop.claim(_claims, check_free)
 
 
 def run_loop(loop: Loop) -> ServeResult:

@@ -158,6 +158,17 @@ cdef class Loop:
         self.close_wake_ups()
         self.door.tell_news()
 
+    def claim(self, lock, check):
+        """Under the lock, have `check` raise for a listener that is not free; then all are this loop's.
+
+        Not in Python: from 3.14 on a signal's exception may come between __enter__() and the first line.
+        """
+        with lock:
+            for listener in self.listeners:
+                check(listener)
+            for listener in self.listeners:
+                listener._loop = self
+
     def let_go(self):
         """After finish(): the listeners that were claimed for this loop are free for the next one."""
         for listener in self.listeners:
