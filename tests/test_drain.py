@@ -420,7 +420,7 @@ def test_the_interpreter_ends_while_a_daemon_thread_serves(mode: Any, held: str)
 
 
 FORK = """
-import ast, json, os, sys, threading, warnings, fastlisten
+import ast, json, os, signal, sys, time, warnings, fastlisten
 from support import echo, exchange, serving
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads, which is the point
 options, act = ast.literal_eval(sys.argv[1]), sys.argv[2]
@@ -449,13 +449,13 @@ with fastlisten.bind(("127.0.0.1", 0)) as listener, serving(listener, echo, **op
         finally:
             os._exit(status)
     answers = []
-    if act == "serve":
-        for number in range(2000):
-            answers.append(exchange(listener).decode())
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                break
-    else:
+    done, status = os.waitpid(child, os.WNOHANG if act == "serve" else 0)
+    deadline = time.monotonic() + 20
+    while not done and time.monotonic() < deadline:
+        answers.append(exchange(listener).decode())
+        done, status = os.waitpid(child, os.WNOHANG)
+    if not done:  # or it would outlive us
+        os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     answers += [exchange(listener).decode() for _ in range(20)]
     alive = served.thread.is_alive()
