@@ -119,14 +119,29 @@ def echo(connection: Any) -> None:
 
 @contextlib.contextmanager
 def alarms(handler: Any, every: float) -> Iterator[None]:
-    """Send a signal to this, the main thread every so many seconds, and have `handler` called."""
+    """Send a signal to this, the main thread every so many seconds, and have `handler` called.
+
+    Until it raises: one more on the way out of the block would come out of whatever clears up there.
+    """
     # Not SIGALRM: pytest-timeout's clock rings with that.
     number = signal.SIGUSR1
-    before = signal.signal(number, handler)
+    quiet = False
+
+    def answer(*arguments: Any) -> None:
+        nonlocal quiet
+        if quiet:
+            return
+        try:
+            handler(*arguments)
+        except BaseException:
+            quiet = True
+            raise
+
+    before = signal.signal(number, answer)
     here, over = threading.get_ident(), threading.Event()
 
     def ring() -> None:
-        while not over.wait(every):
+        while not quiet and not over.wait(every):
             signal.pthread_kill(here, number)
 
     ringing = threading.Thread(target=ring)
