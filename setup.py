@@ -24,6 +24,8 @@ from setuptools import Extension, setup
 # A cross build for Windows runs on Linux, so ask for the target, not for the running system.
 WINDOWS = sysconfig.get_platform().startswith("win")
 
+PACKAGE = Path("fastlisten")
+
 # The one place for directives. Types and checks cost nothing at run time; no signature is guessed.
 DIRECTIVES = {
     "language_level": "3",
@@ -40,18 +42,18 @@ DIRECTIVES = {
 }
 
 
-def extension(name: str) -> Extension:
+def extension(source: Path) -> Extension:
     return Extension(
-        f"fastlisten.{name}",
-        [f"fastlisten/{name}.pyx"],
-        depends=["fastlisten/_port.h"],
+        ".".join(source.with_suffix("").parts),
+        [str(source)],
+        depends=[str(header) for header in sorted(PACKAGE.rglob("*.h"))],
         libraries=["ws2_32"] if WINDOWS else [],
     )
 
 
 setup(
     ext_modules=cythonize(
-        [extension(path.stem) for path in sorted(Path("fastlisten").glob("*.pyx"))],
+        [extension(source) for source in sorted(PACKAGE.rglob("*.pyx"))],
         build_dir="build/cython",  # generated C stays out of the source tree
         compiler_directives=DIRECTIVES,
     ),
