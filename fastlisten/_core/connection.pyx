@@ -11,7 +11,8 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from fastlisten._port cimport *
+from fastlisten._core.port cimport *
+from fastlisten._core.state cimport client_out, state_hold, state_t
 
 
 # A recv() of at most this many bytes goes through the stack, so that its result is allocated once, at its
@@ -80,31 +81,6 @@ cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1:
     return ready > 0
 
 
-cdef void ledger_ring(ledger_t *ledger) noexcept nogil:
-    """Wake the loop, if there is one: any thread, with the GIL or without."""
-    port_add(&ledger.ringing, 1)
-    if port_get(&ledger.armed):
-        port_ring(ledger.wake[1])
-    port_add(&ledger.ringing, -1)
-
-
-cdef void ledger_disarm(ledger_t *ledger) noexcept nogil:
-    """Close the wake-up.  Nobody may poll it any more; whoever is ringing it is let finish, for its number
-    may be a stranger's the moment it is closed."""
-    if port_swap(&ledger.armed, 0):
-        while port_get(&ledger.ringing):
-            pass
-        port_close(ledger.wake[0])
-        port_close(ledger.wake[1])
-
-
-cdef void ledger_release(ledger_t *ledger) noexcept nogil:
-    """Give one hold on the ledger back; the last one frees it and its wake-up."""
-    if port_add(&ledger.holders, -1) == 0:
-        ledger_disarm(ledger)
-        free(ledger)
-
-
 cdef object address_object(const port_address *address, int length):
     """The address as socket.accept() gives it; None where it does (the system told none)."""
     cdef char text[64]
@@ -149,9 +125,9 @@ cdef object standard_socket(port_socket fd, int family, int type, int protocol):
 
 
 cdef Connection new_connection(
-        port_socket fd, const port_address *address, int length, ledger_t *ledger, double timeout):
-    """A Connection that owns `fd`, which the caller has counted as active.  It takes a hold on the ledger,
-    which says where the client came from."""
+        port_socket fd, const port_address *address, int length, state_t *state, double timeout):
+    """A Connection that owns `fd`; on failure the descriptor stays the caller's.  It takes a hold on the
+    state, which says where the client came from."""
     cdef Connection connection = Connection.__new__(Connection)
     cdef void *place = connection.address.bytes
     if length > SHORT_ADDRESS:
@@ -161,8 +137,8 @@ cdef Connection new_connection(
         connection.address.heap = place
     memcpy(place, address, length)
     connection.address_length = length
-    port_add(&ledger.holders, 1)
-    connection.ledger = ledger
+    state_hold(state)
+    connection.state = state
     connection.timeout = timeout
     connection.fd = fd
     return connection
@@ -190,7 +166,7 @@ cdef class Connection:
 
     def __cinit__(self):
         self.fd = PORT_NO_SOCKET
-        self.ledger = NULL
+        self.state = NULL
         self.timeout = -1
 
     def __init__(self, *args):
@@ -207,14 +183,11 @@ cdef class Connection:
 
     # --- ownership ---------------------------------------------------------------------------------
 
-    cdef void give_up(self) noexcept:
-        """The descriptor is no longer ours: count the client out and tell a loop that waits for that."""
-        cdef ledger_t *ledger = self.ledger
-        self.ledger = NULL
-        port_add(&ledger.active, -1)
-        if port_get(&ledger.wanted):  # asked after the count went down, so that a waiting loop sees it
-            ledger_ring(ledger)
-        ledger_release(ledger)
+    cdef void count_out(self) noexcept:
+        """The descriptor is no longer ours."""
+        cdef state_t *state = self.state
+        self.state = NULL
+        client_out(state)
 
     cdef int finish(self) noexcept:
         """Close the descriptor if it is still ours; returns the code of a close that failed, or 0."""
@@ -228,7 +201,7 @@ cdef class Connection:
         with nogil:
             if port_close(fd) != 0:
                 code = port_error()
-        self.give_up()
+        self.count_out()
         return code
 
     cdef void end(self) noexcept:
@@ -278,7 +251,7 @@ cdef class Connection:
         self.closing = True
         if fd == PORT_NO_SOCKET:
             return -1
-        self.give_up()
+        self.count_out()
         return fd
 
     def socket(self):
@@ -286,11 +259,11 @@ cdef class Connection:
 
         It has the family, type, protocol and timeout the connection had.  The caller closes it.
         """
-        cdef ledger_t *ledger = self.ledger
+        cdef state_t *state = self.state
         cdef int family, type, protocol
         if self.fd == PORT_NO_SOCKET:
             raise_error(PORT_CLOSED)
-        family, type, protocol = ledger.family, ledger.type, ledger.protocol
+        family, type, protocol = state.family, state.type, state.protocol
         # given up first: if a signal handler raises in between, nobody closes the descriptor twice
         sock = standard_socket(self.detach(), family, type, protocol)
         timeout = self.gettimeout()
@@ -336,7 +309,7 @@ cdef class Connection:
         implementation.  No Python code runs while two objects have the descriptor."""
         if self.fd == PORT_NO_SOCKET:
             raise_error(PORT_CLOSED)
-        sock = _CSocket(self.ledger.family, self.ledger.type, self.ledger.protocol, self.fd)
+        sock = _CSocket(self.state.family, self.state.type, self.state.protocol, self.fd)
         try:
             sock.settimeout(self.gettimeout())
             result = getattr(sock, method)(*arguments)
@@ -497,7 +470,7 @@ cdef class Connection:
         if self.fd == PORT_NO_SOCKET:
             raise_error(PORT_CLOSED)
         # that method is Python code, which a signal handler may leave at any point: give it a copy to close
-        with _StandardSocket(self.ledger.family, self.ledger.type, self.ledger.protocol,
+        with _StandardSocket(self.state.family, self.state.type, self.state.protocol,
                              fileno=_duplicate(self.fd)) as sock:
             sock.settimeout(self.gettimeout())
             return sock.sendfile(file, offset, count)

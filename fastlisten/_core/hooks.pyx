@@ -7,8 +7,8 @@ import threading
 cimport cython
 from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit, PyContext_New
 
-from fastlisten._connection cimport Connection
-from fastlisten._port cimport *
+from fastlisten._core.connection cimport Connection
+from fastlisten._core.port cimport *
 
 cdef object _close = _socket.SocketType.close
 
@@ -29,7 +29,7 @@ cdef int shutdown_request(request) except -1:
 
 
 @cython.final
-cdef class Way:
+cdef class RequestHooks:
     """What to do with a client: the hooks in the original's order, with its answers to their errors.
 
     server: whose hooks.  listener: stopped when a hook fails.  plain: whether a request's hooks are all the
