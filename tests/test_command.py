@@ -35,7 +35,7 @@ from support import (
 
 import fastlisten
 from fastlisten import Endpoint
-from fastlisten.__main__ import main
+from fastlisten.cli import main
 
 COMMAND = [sys.executable, "-m", "fastlisten"]
 LISTENING = "listening on "
@@ -805,7 +805,7 @@ def test_a_unix_path_in_use_names_the_process_that_holds_it(
         holder.bind(path)
         holder.listen()
         done = run("serve", f"unix:{path}")
-        monkeypatch.setattr("fastlisten.__main__.holder_of", lambda _: None)  # another user's
+        monkeypatch.setattr("fastlisten.cli.failures.holder_of", lambda _: None)  # another user's
         assert main(["serve", f"unix:{path}"]) == 1
         line = f"fastlisten: cannot listen on unix:{path}: {os.strerror(errno.EADDRINUSE)}\n"
         assert capsys.readouterr().err == line
