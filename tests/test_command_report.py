@@ -76,7 +76,7 @@ def test_a_terminal_shows_one_live_line() -> None:
                 [endpoint] = re.findall(rb"listening on (\S+)\r\n", screen.seen)
                 screen.until(rb"\raccepted 0  0/s  active 0")
                 target = Endpoint.parse(endpoint.decode()).sockaddr
-                with connect(target) as client:  # type: ignore[arg-type]
+                with connect(target) as client:
                     client.sendall(b"a")
                     assert client.recv(1) == b"a"
                     screen.until(rb"\raccepted 1  \d+/s  active 1")

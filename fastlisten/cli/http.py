@@ -1,58 +1,80 @@
-"""The built-in handler `http`."""
+"""The built-in handler `http`: the standard library's request handler, with one small answer."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import re
 import socket
+from collections.abc import Callable
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 
-from fastlisten import Connection
+import fastlisten
 
-HTTP_SIZE = 65536  # the longest request head that is read, in bytes
-HTTP_HEAD_END = re.compile(rb"\r?\n\r?\n")  # a person's telnet may leave out \r
-HTTP_TIMEOUT = 10.0  # seconds a client may stay silent
-HTTP_BODY = 1 << 26  # the longest request body that is read and dropped, in bytes
-HTTP_CONTENT = b"fastlisten\n"
-
-
-def http(connection: Connection) -> None:
-    """Read one HTTP/1 request and answer it with a small 200, then close."""
-    connection.settimeout(HTTP_TIMEOUT)
-    with contextlib.suppress(ConnectionError, TimeoutError):  # the client left or fell silent
-        head = b""
-        while not (end := HTTP_HEAD_END.search(head)):
-            data = connection.recv(HTTP_SIZE)
-            if not data:
-                return
-            head += data
-            if len(head) > HTTP_SIZE:
-                connection.sendall(_answer(b"431 Request Header Fields Too Large", b""))
-                _discard(connection)
-                return
-        head, rest = head[: end.start()], head[end.end() :]
-        content = b"" if head.startswith(b"HEAD ") else HTTP_CONTENT
-        fields = head.lower()
-        if b"\nexpect:" in fields and not rest:
-            connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        connection.sendall(_answer(b"200 OK", content))
-        if rest or b"\ncontent-length:" in fields or b"\ntransfer-encoding:" in fields:
-            _discard(connection)
+CONTENT = b"fastlisten\n"
+SILENCE = 10.0  # seconds a client may stay silent
+UNREAD_SIZE = 65536  # bytes of a request body read at once
+UNREAD_LIMIT = 1 << 26  # bytes of a request body that are read and dropped, at most
 
 
-@functools.cache
-def _answer(status: bytes, content: bytes) -> bytes:
-    return b"HTTP/1.1 %b\r\nContent-Type: text/plain\r\nContent-Length: %d\r\nConnection: close\r\n\r\n%b" % (
-        status,
-        len(HTTP_CONTENT) if status.startswith(b"200") else 0,
-        content,
-    )
+def http(connection: fastlisten.Connection) -> None:
+    """Read one HTTP/1 request and answer it with a small 200; who leaves or falls silent gets none."""
+    with contextlib.suppress(ConnectionError, TimeoutError):
+        request: Any = connection  # has what the request handler uses of a socket.socket
+        server: Any = None  # is not used by the request handler
+        OneRequest(request, connection.peer, server)
 
 
-def _discard(connection: Connection) -> None:
-    """Read what the client still sends: closing with unread input makes the kernel send a reset,
-    which can overtake the answer (RFC 9112, section 9.6)."""
-    connection.shutdown(socket.SHUT_WR)
-    left = HTTP_BODY
-    while left > 0 and (data := connection.recv(HTTP_SIZE)):
-        left -= len(data)
+class OneRequest(BaseHTTPRequestHandler):
+    """Answers one request, whatever its method is, and ends the connection so that the answer arrives."""
+
+    protocol_version = "HTTP/1.1"
+    default_request_version = "HTTP/1.0"  # a request line that says no version gets a status line too
+    server_version = f"fastlisten/{fastlisten.__version__}"
+    timeout = SILENCE
+    expects_more = False  # whether the client may have more to send than the head that was read
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        if name.startswith("do_"):  # do_GET() and so on, which the original looks up
+            return self.answer
+        raise AttributeError(name)
+
+    def handle(self) -> None:
+        """Serve one request, then take what the client still sends."""
+        self.handle_one_request()
+        self._drop_unread()
+
+    def answer(self) -> None:
+        """Write the answer, without reading the request's body."""
+        length = self.headers.get("Content-Length", "0")
+        self.expects_more = length != "0" or "Transfer-Encoding" in self.headers
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(CONTENT)
+
+    def send_error(self, *arguments: Any, **named: Any) -> None:
+        """As the original; of a request that was not understood more may come."""
+        self.expects_more = True
+        super().send_error(*arguments, **named)
+
+    def _drop_unread(self) -> None:
+        """Read what the client still sends: closing with unread input makes the kernel send a reset,
+        which can overtake the answer (RFC 9112, section 9.6)."""
+        with contextlib.suppress(OSError):  # the client has left, or has fallen silent
+            self.connection.shutdown(socket.SHUT_WR)
+            if not self.expects_more:
+                self.connection.settimeout(0)  # of a second request only what is here
+            left = UNREAD_LIMIT
+            while left > 0 and (data := self.connection.recv(UNREAD_SIZE)):
+                left -= len(data)
+
+    def version_string(self) -> str:
+        """Return what the answer tells of the server: not which Python it runs on."""
+        return self.server_version
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing: a request is counted by the listener, and that is all."""
