@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite; the helpers that tests import are in support.py."""
+"""Fixtures of the whole suite; what tests import is in helpers/."""
 
 import contextlib
 import gc
@@ -13,7 +13,8 @@ from typing import Any
 
 import hypothesis
 import pytest
-from support import PROBES, THOUSANDS, wait_until
+
+from helpers import PROBES, THOUSANDS, wait_until
 
 # Threads that a test has stopped may still be in their last instructions when it ends.
 ENDING = 3.0
@@ -125,10 +126,10 @@ def unix_path(unix_paths: Path) -> str:
 
 @pytest.fixture(scope="session")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Give processes whose socket calls fail as planned; see preload.py."""
+    """Give processes whose socket calls fail as planned; see helpers/faults.py."""
     for name in ("Linux", "a C compiler"):
         if not PROBES[name]():
             pytest.skip(f"needs {name}, for the library that injects faults")
-    import preload  # not above: the copy of this file that tests itself has no need of it
+    from helpers import faults  # not above: few tests have a need of it
 
-    return preload.build(tmp_path_factory.mktemp("faults"))
+    return faults.build(tmp_path_factory.mktemp("faults"))

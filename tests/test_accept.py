@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Serving, connect, echo, exchange, needs, read_all, serving, wait_until
 
 from fastlisten import Connection, Listener, bind
+from helpers import Serving, connect, echo, exchange, needs, read_all, serving, wait_until
 
 LOOPBACK = ("127.0.0.1", 0)
 

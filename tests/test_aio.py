@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from aio_support import Echo, Notes, Run, asyncios, run, run_awaits, server
-from support import LIMIT, connect, exchange, needs, posix_only, read_all, under_wine
 
 import fastlisten
 from fastlisten import aio
+from helpers import LIMIT, connect, exchange, needs, posix_only, read_all, under_wine
+from helpers.aio import Echo, Notes, Run, asyncios, run, run_awaits, server
 
 __all__ = ["run", "run_awaits"]  # fixtures
 
@@ -1136,7 +1136,7 @@ def test_room_is_made_for_as_many_descriptors_as_there_may_be_connections() -> N
     code = """if True:
         import asyncio, os
         from fastlisten import aio
-        from support import descriptor_table
+        from helpers.programs import descriptor_table
 
         async def main():
             server = await aio.create_server(asyncio.Protocol, "127.0.0.1", 0, max_connections=500)

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aio_support import Run, run
-from support import connect, read_all
 
 from fastlisten import aio
+from helpers import connect, read_all
+from helpers.aio import Run, run
 
 __all__ = ["run"]  # a fixture
 

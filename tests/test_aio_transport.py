@@ -19,11 +19,12 @@ import weakref
 from typing import Any
 
 import pytest
-from aio_support import LOOPS, WAYS, Echo, Notes, Run, asyncios, run, server
-from preload import Faults, check, interpreter, plain_environment
-from support import LIMIT, connect, needs, not_under_wine, posix_only, read_all, reset, under_wine, wait_until
 
 from fastlisten import aio
+from helpers import LIMIT, connect, needs, not_under_wine, posix_only, read_all, reset, under_wine, wait_until
+from helpers.aio import LOOPS, WAYS, Echo, Notes, Run, asyncios, run, server
+from helpers.faults import Faults
+from helpers.programs import check, interpreter, plain_environment
 
 __all__ = ["run"]  # a fixture
 
@@ -1410,7 +1411,7 @@ def test_reading_from_another_thread_sees_the_server_alive(run: Run) -> None:
 
 FAULTY_SERVER = """
 import asyncio, functools, json, sys
-from aio_support import Run
+from helpers.aio import Run
 from fastlisten import aio
 from fastlisten._transport import Hub
 
@@ -1524,7 +1525,7 @@ FORKS = """if True:
     import asyncio, functools, os, socket, sys
     from fastlisten import aio
     from fastlisten._transport import Hub
-    from support import LIMIT, connect
+    from helpers import LIMIT, connect
 
     class Heard(asyncio.Protocol):
         def connection_made(self, transport):
@@ -1589,9 +1590,9 @@ def test_a_forked_child_that_ends_leaves_the_parents_connections_alone(polled: b
 LOST_WITHOUT_END = """if True:
     import asyncio, json, logging, sys, time
     import fastlisten
-    from aio_support import Echo, Run, server
-    from preload import change_plan
-    from support import connect
+    from helpers.aio import Echo, Run, server
+    from helpers.faults import change_plan
+    from helpers import connect
 
     lines = []
     logging.basicConfig(level=logging.INFO, handlers=[type("Keeps", (logging.Handler,), {

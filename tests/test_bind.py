@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import (
+
+import fastlisten
+from fastlisten import Endpoint, Listener, bind, create_server
+from helpers import (
     NOBODYS,
     NOWHERE,
     connect,
@@ -24,9 +27,6 @@ from support import (
     serving,
     under_wine,
 )
-
-import fastlisten
-from fastlisten import Endpoint, Listener, bind, create_server
 
 LOOPBACK = ("127.0.0.1", 0)
 LOOPBACK6 = ("::1", 0)

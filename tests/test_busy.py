@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preload import plain_environment, python, server
-from support import (
+
+import fastlisten
+from helpers import (
     LIMIT,
     connect,
-    descriptor_table,
     echo,
     exchange,
     needs,
@@ -32,8 +32,8 @@ from support import (
     serving,
     wait_until,
 )
-
-import fastlisten
+from helpers.programs import descriptor_table, plain_environment, python
+from helpers.server_process import server
 
 LOOPBACK = ("127.0.0.1", 0)
 if os.name == "posix":
@@ -148,7 +148,7 @@ def waited_for_a_core(thread: str) -> float:
 
 SIGPIPE = """
 import json, signal, socket, struct, fastlisten
-from support import reset, serving, wait_until
+from helpers import reset, serving, wait_until
 
 def holds(connection):
     connection.recv(1)

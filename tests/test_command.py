@@ -20,7 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import (
+
+import fastlisten
+from fastlisten import Endpoint
+from fastlisten.__main__ import main
+from helpers import (
     LIMIT,
     NOBODYS,
     NOWHERE,
@@ -32,10 +36,6 @@ from support import (
     read_all,
     under_wine,
 )
-
-import fastlisten
-from fastlisten import Endpoint
-from fastlisten.__main__ import main
 
 COMMAND = [sys.executable, "-m", "fastlisten"]
 LISTENING = "listening on "

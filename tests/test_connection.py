@@ -21,7 +21,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import (
+
+import fastlisten
+from helpers import (
     LIMIT,
     alarms,
     connect,
@@ -35,8 +37,6 @@ from support import (
     told,
     wait_until,
 )
-
-import fastlisten
 
 KINDS = ["standard", "ours"]
 # Windows has no sendmsg(); what ours says there is in test_platforms.py.
@@ -1050,7 +1050,7 @@ def test_whatever_is_sent_arrives(
 
 PARTIAL = """
 import json, threading, socket, fastlisten
-from support import connect, read_all
+from helpers import connect, read_all
 data = bytes(range(256)) * 40
 with fastlisten.bind(("127.0.0.1", 0)) as listener, connect(listener) as client:
     with listener.accept_many(1)[0] as connection:
@@ -1077,7 +1077,7 @@ def test_sendall_goes_on_after_partial_sends_and_signals(
 
 SPURIOUS = """
 import json, fastlisten
-from support import connect
+from helpers import connect
 with fastlisten.bind(("127.0.0.1", 0)) as listener, connect(listener) as client:
     with listener.accept_many(1)[0] as connection:
         connection.settimeout(5.0)
@@ -1095,7 +1095,7 @@ def test_a_timed_call_that_finds_nothing_after_all_waits_again(faults: Any) -> N
 def test_errors_of_the_calls_come_out_as_they_are(faults: Any) -> None:
     code = """
 import json, fastlisten, sys, socket
-from support import connect, told
+from helpers import connect, told
 seen = []
 for standard in (True, False):
     with fastlisten.bind(("127.0.0.1", 0)) as listener, connect(listener):

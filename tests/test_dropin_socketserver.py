@@ -15,10 +15,10 @@ import xmlrpc.server
 from pathlib import Path
 
 import pytest
-from support import LIMIT, NOBODYS, connect, exchange, needs, posix_only, wait_until
 
 import fastlisten
 from fastlisten import socketserver as dropin
+from helpers import LIMIT, NOBODYS, connect, exchange, needs, posix_only, wait_until
 
 BOTH = pytest.mark.parametrize("module", [socketserver, dropin], ids=["original", "dropin"])
 THREADING = pytest.mark.parametrize("threading_", [False, True], ids=["inline", "threads"])

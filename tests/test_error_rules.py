@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import (
+
+import fastlisten
+from helpers import (
     LIMIT,
     NOBODYS,
     NOWHERE,
@@ -34,8 +36,6 @@ from support import (
     told,
     wait_until,
 )
-
-import fastlisten
 
 INET, STREAM = socket.AF_INET, socket.SOCK_STREAM
 LOOPBACK = ("127.0.0.1", 0)

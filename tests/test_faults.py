@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preload import Faults, Plan, plain_environment, python, server
-from support import LIMIT, connect, exchange, needs, refusal, wait_until
+
+from helpers import LIMIT, connect, exchange, needs, refusal, wait_until
+from helpers.faults import Faults, Plan
+from helpers.programs import plain_environment, python
+from helpers.server_process import server
 
 pytestmark = needs("Linux", "a C compiler")
 
@@ -40,9 +43,9 @@ UNKNOWN = ["EOPNOTSUPP", "EFAULT", "EIO", "ECONNRESET", "EACCES", "ENOSYS", "EPI
 
 TABLE = """
 import ast, json, logging, sys, fastlisten
-from preload import change_plan
-from server import Records
-from support import connect, echo, exchange, serving, told, wait_until
+from helpers.faults import change_plan
+from helpers.server import Records
+from helpers import connect, echo, exchange, serving, told, wait_until
 
 records = Records()
 logging.getLogger("fastlisten").addHandler(records)
@@ -124,7 +127,7 @@ def test_what_is_not_known_or_no_listener_is_raised_at_once(table: Any, code: st
 
 ERRORS_BY_CODE = """
 import ast, json, sys, fastlisten
-from support import echo, exchange, serving
+from helpers import echo, exchange, serving
 with fastlisten.bind(("127.0.0.1", 0)) as listener, serving(listener, echo):
     exchange(listener)
     print(json.dumps(dict(listener.stats().accept_errors)))
@@ -139,7 +142,7 @@ def test_errors_are_counted_by_code(faults: Faults) -> None:
 
 ENDS = """
 import ast, json, sys, threading, fastlisten
-from support import connect, serving
+from helpers import connect, serving
 options = ast.literal_eval(sys.argv[1])
 handled = []
 def handler(connection):
@@ -164,7 +167,7 @@ def test_a_listener_that_is_gone_after_a_stop_ends_the_loop(faults: Faults, mode
 
 NOT_A_LISTENER = """
 import ast, json, socket, sys, fastlisten
-from support import told
+from helpers import told
 options = ast.literal_eval(sys.argv[1])
 seen = []
 for kind, bound in ((socket.SOCK_STREAM, True), (socket.SOCK_STREAM, False), (socket.SOCK_DGRAM, True)):
@@ -188,7 +191,7 @@ def test_what_is_no_listener_is_told_at_once(mode: Any) -> None:
 def test_a_failed_poll_is_raised(faults: Faults, mode: Any) -> None:
     code = """
 import ast, json, sys, fastlisten
-from support import told
+from helpers import told
 with fastlisten.bind(("127.0.0.1", 0)) as listener:
     print(json.dumps(told(lambda: listener.serve(print, **ast.literal_eval(sys.argv[1])))[1]))
 """
@@ -420,8 +423,8 @@ def test_stop_while_clients_are_lost_without_end(faults: Faults, mode: Any, drai
 
 A_DRAIN_FOR_NOBODY = """
 import ast, json, sys, time, fastlisten
-from preload import change_plan
-from support import echo, serving, wait_until
+from helpers.faults import change_plan
+from helpers import echo, serving, wait_until
 
 with fastlisten.bind("unix:@" + sys.argv[1]) as listener:
     change_plan(accept=[("EMFILE", 1)])
@@ -534,8 +537,8 @@ def test_shed_gets_its_descriptor_back_from_a_stranger(faults: Faults, mode: Any
 
 CLOSED_MEANWHILE = """
 import ast, ctypes, json, sys, threading, time, fastlisten
-from preload import change_plan
-from support import connect, exchange, serving, wait_until
+from helpers.faults import change_plan
+from helpers import connect, exchange, serving, wait_until
 library = ctypes.CDLL(None)
 go = threading.Event()
 def handler(connection):
@@ -628,8 +631,8 @@ def test_the_server_process_is_steered() -> None:
 
 IN_A_BATCH = """
 import json, fastlisten
-from preload import change_plan
-from support import connect, told
+from helpers.faults import change_plan
+from helpers import connect, told
 seen = []
 with fastlisten.bind(("127.0.0.1", 0)) as listener:
     listener.settimeout(5)
@@ -654,7 +657,7 @@ def test_an_error_in_the_middle_of_accept_many_is_left_for_the_next_call(faults:
 
 ITERATED = """
 import json, threading, fastlisten
-from support import exchange
+from helpers import exchange
 answers = []
 with fastlisten.bind(("127.0.0.1", 0)) as listener:
     def clients():
@@ -679,9 +682,9 @@ def test_iteration_meets_the_same_table(faults: Faults) -> None:
 
 NO_THREADS = """
 import ast, json, logging, sys, fastlisten
-from preload import change_plan
-from server import Records
-from support import connect, echo, exchange, serving, told
+from helpers.faults import change_plan
+from helpers.server import Records
+from helpers import connect, echo, exchange, serving, told
 records = Records()
 logging.getLogger("fastlisten").addHandler(records)
 logging.getLogger("fastlisten").propagate = False
@@ -722,8 +725,8 @@ def test_without_its_first_threads_serve_raises(faults: Faults, mode: Any, come:
 
 NO_REAPER = """
 import ast, json, sys, threading, fastlisten
-from preload import change_plan
-from support import connect, echo, serving, told, wait_until
+from helpers.faults import change_plan
+from helpers import connect, echo, serving, told, wait_until
 options = ast.literal_eval(sys.argv[1])
 
 def threads_that_run():
@@ -750,7 +753,7 @@ def test_a_drain_that_gets_no_thread_to_watch_its_time_still_ends(faults: Faults
 
 SIGNAL_BEFORE_THE_FIRST_WAIT = """
 import ast, json, signal, sys, fastlisten
-from preload import change_plan
+from helpers.faults import change_plan
 with fastlisten.bind(("127.0.0.1", 0)) as listener:
     change_plan(signal=[(signal.SIGINT.value, 1)])
     try:
@@ -769,8 +772,8 @@ def test_a_signal_just_before_the_loop_first_waits_is_not_lost(faults: Faults, m
 
 TIMED_ACCEPT = """
 import json, socket, sys, fastlisten
-from preload import change_plan
-from support import connect, told
+from helpers.faults import change_plan
+from helpers import connect, told
 make = {"original": socket.create_server, "ours": fastlisten.create_server}[sys.argv[1]]
 found = []
 with make(("127.0.0.1", 0)) as listener:

@@ -19,7 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support import (
+
+import fastlisten
+from fastlisten import Connection, Listener, ServeResult, bind
+from helpers import (
     LIMIT,
     Serving,
     connect,
@@ -33,9 +36,6 @@ from support import (
     under_wine,
     wait_until,
 )
-
-import fastlisten
-from fastlisten import Connection, Listener, ServeResult, bind
 
 LOOPBACK = ("127.0.0.1", 0)
 # Inline, a fixed number and a range: where nothing else is said, all three do the same.

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support import LIMIT, connect, echo, exchange, serving, wait_until
 
 import fastlisten
+from helpers import LIMIT, connect, echo, exchange, serving, wait_until
 
 pytestmark = pytest.mark.skipif(os.name != "nt", reason="Windows only: its codes")
 

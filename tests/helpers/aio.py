@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
-from support import LIMIT
 
 from fastlisten import aio
 from fastlisten._transport import Hub
+from helpers import LIMIT
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
 if importlib.util.find_spec("uvloop"):
