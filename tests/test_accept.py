@@ -18,9 +18,7 @@ from typing import Any
 import pytest
 
 from fastlisten import Connection, Listener, bind
-from helpers import Serving, connect, echo, exchange, needs, read_all, serving, wait_until
-
-LOOPBACK = ("127.0.0.1", 0)
+from helpers import LOOPBACK, Serving, connect, echo, exchange, needs, read_all, serving, wait_until
 
 
 @pytest.fixture

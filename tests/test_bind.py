@@ -15,6 +15,7 @@ import pytest
 import fastlisten
 from fastlisten import Endpoint, Listener, bind, create_server
 from helpers import (
+    LOOPBACK,
     NOBODYS,
     NOWHERE,
     connect,
@@ -28,7 +29,6 @@ from helpers import (
     under_wine,
 )
 
-LOOPBACK = ("127.0.0.1", 0)
 LOOPBACK6 = ("::1", 0)
 
 # Audit hooks cannot be taken away again, so there is one, and it works only while a list is here.

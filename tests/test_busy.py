@@ -20,6 +20,7 @@ import pytest
 import fastlisten
 from helpers import (
     LIMIT,
+    LOOPBACK,
     connect,
     echo,
     exchange,
@@ -35,7 +36,6 @@ from helpers import (
 from helpers.programs import descriptor_table, plain_environment, python
 from helpers.server_process import server
 
-LOOPBACK = ("127.0.0.1", 0)
 if os.name == "posix":
     import fcntl
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"

@@ -14,11 +14,22 @@ from typing import Any
 import pytest
 
 import fastlisten
-from helpers import LIMIT, Serving, connect, echo, exchange, needs, read_all, serving, told, wait_until
+from helpers import (
+    LIMIT,
+    LOOPBACK,
+    Serving,
+    connect,
+    echo,
+    exchange,
+    needs,
+    read_all,
+    serving,
+    told,
+    wait_until,
+)
 from helpers.programs import check, interpreter, plain_environment, python
 from helpers.server_process import server
 
-LOOPBACK = ("127.0.0.1", 0)
 MODES: dict[str, dict[str, Any]] = {
     "inline": {},
     "threads": {"threads": 2},

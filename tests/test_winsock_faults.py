@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 import fastlisten
-from helpers import LIMIT, connect, echo, exchange, serving, wait_until
+from helpers import LIMIT, LOOPBACK, connect, echo, exchange, serving, wait_until
 
 pytestmark = pytest.mark.skipif(os.name != "nt", reason="Windows only: its codes")
 
-LOOPBACK = ("127.0.0.1", 0)
 MODES: dict[str, dict[str, Any]] = {
     "inline": {},
     "threads": {"threads": 2},

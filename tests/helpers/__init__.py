@@ -1,6 +1,6 @@
 """What many test files use; the modules that it does not name are imported by themselves."""
 
-from helpers.addresses import NOBODYS, NOWHERE, own_loopback, reachable
+from helpers.addresses import LOOPBACK, NOBODYS, NOWHERE, own_loopback, reachable
 from helpers.outcomes import Told, told
 from helpers.probes import (
     PROBES,
@@ -20,6 +20,7 @@ from helpers.waiting import LIMIT, alarms, wait_until
 
 __all__ = [
     "LIMIT",
+    "LOOPBACK",
     "NOBODYS",
     "NOWHERE",
     "PROBES",

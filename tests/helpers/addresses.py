@@ -1,13 +1,12 @@
-"""Addresses of nobody, of this process, and of a server as its clients reach it."""
+"""Addresses: any free port, of nobody, of this process, and of a server as its clients reach it."""
 
 import os
 import sys
 from typing import Any
 
+LOOPBACK = ("127.0.0.1", 0)
 # A name that no resolver knows and none is asked for: "!" is in no host name, and libc sees that itself.
 NOWHERE = "no!such!host.invalid"
-
-
 # An address of no machine, RFC 5737.
 NOBODYS = "192.0.2.1"
 

@@ -1,9 +1,11 @@
 """Programs in processes of their own."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,26 @@ def descriptor_table(pid: int) -> int:
     """Return for how many descriptors a process has room; proc_pid_status(5), FDSize."""
     with open(f"/proc/{pid}/status") as status:
         return int(status.read().split("FDSize:")[1].split()[0])
+
+
+@contextlib.contextmanager
+def child(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run Python code in a process of its own; it is killed at the end if it has not ended."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    """Read the next line that the process prints."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
