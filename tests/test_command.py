@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from command_support import LISTENING, run, serve
-from support import LIMIT, connect, exchange, needs, not_under_wine, posix_only, read_all
+from helpers.command import LISTENING, run, serve
+from helpers import LIMIT, connect, exchange, needs, not_under_wine, posix_only, read_all
 
 import fastlisten
 from fastlisten import Endpoint

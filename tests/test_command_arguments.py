@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_support import is_one_line, run
-from support import NOBODYS, NOWHERE, needs, under_wine
+from helpers.command import is_one_line, run
+from helpers import NOBODYS, NOWHERE, needs, under_wine
 
 import fastlisten
 from fastlisten import Endpoint

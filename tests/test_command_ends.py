@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_support import COMMAND, Server, is_one_line, serve, signals
-from support import LIMIT, connect, exchange, posix_only, read_all
+from helpers.command import COMMAND, Server, is_one_line, serve, signals
+from helpers import LIMIT, connect, exchange, posix_only, read_all
 
 
 @signals

@@ -13,8 +13,8 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from command_support import Server, serve
-from support import LIMIT, connect, exchange, read_all, reset, serving, wait_until
+from helpers.command import Server, serve
+from helpers import LIMIT, connect, exchange, read_all, reset, serving, wait_until
 
 import fastlisten
 from fastlisten.cli import http

@@ -8,8 +8,8 @@ import signal
 import subprocess
 import time
 
-from command_support import COMMAND, serve, signals
-from support import LIMIT, connect, exchange, posix_only
+from helpers.command import COMMAND, serve, signals
+from helpers import LIMIT, connect, exchange, posix_only
 
 from fastlisten import Endpoint
 

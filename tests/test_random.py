@@ -18,9 +18,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import LIMIT, Serving, connect, reset, told, wait_until
 
 import fastlisten
+from helpers import LIMIT, Serving, connect, reset, told, wait_until
 
 MODES: list[dict[str, Any]] = [
     {},

@@ -1,12 +1,14 @@
 """The suite's own guards: a check that cannot fail checks nothing."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support import posix_only, wait_until
+
+from helpers import posix_only, wait_until
 
 HERE = Path(__file__).parent
 
@@ -34,7 +36,7 @@ def test_the_guard_fails_a_test_that_leaves_something(tmp_path: Path) -> None:
     conftest = (HERE / "conftest.py").read_text()
     assert "ENDING = 3.0" in conftest
     (tmp_path / "conftest.py").write_text(conftest.replace("ENDING = 3.0", "ENDING = 0.1"))
-    (tmp_path / "support.py").write_bytes((HERE / "support.py").read_bytes())
+    shutil.copytree(HERE / "helpers", tmp_path / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "test_leak.py").write_text(LEAKS)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path],

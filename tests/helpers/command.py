@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from support import LIMIT, posix_only
+from helpers import LIMIT, posix_only
 
 from fastlisten import Endpoint
 

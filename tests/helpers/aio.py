@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
-from support import LIMIT
 
 from fastlisten import aio
 from fastlisten._transport import Hub
+from helpers import LIMIT
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
 if importlib.util.find_spec("uvloop"):
@@ -165,3 +165,18 @@ class Serving:
 def asyncios(*args: Any, **options: Any) -> Any:
     """loop.create_server() of the loop that runs: the same as ours, made by asyncio or uvloop."""
     return asyncio.get_running_loop().create_server(*args, **options)
+
+
+async def in_thread(function: Any, *args: Any) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
+
+
+async def turns(count: int = 10) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+SMALL_BUFFER = 4096
+
+
+BIG = 8 << 20

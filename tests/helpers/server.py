@@ -1,4 +1,4 @@
-"""A server process that tests steer line by line: `python server.py [OPTION=VALUE ...]`.
+"""A server process that tests steer line by line: `python -m helpers.server [OPTION=VALUE ...]`.
 
 It prints its port, then answers each line of input with one line of JSON. Options are those of
 serve() as Python literals, and `fd=N` for a listener that it inherits.
@@ -15,9 +15,8 @@ import sys
 import time
 from typing import Any
 
-from support import Serving, echo, wait_until
-
 import fastlisten
+from helpers import Serving, echo, wait_until
 
 
 def is_open(number: int) -> bool:

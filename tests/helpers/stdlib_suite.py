@@ -1,6 +1,6 @@
 """Run one of the standard library's own test modules with drop-ins in the originals' place.
 
-`python tests/stdlib_suite.py socketserver,http.server test.test_httpservers [unittest's arguments]`
+`python tests/helpers/stdlib_suite.py socketserver,http.server test.test_httpservers [unittest's arguments]`
 `asyncio` puts the functions of fastlisten.aio into asyncio and its event loops.
 The last line on standard output is how many servers fastlisten's functions of asyncio have made.
 """
