@@ -47,6 +47,7 @@ def extension(source: Path) -> Extension:
         ".".join(source.with_suffix("").parts),
         [str(source)],
         depends=[str(header) for header in sorted(PACKAGE.rglob("*.h"))],
+        include_dirs=["."],  # headers are named from the root: fastlisten/_core/port.h
         libraries=["ws2_32"] if WINDOWS else [],
     )
 

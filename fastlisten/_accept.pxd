@@ -1,5 +1,5 @@
 from fastlisten._connection cimport ledger_t
-from fastlisten._port cimport port_address, port_socket
+from fastlisten._core.port cimport port_address, port_socket
 
 
 cdef enum verdict_t:

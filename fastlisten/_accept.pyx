@@ -26,7 +26,7 @@ from fastlisten._connection cimport (
     wait_ready,
     standard_socket,
 )
-from fastlisten._port cimport *
+from fastlisten._core.port cimport *
 
 # For how many clients accept_many() has room before it asks for more memory.
 cdef enum:

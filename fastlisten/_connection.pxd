@@ -1,6 +1,6 @@
 from libc.stdint cimport int64_t
 
-from fastlisten._port cimport port_address, port_socket
+from fastlisten._core.port cimport port_address, port_socket
 
 # How many failed accepts are told apart by their code; the error table knows fewer.
 cdef enum:

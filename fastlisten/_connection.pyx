@@ -11,7 +11,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from fastlisten._port cimport *
+from fastlisten._core.port cimport *
 
 
 # A recv() of at most this many bytes goes through the stack, so that its result is allocated once, at its

@@ -3,7 +3,7 @@ from libc.stdint cimport int64_t
 
 from fastlisten._accept cimport client_t
 from fastlisten._connection cimport ledger_t
-from fastlisten._port cimport port_pollfd, port_socket
+from fastlisten._core.port cimport port_pollfd, port_socket
 
 
 cdef enum outcome_t:

@@ -32,7 +32,7 @@ from fastlisten._accept cimport (
 )
 from fastlisten._accept import wake_pair
 from fastlisten._connection cimport ledger_ring, ledger_t, raise_error
-from fastlisten._port cimport *
+from fastlisten._core.port cimport *
 
 # How many clients an inline loop accepts at a time.  More would save little and hoard clients that another
 # process on the same listener could serve; HAProxy settled on 4 after 64.

@@ -11,7 +11,7 @@ from cpython.pythread cimport (
 )
 from libc.stdint cimport int64_t
 
-from fastlisten._port cimport *
+from fastlisten._core.port cimport *
 
 cdef extern from "pythread.h" nogil:
     enum PyLockStatus:

@@ -14,7 +14,7 @@ from fastlisten._accept import wake_pair
 from fastlisten._connection cimport Connection, ledger_t, new_connection, raise_error
 from fastlisten._door cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Door, close_pair, log, outcome_t
 from fastlisten._lead cimport Lead
-from fastlisten._port cimport *
+from fastlisten._core.port cimport *
 
 # How long a thread beyond the minimum waits for work before it ends.
 cdef long long IDLE = 10_000_000  # microseconds

@@ -8,7 +8,7 @@ cimport cython
 from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit, PyContext_New
 
 from fastlisten._connection cimport Connection
-from fastlisten._port cimport *
+from fastlisten._core.port cimport *
 
 cdef object _close = _socket.SocketType.close
 

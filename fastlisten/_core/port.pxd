@@ -1,9 +1,9 @@
-"""What _port.h offers, under the names the Cython code uses; nothing here knows the system."""
+"""What port.h offers, under the names the Cython code uses; port.h says what each does."""
 
 from libc.stdint cimport int64_t, uint16_t, uint32_t
 
 
-cdef extern from "_port.h" nogil:
+cdef extern from "fastlisten/_core/port.h" nogil:
     ctypedef long long port_socket  # an int on POSIX, 64 bits on Windows; -1: none
     port_socket PORT_NO_SOCKET
 
@@ -56,10 +56,12 @@ cdef extern from "_port.h" nogil:
         port_socket listener, port_address *address, int *length, int nonblocking)
     Py_ssize_t port_recv(port_socket s, void *buffer, Py_ssize_t length, int flags)
     Py_ssize_t port_send(port_socket s, const void *buffer, Py_ssize_t length, int flags)
-    int PORT_MORE, PORT_SHUT_WRITE
+    int PORT_NO_SIGPIPE, PORT_MORE, PORT_SHUT_WRITE, PORT_SHUT_BOTH
     int port_shutdown(port_socket s, int how)
     void port_cut(port_socket s)
     bint port_says_cut(int code)
+    int port_abort_on_close(port_socket s)
+    int port_no_sigpipe(port_socket s)
     void port_refuse(port_socket s, const char *message, Py_ssize_t length)
 
     int port_poll_ns(port_pollfd *polls, int n, int64_t ns)
@@ -73,12 +75,12 @@ cdef extern from "_port.h" nogil:
     void port_make_room(port_socket s, int64_t count)
     int port_queue(port_socket listener, int *depth, int *limit)
 
-    bint PORT_PARALLEL
     int64_t port_add(int64_t *number, int64_t by)
     int64_t port_get(int64_t *number)
     int64_t port_swap(int64_t *number, int64_t to)
     bint port_replace(int64_t *number, int64_t expected, int64_t to)
 
 
-cdef extern from "_port.h":
+cdef extern from "fastlisten/_core/port.h":
+    bint PORT_PARALLEL
     void port_set_exception(int code) except *

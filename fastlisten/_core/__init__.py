@@ -1,0 +1,1 @@
+"""What runs for each connection; nothing here knows who calls it."""

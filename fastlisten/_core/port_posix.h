@@ -1,0 +1,309 @@
+/* The port on POSIX: Linux with epoll, the BSDs, macOS, Cygwin.  What each function does, port.h says. */
+#ifndef FASTLISTEN_PORT_POSIX_H
+#define FASTLISTEN_PORT_POSIX_H
+
+#if defined(__linux__) && !defined(_GNU_SOURCE)
+#  define _GNU_SOURCE 1                         /* accept4(); Python.h defines it so, too */
+#endif
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/in.h>
+#include <poll.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <time.h>
+#include <unistd.h>
+#ifdef __linux__
+#  include <netinet/tcp.h>
+#  include <sys/epoll.h>
+#  include <sys/resource.h>
+#endif
+
+typedef int port_socket;
+typedef struct pollfd port_pollfd;
+typedef union {
+    struct sockaddr any;
+    struct sockaddr_in in;
+    struct sockaddr_in6 in6;
+    struct sockaddr_un un;
+} port_address;
+
+#ifdef __CYGWIN__                               /* Winsock's SO_REUSEADDR: others get in */
+#  define PORT_REUSE_ADDRESS 0
+#else
+#  define PORT_REUSE_ADDRESS 1
+#endif
+#define PORT_SIGNALS_APART 0
+
+#ifdef MSG_NOSIGNAL
+#  define PORT_NO_SIGPIPE MSG_NOSIGNAL
+#else
+#  define PORT_NO_SIGPIPE 0
+#endif
+#ifdef MSG_MORE
+#  define PORT_MORE MSG_MORE
+#else
+#  define PORT_MORE 0
+#endif
+#define PORT_SHUT_WRITE SHUT_WR
+#define PORT_SHUT_BOTH SHUT_RDWR
+
+#define PORT_EAGAIN EAGAIN
+#define PORT_EWOULDBLOCK EWOULDBLOCK
+#define PORT_EINTR EINTR
+#define PORT_ECONNABORTED ECONNABORTED
+#define PORT_ECONNRESET PORT_NEVER(6)
+#define PORT_EPROTO EPROTO
+#define PORT_ENOPROTOOPT ENOPROTOOPT
+#define PORT_ENETDOWN ENETDOWN
+#define PORT_ENETUNREACH ENETUNREACH
+#define PORT_EHOSTDOWN EHOSTDOWN
+#define PORT_EHOSTUNREACH EHOSTUNREACH
+#ifdef ENONET
+#  define PORT_ENONET ENONET
+#else
+#  define PORT_ENONET PORT_NEVER(2)
+#endif
+#define PORT_EPERM EPERM
+#define PORT_ETIMEDOUT ETIMEDOUT
+#ifdef ENOSR
+#  define PORT_ENOSR ENOSR
+#else
+#  define PORT_ENOSR PORT_NEVER(4)
+#endif
+#define PORT_ESOCKTNOSUPPORT ESOCKTNOSUPPORT
+#define PORT_EPROTONOSUPPORT EPROTONOSUPPORT
+#define PORT_ENETNAME_DELETED PORT_NEVER(7)
+#define PORT_ENOTCONN PORT_NEVER(8)
+#define PORT_EMFILE EMFILE
+#define PORT_ENFILE ENFILE
+#define PORT_ENOBUFS ENOBUFS
+#define PORT_ENOMEM ENOMEM
+#define PORT_EBADF EBADF
+#define PORT_EINVAL EINVAL
+#define PORT_ENOTSOCK ENOTSOCK
+#define PORT_CLOSED EBADF
+#define PORT_PEER_RESET ECONNRESET
+
+/* --- Errors --------------------------------------------------------------------------------------------- */
+
+static inline int port_error(void)
+{
+    return errno;
+}
+
+/* --- Descriptors ---------------------------------------------------------------------------------------- */
+
+static inline int port_close(port_socket s)
+{
+    return close(s);                            /* never retried: close(2), "Dealing with EINTR" */
+}
+
+static inline int port_set_nonblocking(port_socket s, int on)
+{
+    return ioctl(s, FIONBIO, &on);
+}
+
+static inline port_socket port_spare(void)
+{
+    return open("/dev/null", O_RDONLY | O_CLOEXEC);
+}
+
+/* Linux grows a process's table as it fills, and with several threads each growth waits for an RCU grace
+ * period, ten or twenty milliseconds in which nobody is accepted (fs/file.c, expand_fdtable()).  The table
+ * never shrinks, so it is made large once, for at most 4,096 (32 KB), by copying a descriptor that far up
+ * for a moment.  RLIMIT_NOFILE bounds it, as it does the clients. */
+static inline void port_make_room(port_socket s, int64_t count)
+{
+#ifdef __linux__
+    struct rlimit limit;
+    int lowest_free = fcntl(s, F_DUPFD_CLOEXEC, 0);
+    if (lowest_free >= 0 && getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+        int far_up = lowest_free + (int)(count < 4096 ? count : 4096);
+        if ((rlim_t)far_up >= limit.rlim_cur)
+            far_up = (int)limit.rlim_cur - 1;
+        far_up = fcntl(s, F_DUPFD_CLOEXEC, far_up);
+        if (far_up >= 0)
+            close(far_up);
+    }
+    if (lowest_free >= 0)
+        close(lowest_free);
+#else
+    (void)s; (void)count;
+#endif
+}
+
+/* --- Accepting ------------------------------------------------------------------------------------------ */
+
+/* accept(2), and then by calls of their own what accept4() does in one. */
+static inline port_socket port_posix_accept(port_socket listener, struct sockaddr *address, socklen_t *size,
+                                            int nonblocking)
+{
+    int s = accept(listener, address, size);
+    /* The BSD kernels hand the listener's mode down: always set it. */
+    if (s >= 0 && (fcntl(s, F_SETFD, FD_CLOEXEC) < 0 || port_set_nonblocking(s, nonblocking) != 0)) {
+        int code = errno;
+        port_close(s);
+        errno = code;
+        return PORT_NO_SOCKET;
+    }
+    return s;
+}
+
+static inline port_socket port_accept(port_socket listener, port_address *address, int *length,
+                                      int nonblocking)
+{
+    socklen_t size = sizeof *address;
+    port_socket s;
+#if defined(__linux__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
+    defined(__DragonFly__)
+    s = accept4(listener, &address->any, &size, SOCK_CLOEXEC | (nonblocking ? SOCK_NONBLOCK : 0));
+#else
+    s = port_posix_accept(listener, &address->any, &size, nonblocking);
+#endif
+    *length = size > (socklen_t)sizeof *address ? (int)sizeof *address : (int)size;
+    return s;
+}
+
+static inline const char *port_unix_path(const port_address *address, int length, int *size)
+{
+    int start = (int)offsetof(struct sockaddr_un, sun_path);
+    *size = 0;
+    if (address->any.sa_family != AF_UNIX)
+        return NULL;
+    if (length > start)
+        *size = length - start;
+    return address->un.sun_path;
+}
+
+/* Linux: tcp_get_info() fills these two fields of a listener so (net/ipv4/tcp.c). */
+static inline int port_queue(port_socket listener, int *depth, int *limit)
+{
+#ifdef __linux__
+    struct tcp_info info;
+    socklen_t size = sizeof info;
+    /* qemu's user mode says that it went well, and writes four bytes. */
+    if (getsockopt(listener, IPPROTO_TCP, TCP_INFO, &info, &size) == 0 &&
+        size >= offsetof(struct tcp_info, tcpi_sacked) + sizeof info.tcpi_sacked &&
+        info.tcpi_state == 10 /* TCP_LISTEN; glibc and the kernel each declare the name */) {
+        *depth = (int)info.tcpi_unacked;
+        *limit = (int)info.tcpi_sacked;
+        return 0;
+    }
+#else
+    (void)listener; (void)depth; (void)limit;
+#endif
+    return -1;
+}
+
+/* --- One connection's calls ----------------------------------------------------------------------------- */
+
+static inline ptrdiff_t port_recv(port_socket s, void *buffer, ptrdiff_t length, int flags)
+{
+    return recv(s, buffer, (size_t)length, flags);
+}
+
+static inline ptrdiff_t port_send(port_socket s, const void *buffer, ptrdiff_t length, int flags)
+{
+    return send(s, buffer, (size_t)length, flags);
+}
+
+static inline int port_shutdown(port_socket s, int how)
+{
+    return shutdown(s, how);
+}
+
+static inline void port_cut(port_socket s)
+{
+    (void)shutdown(s, SHUT_RDWR);
+}
+
+static inline int port_says_cut(int code)
+{
+    (void)code;
+    return 0;
+}
+
+static inline int port_abort_on_close(port_socket s)
+{
+    struct linger linger = {1, 0};
+    return setsockopt(s, SOL_SOCKET, SO_LINGER, &linger, sizeof linger);
+}
+
+static inline int port_no_sigpipe(port_socket s)
+{
+#ifdef SO_NOSIGPIPE                             /* macOS, which has no MSG_NOSIGNAL */
+    int on = 1;
+    return setsockopt(s, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+#else
+    (void)s;
+    return 0;
+#endif
+}
+
+/* --- Waiting -------------------------------------------------------------------------------------------- */
+
+static inline int port_poll(port_pollfd *polls, int n, int milliseconds)
+{
+    return poll(polls, (nfds_t)n, milliseconds);
+}
+
+static inline port_socket port_poller(void)
+{
+#ifdef __linux__
+    return epoll_create1(EPOLL_CLOEXEC);
+#else
+    return PORT_NO_SOCKET;
+#endif
+}
+
+static inline int port_poller_set(port_socket poller, port_socket s, short before, short events)
+{
+#ifdef __linux__
+    struct epoll_event event;
+    memset(&event, 0, sizeof event);
+    event.events = (uint32_t)events;            /* epoll's EPOLLIN and EPOLLOUT are poll's numbers */
+    event.data.fd = s;
+    if (before) {
+        if (epoll_ctl(poller, events ? EPOLL_CTL_MOD : EPOLL_CTL_DEL, s, &event) == 0)
+            return 0;
+        if (errno != ENOENT)
+            return -1;
+        /* a forked child that closed its copy has taken s out of the poller that both have */
+    }
+    return events ? epoll_ctl(poller, EPOLL_CTL_ADD, s, &event) : 0;
+#else
+    (void)poller; (void)s; (void)before; (void)events;
+    return -1;
+#endif
+}
+
+static inline int port_poller_ready(port_socket poller, port_pollfd *ready, int n)
+{
+#ifdef __linux__
+    struct epoll_event events[64];
+    int i, found = epoll_wait(poller, events, n < 64 ? n : 64, 0);
+    for (i = 0; i < found; i++) {
+        ready[i].fd = events[i].data.fd;
+        ready[i].revents = (short)events[i].events;
+    }
+    return found;
+#else
+    (void)poller; (void)ready; (void)n;
+    return 0;
+#endif
+}
+
+static inline int64_t port_now(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+#endif
