@@ -140,7 +140,7 @@ static inline void port_make_room(port_socket s, int64_t count)
 
 /* --- Accepting ------------------------------------------------------------------------------------------ */
 
-/* accept(2), and then by calls of their own what accept4() does in one. */
+/* accept(2), and then by calls of their own what accept4() does in one: for a system without it. */
 static inline port_socket port_posix_accept(port_socket listener, struct sockaddr *address, socklen_t *size,
                                             int nonblocking)
 {
@@ -163,9 +163,11 @@ static inline port_socket port_accept(port_socket listener, port_address *addres
 #if defined(__linux__) || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) || \
     defined(__DragonFly__)
     s = accept4(listener, &address->any, &size, SOCK_CLOEXEC | (nonblocking ? SOCK_NONBLOCK : 0));
-#else
-    s = port_posix_accept(listener, &address->any, &size, nonblocking);
+    /* A seccomp filter or an emulator may be older than the call.  Each accept finds that out anew: what
+     * remembered it would be state that threads and interpreters share. */
+    if (s < 0 && errno == ENOSYS)
 #endif
+        s = port_posix_accept(listener, &address->any, &size, nonblocking);
     *length = size > (socklen_t)sizeof *address ? (int)sizeof *address : (int)size;
     return s;
 }
