@@ -3,7 +3,7 @@
 One wake of the event loop does as much as it can for many connections, because a wake is what costs: the
 hub takes a batch of clients, and a transport reads as soon as it is made.  Only when the kernel says that it
 would block is a transport watched.  The hub watches transports with a poller of its own, which is one
-descriptor to the event loop; where the system has none (_port.h), each is registered with the event loop
+descriptor to the event loop; where the system has none (port.h), each is registered with the event loop
 itself, as the listeners are everywhere: that is done once, and their wakes need no look at the poller.
 
 Nothing here gives the GIL up: all calls are non-blocking and take about as long as giving it up does, and in
@@ -58,7 +58,7 @@ from fastlisten._connection cimport (
     ledger_t,
     raise_error,
 )
-from fastlisten._port cimport *
+from fastlisten._core.port cimport *
 
 # How many clients one wake accepts, and how many watched descriptors it serves: enough to make the cost of
 # the wake small, little enough that other tasks of the loop run in between.
