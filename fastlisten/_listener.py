@@ -18,7 +18,7 @@ from fastlisten._endpoint import Endpoint, endpoint_of, resolve
 from fastlisten._loop import Loop
 
 if TYPE_CHECKING:
-    from fastlisten.aio import Arrivals
+    from fastlisten._awaiting import AsyncAcceptor
 
 Handler = Callable[[Connection], object]
 OnError = Callable[[Exception, Connection], object]
@@ -169,7 +169,7 @@ class Listener(socket.socket):
         self._since = time.time()
         self._loop: Loop | None = None
         self._unlink: _OwnPath | None = None
-        self._arrivals: Arrivals | None = None
+        self._arrivals: AsyncAcceptor | None = None
         self._served = False  # an asyncio server has it, and closes it
         _listeners.add(self)
 
@@ -230,9 +230,9 @@ class Listener(socket.socket):
 
         They are non-blocking, so that loop.sock_recv() and the like take them, and the caller's to close.
         """
-        from fastlisten.aio import arrivals  # asyncio is much to import for those who never ask
+        from fastlisten._awaiting import async_acceptor  # asyncio is much to import for those who never ask
 
-        return arrivals(self).connections()
+        return async_acceptor(self, check_unserved).connections()
 
     async def accept_async(self) -> tuple[socket.socket, Any]:
         """Wait for a client on the event loop that runs; returns (socket.socket, address) as accept() does.
@@ -240,9 +240,9 @@ class Listener(socket.socket):
         The socket is non-blocking and the caller's to close.  Several tasks may wait; cancelling one loses
         no client.  Raises OSError as accept(), and RuntimeError when the Listener is served.
         """
-        from fastlisten.aio import arrivals
+        from fastlisten._awaiting import async_acceptor
 
-        return await arrivals(self).accept()
+        return await async_acceptor(self, check_unserved).accept()
 
     def stop(self, drain: float | None = None) -> None:
         """Ask serve() to end, and return at once; any thread, handler or signal handler may call it.

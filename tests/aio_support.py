@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support import LIMIT
 
-from fastlisten import aio
+from fastlisten import _awaiting, aio
 from fastlisten._transport import Hub
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
@@ -68,7 +68,7 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
 @pytest.fixture(params=AWAIT_LOOPS)
 def run_awaits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     if request.param == "as if on a proactor":
-        monkeypatch.setattr(aio, "_Proactor", asyncio.SelectorEventLoop)
+        monkeypatch.setattr(_awaiting, "_Proactor", asyncio.SelectorEventLoop)
     return Run(request.param)
 
 
