@@ -11,7 +11,8 @@ import pytest
 from support import LIMIT
 
 from fastlisten import _awaiting, aio
-from fastlisten._transport import Hub
+from fastlisten.aio import _server
+from fastlisten.aio._hub import Hub
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
 if importlib.util.find_spec("uvloop"):
@@ -61,7 +62,7 @@ class Run:
 @pytest.fixture(params=WAYS, ids=[f"{loop}-{'poller' if p else 'no poller'}" for loop, p in WAYS])
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     loop, polled = request.param
-    monkeypatch.setattr(aio, "Hub", functools.partial(Hub, polled=polled))
+    monkeypatch.setattr(_server, "Hub", functools.partial(Hub, polled=polled))
     return Run(loop)
 
 

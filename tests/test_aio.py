@@ -23,6 +23,7 @@ from support import LIMIT, connect, exchange, needs, posix_only, read_all, under
 
 import fastlisten
 from fastlisten import aio
+from fastlisten.aio import _streams
 
 __all__ = ["run", "run_awaits"]  # fixtures
 
@@ -529,7 +530,7 @@ def test_a_stream_callback_that_raises_closes_and_is_reported(
     run: Run, kind: str, watches: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not watches:
-        monkeypatch.setattr(aio, "_WATCHES_TASKS", False)
+        monkeypatch.setattr(_streams, "_WATCHES_TASKS", False)
 
     def plain(reader: Any, writer: Any) -> None:
         raise ZeroDivisionError("on purpose")
