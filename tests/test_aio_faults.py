@@ -22,7 +22,8 @@ FAULTY_SERVER = """
 import asyncio, functools, json, sys
 from helpers.aio import Run
 from fastlisten import aio
-from fastlisten._transport import Hub
+from fastlisten.aio import _server
+from fastlisten.aio._hub import Hub
 
 made = lost = 0
 
@@ -56,7 +57,7 @@ async def main():
     return [stats.accepted, stats.handled, stats.active, made, lost]
 
 name, polled = sys.argv[1:]
-aio.Hub = functools.partial(Hub, polled=polled == "True")
+_server.Hub = functools.partial(Hub, polled=polled == "True")
 run = Run(name)
 print(json.dumps([run(main(), 60), run.messages()]))
 """
@@ -133,7 +134,8 @@ def test_10000_connections_with_faults_in_recv_and_send(faults: Faults, loop: st
 FORKS = """if True:
     import asyncio, functools, os, socket, sys
     from fastlisten import aio
-    from fastlisten._transport import Hub
+    from fastlisten.aio import _server
+    from fastlisten.aio._hub import Hub
     from helpers import LIMIT, connect
 
     class Heard(asyncio.Protocol):
@@ -178,7 +180,7 @@ FORKS = """if True:
         await server.wait_closed()
         print("heard", flush=True)
 
-    aio.Hub = functools.partial(Hub, polled=sys.argv[1] == "True")
+    _server.Hub = functools.partial(Hub, polled=sys.argv[1] == "True")
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         runner.run(main())
     """
@@ -222,7 +224,7 @@ LOST_WITHOUT_END = """if True:
             change_plan(accept=[("EPERM", 1 << 30)])
             with connect(serving.address) as client:
                 turns = 0
-                while serving.server._hub.failures < 4:
+                while serving.server._accepting.shortage.failures < 4:
                     turns += 1
                     await asyncio.sleep(0.001)
                 change_plan()
@@ -230,7 +232,7 @@ LOST_WITHOUT_END = """if True:
                 loop = asyncio.get_running_loop()
                 await loop.sock_sendall(client, b"hello")
                 assert await loop.sock_recv(client, 5) == b"hello"
-                while serving.server._hub.failures:
+                while serving.server._accepting.shortage.failures:
                     await asyncio.sleep(0.001)
             return turns
 

@@ -123,7 +123,7 @@ def test_connection_made_comes_before_connection_lost_whoever_closes(run: Run) -
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if len(serving.made) == 3:
-                for other in serving.server._hub.clients():
+                for other in serving.server._connections.clients():
                     other.abort()
 
     def factory() -> Closes:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from fastlisten import aio
+from fastlisten.aio import _streams
 from helpers import connect, exchange, read_all
 from helpers.aio import Notes, Run, in_thread, run
 
@@ -111,7 +112,7 @@ def test_a_stream_callback_that_raises_closes_and_is_reported(
     run: Run, kind: str, watches: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not watches:
-        monkeypatch.setattr(aio, "_WATCHES_TASKS", False)
+        monkeypatch.setattr(_streams, "_WATCHES_TASKS", False)
 
     def plain(reader: Any, writer: Any) -> None:
         raise ZeroDivisionError("on purpose")

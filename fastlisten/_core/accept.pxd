@@ -60,7 +60,7 @@ cdef class Shortage:
     cdef void close(self) noexcept nogil
     cdef void failed(self, int code) noexcept nogil
     cdef void pause(self) noexcept nogil
-    cdef bint worked(self, bint caught_up) noexcept nogil
+    cdef bint worked(self, int accepted, bint caught_up) noexcept nogil
     cdef int64_t left(self) noexcept nogil
     cdef void cut_short(self) noexcept nogil
     cdef void retake_spare(self) noexcept nogil

@@ -233,13 +233,13 @@ cdef class Shortage:
         self.retry_at = self.until = port_now() + self.delay
         self.delay = min(2 * self.delay, LAST_DELAY)
 
-    cdef bint worked(self, bint caught_up) noexcept nogil:
-        """An accept worked again, or found nobody; whether the shortage is over.
+    cdef bint worked(self, int accepted, bint caught_up) noexcept nogil:
+        """So many accepts worked again, or the last found nobody more; whether the shortage is over.
 
         It is when all who were queued are in, or a whole round of them: with the last free descriptor in use
         again after each client it would begin and end without end.
         """
-        self.eased += 1
+        self.eased += accepted
         if not caught_up and self.eased < ROUND:
             return False
         self.lasted = min(port_now(), self.until) - self.began
@@ -324,7 +324,7 @@ cdef class Shortage:
     def over(self):
         """An accept worked."""
         if self.failures:
-            self.worked(True)
+            self.worked(1, True)
             self.tell()
 
 

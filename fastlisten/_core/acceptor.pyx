@@ -174,7 +174,7 @@ cdef class Acceptor:
                 continue
             answer = accept_batch(source, client, 1, &taken)
             if self.shortage.failures and (answer == ACCEPTED or answer == AGAIN):
-                recovered = self.shortage.worked(answer == AGAIN)
+                recovered = self.shortage.worked(answer == ACCEPTED, answer == AGAIN)
             if answer == ACCEPTED:
                 if self.to_drain > 0:
                     self.to_drain -= 1

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from fastlisten import aio
-from fastlisten._transport import Hub
+from fastlisten import _awaiting, aio
+from fastlisten.aio import _server
+from fastlisten.aio._hub import Hub
 from helpers import LIMIT
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
@@ -61,14 +62,14 @@ class Run:
 @pytest.fixture(params=WAYS, ids=[f"{loop}-{'poller' if p else 'no poller'}" for loop, p in WAYS])
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     loop, polled = request.param
-    monkeypatch.setattr(aio, "Hub", functools.partial(Hub, polled=polled))
+    monkeypatch.setattr(_server, "Hub", functools.partial(Hub, polled=polled))
     return Run(loop)
 
 
 @pytest.fixture(params=AWAIT_LOOPS)
 def run_awaits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     if request.param == "as if on a proactor":
-        monkeypatch.setattr(aio, "_Proactor", asyncio.SelectorEventLoop)
+        monkeypatch.setattr(_awaiting, "_Proactor", asyncio.SelectorEventLoop)
     return Run(request.param)
 
 
