@@ -35,7 +35,7 @@ _CUTS_CLIENTS = "close_clients" in asyncio.Server.serve_forever.__code__.co_name
 
 
 class Server(asyncio.AbstractServer):
-    """A server as asyncio.Server is one, with stats(), pause() and resume(); the functions below make it."""
+    """A server as asyncio.Server is one, with stats(), pause() and resume(); create_server() makes it."""
 
     def __init__(
         self,
