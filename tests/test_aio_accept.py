@@ -118,7 +118,7 @@ def test_a_client_and_a_cancelling_in_one_turn(run: Run) -> None:
         listener = fastlisten.bind("127.0.0.1:0")
         first, second = (asyncio.create_task(listener.accept_async()) for _ in range(2))
         await turns()
-        found = listener._arrivals
+        found = listener._async_acceptor
         assert found is not None
         first.cancel()
         with connect(listener.getsockname()):
