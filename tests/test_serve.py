@@ -9,7 +9,7 @@ import pytest
 
 import fastlisten
 from fastlisten import Connection, Listener, bind
-from helpers import LIMIT, LOOPBACK, Serving, echo, exchange, needs, read_all, serving, wait_until
+from helpers import LIMIT, LOOPBACK, Serving, echo, exchange, needs, read_all, serving
 from helpers.serve import THREADS, Queued, answer, number_of
 
 # --- options --------------------------------------------------------------------------------------
