@@ -13,7 +13,6 @@ from typing import Any
 from fastlisten._core.accept import Shortage, accept_now
 from fastlisten._core.connection import Connection
 from fastlisten._core.state import State, Taker, queue
-from fastlisten._listener import Listener
 
 _Proactor: Any = getattr(asyncio, "ProactorEventLoop", ())
 
@@ -27,10 +26,10 @@ class AsyncAcceptor(Taker):
 
     activity = "somebody waits on an event loop for the clients of"
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: socket.socket, state: State) -> None:
         self.loop = asyncio.get_running_loop()
         self._listener = listener
-        self._state = listener._state
+        self._state = state
         self._waiters: list[asyncio.Future[None]] = []
         self._watched: list[int] = []
         self._iterators: weakref.WeakSet[AsyncConnections] = weakref.WeakSet()
@@ -197,7 +196,7 @@ class ThreadedAsyncAcceptor(AsyncAcceptor):
 class AsyncConnections(AsyncIterator[Connection]):
     """The Connections of a Listener, until stop() or close()."""
 
-    def __init__(self, listener: Listener, acceptor: AsyncAcceptor) -> None:
+    def __init__(self, listener: socket.socket, acceptor: AsyncAcceptor) -> None:
         self.ended = False
         self._listener = listener
         self._acceptor = acceptor
@@ -225,11 +224,9 @@ class AsyncConnections(AsyncIterator[Connection]):
                 await self._acceptor.wait()
 
 
-def async_acceptor(listener: Listener) -> AsyncAcceptor:
-    """The listener's AsyncAcceptor on the loop that runs."""
-    found: AsyncAcceptor | None = listener._async_acceptor
+def async_acceptor(listener: socket.socket, state: State, last: AsyncAcceptor | None) -> AsyncAcceptor:
+    """A listener's AsyncAcceptor on the loop that runs: the last one, if that was made there."""
     loop = asyncio.get_running_loop()
-    if found is None or found.loop is not loop:
-        found = (ThreadedAsyncAcceptor if isinstance(loop, _Proactor) else AsyncAcceptor)(listener)
-        listener._async_acceptor = found
-    return found
+    if last is not None and last.loop is loop:
+        return last
+    return (ThreadedAsyncAcceptor if isinstance(loop, _Proactor) else AsyncAcceptor)(listener, state)

@@ -162,9 +162,7 @@ class Listener(socket.socket):
 
         They are non-blocking, so that loop.sock_recv() and the like take them, and the caller's to close.
         """
-        from fastlisten._awaiting import async_acceptor  # asyncio is much to import for who never asks
-
-        return async_acceptor(self).connections()
+        return self._awaited().connections()
 
     async def accept_async(self) -> tuple[socket.socket, Any]:
         """Wait for a client on the event loop that runs; returns (socket.socket, address) as accept() does.
@@ -172,9 +170,13 @@ class Listener(socket.socket):
         The socket is non-blocking and the caller's to close.  Several tasks may wait; cancelling one loses
         no client.  Raises OSError as accept(), and RuntimeError when the Listener is served.
         """
-        from fastlisten._awaiting import async_acceptor
+        return await self._awaited().accept()
 
-        return await async_acceptor(self).accept()
+    def _awaited(self) -> AsyncAcceptor:
+        from fastlisten._awaiting import async_acceptor  # asyncio is much to import for who never asks
+
+        self._async_acceptor = async_acceptor(self, self._state, self._async_acceptor)
+        return self._async_acceptor
 
     def stop(self, drain: float | None = None) -> None:
         """Ask serve() to end, and return at once; any thread, handler or signal handler may call it.

@@ -170,7 +170,7 @@ cdef class Connection:
         self.timeout = -1
 
     def __init__(self, *args):
-        raise TypeError("a Connection comes from a Listener")
+        raise TypeError("a Connection comes from a listener")
 
     def __del__(self):
         if self.fd != PORT_NO_SOCKET:
