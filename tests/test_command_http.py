@@ -119,6 +119,7 @@ def in_this_process(client: Callable[[socket.socket], object]) -> fastlisten.Lis
     """Have the handler meet one client; serve() would tell of an error that the handler raises."""
     with fastlisten.create_server(("127.0.0.1", 0)) as listener:
         with serving(listener, http.http), connect(listener) as theirs:
+            wait_until(lambda: listener.stats().accepted)  # Wine's accept() gives out none that has reset
             client(theirs)
             wait_until(lambda: listener.stats().handled)
         return listener.stats()
