@@ -164,9 +164,10 @@ def test_async_iteration_until_stop(run_awaits: Run) -> None:
             async def serve() -> None:
                 async for connection in listener:
                     assert isinstance(connection, fastlisten.Connection)
+                    as_socket: Any = connection
                     with connection:
-                        served.append(await loop.sock_recv(connection, 10))
-                        await loop.sock_sendall(connection, served[-1])
+                        served.append(await loop.sock_recv(as_socket, 10))
+                        await loop.sock_sendall(as_socket, served[-1])
 
             for _ in range(2):
                 tasks = [asyncio.ensure_future(serve()) for _ in range(3)]

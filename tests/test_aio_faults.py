@@ -4,7 +4,6 @@ import contextlib
 import json
 import random
 import socket
-import subprocess
 import sys
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 from helpers import LIMIT, connect, needs, reset
 from helpers.aio import LOOPS, WAYS, run
 from helpers.faults import Faults
-from helpers.programs import check, interpreter, plain_environment
+from helpers.programs import check, line_of, running
+from helpers.programs import run as run_program
 
 __all__ = ["run"]  # a fixture
 
@@ -85,19 +85,10 @@ def test_10000_connections_with_faults_in_recv_and_send(faults: Faults, loop: st
     # libuv tells of POLLERR once and then watches the descriptor no more.  No kernel says EAGAIN after that,
     # but a fault does, and nobody would ask again.
     again = polled or loop != "uvloop"
-    process = subprocess.Popen(
-        [*interpreter(), "-c", FAULTY_SERVER, loop, str(polled)],
-        env=faults.environment(**faulty_plans(chance, again)),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = faults.environment(**faulty_plans(chance, again))
     count, answered = 10_000, 0
-    with process, contextlib.ExitStack() as at_once:
-        at_once.callback(process.kill)
-        assert process.stdout is not None
-        address = ("127.0.0.1", int(process.stdout.readline()))
+    with running(FAULTY_SERVER, loop, str(polled), environment=environment) as process:
+        address = ("127.0.0.1", int(line_of(process)))
         open_now: list[tuple[socket.socket, bytes]] = []
         for number in range(count):
             data = b"%d " % number * chance.choice((1, 1, 1, 3000))
@@ -189,10 +180,7 @@ FORKS = """if True:
 @pytest.mark.parametrize("end", ["exit", "close"])
 @pytest.mark.parametrize("polled", [True, False])
 def test_a_forked_child_that_ends_leaves_the_parents_connections_alone(polled: bool, end: str) -> None:
-    command = [sys.executable, "-c", FORKS, str(polled), end]
-    done = subprocess.run(
-        command, env=plain_environment(), capture_output=True, text=True, timeout=2 * LIMIT, check=False
-    )
+    done = run_program(FORKS, str(polled), end, options=["-W", "default"], limit=2 * LIMIT, status=None)
     assert done.stdout == "heard\n", done.stderr
 
 

@@ -17,6 +17,8 @@ __all__ = ["run"]  # a fixture
 def test_what_was_sent_before_the_accept_is_read_in_the_same_turn(run: Run) -> None:
     turn = 0
 
+    seen: asyncio.Future[tuple[int, int]]
+
     class Turns(asyncio.Protocol):
         def connection_made(self, transport: Any) -> None:
             self.transport, self.made = transport, turn
@@ -36,7 +38,6 @@ def test_what_was_sent_before_the_accept_is_read_in_the_same_turn(run: Run) -> N
                 made, read = seen.result()
                 assert made == read > 0
 
-    seen: asyncio.Future[tuple[int, int]]
     run(main())
 
 
@@ -119,6 +120,8 @@ def test_what_was_scheduled_before_is_called_before(run: Run, protocol: type[Ord
 
 
 def test_connection_made_comes_before_connection_lost_whoever_closes(run: Run) -> None:
+    serving: Any = None
+
     class Closes(Notes):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -143,12 +146,11 @@ def test_connection_made_comes_before_connection_lost_whoever_closes(run: Run) -
                     await protocol.lost
                 return [protocol.events for protocol in serving.made]
 
-    serving: Any = None
     assert run(main()) == [["made", "lost"]] * 3
 
 
 def test_a_close_from_a_task_keeps_its_place(run: Run) -> None:
-    async def main() -> list[str]:
+    async def main() -> Any:
         async with server(Notes) as serving:
             with connect(serving.address):
                 protocol = await serving.first()

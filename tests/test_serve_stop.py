@@ -193,7 +193,7 @@ def test_a_second_serve_on_one_listener_is_refused(threads: Any, listener: Liste
         with pytest.raises(RuntimeError, match=r"serve\(\) runs already on"):
             listener.serve(echo)
         with pytest.raises(RuntimeError, match=r"serve\(\) runs already on"):
-            next(iter(listener))  # type: ignore[call-overload]
+            next(iter(listener))
         with bind(LOOPBACK) as other:
             with pytest.raises(RuntimeError, match=r"serve\(\) runs already on"):
                 fastlisten.serve(echo, other, listener)

@@ -5,13 +5,15 @@ import contextlib
 import functools
 import importlib.util
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from fastlisten import aio
 from fastlisten._transport import Hub
 from helpers import LIMIT
+
+T = TypeVar("T")
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
 if importlib.util.find_spec("uvloop"):
@@ -167,7 +169,7 @@ def asyncios(*args: Any, **options: Any) -> Any:
     return asyncio.get_running_loop().create_server(*args, **options)
 
 
-async def in_thread(function: Any, *args: Any) -> Any:
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(None, function, *args)
 
 
