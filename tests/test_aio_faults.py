@@ -22,7 +22,7 @@ FAULTY_SERVER = """
 import asyncio, functools, json, sys
 from helpers.aio import Run
 from fastlisten import aio
-from fastlisten._transport import Hub
+from helpers.internals import set_polling
 
 made = lost = 0
 
@@ -56,7 +56,7 @@ async def main():
     return [stats.accepted, stats.handled, stats.active, made, lost]
 
 name, polled = sys.argv[1:]
-aio.Hub = functools.partial(Hub, polled=polled == "True")
+set_polling(None, polled == "True")
 run = Run(name)
 print(json.dumps([run(main(), 60), run.messages()]))
 """
@@ -122,9 +122,9 @@ def test_10000_connections_with_faults_in_recv_and_send(faults: Faults, loop: st
 
 
 FORKS = """if True:
-    import asyncio, functools, os, socket, sys
+    import asyncio, os, socket, sys
     from fastlisten import aio
-    from fastlisten._transport import Hub
+    from helpers.internals import set_polling
     from helpers import LIMIT, connect
 
     class Heard(asyncio.Protocol):
@@ -169,7 +169,7 @@ FORKS = """if True:
         await server.wait_closed()
         print("heard", flush=True)
 
-    aio.Hub = functools.partial(Hub, polled=sys.argv[1] == "True")
+    set_polling(None, sys.argv[1] == "True")
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         runner.run(main())
     """
@@ -188,6 +188,7 @@ LOST_WITHOUT_END = """if True:
     import asyncio, json, logging, sys, time
     import fastlisten
     from helpers.aio import Echo, Run, server
+    from helpers.internals import hub_of
     from helpers.faults import change_plan
     from helpers import connect
 
@@ -210,7 +211,7 @@ LOST_WITHOUT_END = """if True:
             change_plan(accept=[("EPERM", 1 << 30)])
             with connect(serving.address) as client:
                 turns = 0
-                while serving.server._hub.failures < 4:
+                while hub_of(serving.server).failures < 4:
                     turns += 1
                     await asyncio.sleep(0.001)
                 change_plan()
@@ -218,7 +219,7 @@ LOST_WITHOUT_END = """if True:
                 loop = asyncio.get_running_loop()
                 await loop.sock_sendall(client, b"hello")
                 assert await loop.sock_recv(client, 5) == b"hello"
-                while serving.server._hub.failures:
+                while hub_of(serving.server).failures:
                     await asyncio.sleep(0.001)
             return turns
 

@@ -10,6 +10,7 @@ import pytest
 from fastlisten import aio
 from helpers import connect, read_all
 from helpers.aio import BIG, Echo, Notes, Run, asyncios, in_thread, run, server
+from helpers.internals import hub_of
 
 __all__ = ["run"]  # a fixture
 
@@ -126,7 +127,7 @@ def test_connection_made_comes_before_connection_lost_whoever_closes(run: Run) -
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if len(serving.made) == 3:
-                for other in serving.server._hub.clients():
+                for other in hub_of(serving.server).clients():
                     other.abort()
 
     def factory() -> Closes:

@@ -16,6 +16,7 @@ import pytest
 import fastlisten
 from fastlisten import socketserver as dropin
 from helpers import LIMIT, LOOPBACK, NOBODYS, connect, exchange, needs
+from helpers.internals import listener_of
 from helpers.programs import run
 from helpers.socketservers import BOTH, THREADING, Echo, Served, server_class, serving
 
@@ -333,7 +334,7 @@ def test_xmlrpc(threading_: bool) -> None:
     with serving(server):
         with xmlrpc.client.ServerProxy("http://{}:{}/".format(*server.server_address)) as proxy:
             assert proxy.pow(2, 10) == 1024
-        assert server._listener is not None  # the loop serves
+        assert listener_of(server) is not None  # the loop serves
     assert type(server.socket) is socket.socket
 
 
@@ -355,7 +356,7 @@ def test_wsgiref(threading_: bool) -> None:
     with serving(server):
         answer = exchange(server.server_address, b"GET /hello HTTP/1.0\r\n\r\n")
         assert answer.endswith(b"\r\n\r\n/hello")
-        assert server._listener is not None
+        assert listener_of(server) is not None
 
 
 def test_a_socket_of_a_strange_class_is_served_by_the_original() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from fastlisten import socketserver as dropin
 from helpers import LIMIT, LOOPBACK, connect, exchange, posix_only, wait_until
+from helpers.internals import listener_of
 from helpers.programs import run
 from helpers.socketservers import BOTH, THREADING, Echo, Served, server_class
 
@@ -163,7 +164,7 @@ def test_several_threads_serve(module: Any) -> None:
         for thread in several:  # each loop's end is one shutdown's, and one may wait for a client
             while thread.is_alive():
                 server._BaseServer__shutdown_request = True
-                if module is dropin and server._listener is not None:
+                if module is dropin and listener_of(server) is not None:
                     server.shutdown()
                 with contextlib.suppress(OSError):
                     connect(server.server_address).close()

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import importlib.util
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, TypeVar
@@ -10,8 +9,8 @@ from typing import Any, TypeVar
 import pytest
 
 from fastlisten import aio
-from fastlisten._transport import Hub
 from helpers import LIMIT
+from helpers.internals import pretend_a_proactor, set_polling
 
 T = TypeVar("T")
 
@@ -63,14 +62,14 @@ class Run:
 @pytest.fixture(params=WAYS, ids=[f"{loop}-{'poller' if p else 'no poller'}" for loop, p in WAYS])
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     loop, polled = request.param
-    monkeypatch.setattr(aio, "Hub", functools.partial(Hub, polled=polled))
+    set_polling(monkeypatch, polled)
     return Run(loop)
 
 
 @pytest.fixture(params=AWAIT_LOOPS)
 def run_awaits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     if request.param == "as if on a proactor":
-        monkeypatch.setattr(aio, "_Proactor", asyncio.SelectorEventLoop)
+        pretend_a_proactor(monkeypatch)
     return Run(request.param)
 
 

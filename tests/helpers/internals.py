@@ -1,0 +1,43 @@
+"""What tests look at that is not public: named here alone, so that a renaming changes one line."""
+
+import asyncio
+import functools
+from typing import Any
+
+import pytest
+
+from fastlisten import aio
+from fastlisten._endpoint import endpoint_of, resolve
+from fastlisten._transport import Hub
+
+__all__ = ["endpoint_of", "resolve"]
+
+
+def is_served(listener: Any) -> bool:
+    """Tell whether a serve() has begun on the listener."""
+    return listener._loop is not None
+
+
+def arrivals_of(listener: Any) -> Any:
+    """Return what those wait on who await the listener."""
+    return listener._arrivals
+
+
+def listener_of(server: Any) -> Any:
+    """Return the Listener that the loop serves for a server of fastlisten.socketserver, or None."""
+    return server._listener
+
+
+def hub_of(server: aio.Server) -> Any:
+    """Return what accepts for an asyncio server and calls its transports."""
+    return server._hub
+
+
+def set_polling(monkeypatch: pytest.MonkeyPatch | None, polled: bool) -> None:
+    """Have the hubs made from now on watch by a poller of their own, or by the loop; None: for good."""
+    (monkeypatch or pytest.MonkeyPatch()).setattr(aio, "Hub", functools.partial(Hub, polled=polled))
+
+
+def pretend_a_proactor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the selector event loop taken for one that cannot watch descriptors."""
+    monkeypatch.setattr(aio, "_Proactor", asyncio.SelectorEventLoop)
