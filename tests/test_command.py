@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.command import LISTENING, run, serve
-from helpers import LIMIT, connect, exchange, needs, not_under_wine, posix_only, read_all
 
 import fastlisten
 from fastlisten import Endpoint
+from helpers import LIMIT, connect, exchange, needs, not_under_wine, posix_only, read_all
+from helpers.command import LISTENING, run, serve
 
 
 @pytest.mark.parametrize("threads", ["0", "1", "2,8"])

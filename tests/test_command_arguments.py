@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers.command import is_one_line, run
-from helpers import NOBODYS, NOWHERE, needs, under_wine
 
 import fastlisten
 from fastlisten import Endpoint
 from fastlisten.cli import main
+from helpers import NOBODYS, NOWHERE, needs, under_wine
+from helpers.command import is_one_line, run
 
 Told = Callable[..., "subprocess.CompletedProcess[str]"]
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers.command import COMMAND, Server, is_one_line, serve, signals
+
 from helpers import LIMIT, connect, exchange, posix_only, read_all
+from helpers.command import COMMAND, Server, is_one_line, serve, signals
 
 
 @signals

@@ -13,11 +13,11 @@ from http.client import HTTPConnection
 from pathlib import Path
 
 import pytest
-from helpers.command import Server, serve
-from helpers import LIMIT, connect, exchange, read_all, reset, serving, wait_until
 
 import fastlisten
 from fastlisten.cli import http
+from helpers import LIMIT, connect, exchange, read_all, reset, serving, wait_until
+from helpers.command import Server, serve
 
 
 def installed(tool: str) -> pytest.MarkDecorator:

@@ -8,10 +8,9 @@ import signal
 import subprocess
 import time
 
-from helpers.command import COMMAND, serve, signals
-from helpers import LIMIT, connect, exchange, posix_only
-
 from fastlisten import Endpoint
+from helpers import LIMIT, connect, exchange, posix_only
+from helpers.command import COMMAND, serve, signals
 
 
 @signals

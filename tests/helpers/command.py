@@ -7,9 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from helpers import LIMIT, posix_only
-
 from fastlisten import Endpoint
+from helpers import LIMIT, posix_only
 
 COMMAND = [sys.executable, "-m", "fastlisten"]
 LISTENING = "listening on "
