@@ -115,7 +115,7 @@ def test_what_is_not_known_or_no_listener_is_raised_at_once(table: Any, code: st
 
 WITHOUT_ACCEPT4 = """
 import json, os, fastlisten
-from support import connect
+from helpers import connect
 found = []
 with fastlisten.bind(("127.0.0.1", 0)) as listener, connect(listener), connect(listener):
     with listener.accept()[0] as blocking:
