@@ -25,9 +25,7 @@ DEFAULT_BACKLOG = min(socket.SOMAXCONN, 128)
 SomeListener = TypeVar("SomeListener", bound=Listener)
 
 
-def serve(
-    handler: Handler, *endpoints: Address | Listener, **options: Unpack[AllOptions]
-) -> ServeResult:
+def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[AllOptions]) -> ServeResult:
     """Bind the endpoints and serve them in one loop, with one set of threads and limits, in turn.
 
     endpoints: as bind() takes them; Listeners are served too and stay open, what serve() bound it closes.
@@ -95,18 +93,16 @@ def bind(
     """
     options = checked(
         BindOptions,
-        {
-            "backlog": backlog,
-            "reuse_port": reuse_port,
-            "dualstack_ipv6": dualstack_ipv6,
-            "exclusive": exclusive,
-            "defer_accept": defer_accept,
-            "fast_open": fast_open,
-            "no_delay": no_delay,
-            "keep_alive": keep_alive,
-            "mode": mode,
-        },
         "bind",
+        backlog=backlog,
+        reuse_port=reuse_port,
+        dualstack_ipv6=dualstack_ipv6,
+        exclusive=exclusive,
+        defer_accept=defer_accept,
+        fast_open=fast_open,
+        no_delay=no_delay,
+        keep_alive=keep_alive,
+        mode=mode,
     )
     return bind_checked(endpoint_of(endpoint), options)
 
@@ -140,7 +136,8 @@ def bind_checked(where: Endpoint, options: Checked) -> Listener:
             only = 0 if options.dualstack_ipv6 else 1
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
         with permissions(options.mode):
-            listener.bind(where.sockaddr)
+            address: Any = where.sockaddr
+            listener.bind(address)
         if unix_path is not None and not unix_path.startswith("@"):
             listener._path = OwnPath(unix_path)
         listener.listen(DEFAULT_BACKLOG if options.backlog is None else options.backlog)

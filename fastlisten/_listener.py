@@ -39,11 +39,11 @@ class ServeResult(NamedTuple):
 class ListenerStats(NamedTuple):
     """The counters of a Listener since `since` (time.time()).
 
-    accepted: clients taken from the kernel.  handled: those of them whose connection was closed since, or taken
-    over by detach(), socket() or accept().  active: those who wait for a handler or whose connection is open.
-    handler_errors: handlers that raised.  accept_errors: failed accepts by errno name.  refused: clients told
-    `busy`.  dropped: clients closed before anybody got them, because serving ended.  At every moment
-    accepted = handled + active + refused + dropped.
+    accepted: clients taken from the kernel.  handled: those of them whose connection was closed since, or
+    taken over by detach(), socket() or accept().  active: those who wait for a handler or whose connection is
+    open.  handler_errors: handlers that raised.  accept_errors: failed accepts by errno name.  refused:
+    clients told `busy`.  dropped: clients closed before anybody got them, because serving ended.  At every
+    moment accepted = handled + active + refused + dropped.
     paused: by pause().  threads, idle_threads: of the serve() that runs.  queue_depth, queue_limit: of the
     kernel's queue, None where it does not tell.
 
@@ -82,7 +82,8 @@ class Listener(socket.socket):
     >>> def shout(connection):
     ...     connection.sendall(connection.recv(100).upper())
     ...     listener.stop()
-    >>> with fastlisten.bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()) as client:
+    >>> listener = fastlisten.bind("127.0.0.1:0")
+    >>> with listener, socket.create_connection(listener.getsockname()) as client:
     ...     client.sendall(b"hello")
     ...     listener.serve(shout)
     ...     client.recv(100)
@@ -249,7 +250,7 @@ def serve_options(handler: Handler, **options: Any) -> Checked:
     """The options of serve() as one checked value; TypeError or ValueError names what is wrong."""
     if not callable(handler):
         raise TypeError(f"handler must be callable, not {type(handler).__name__}")
-    return checked(InnerOptions, options)
+    return checked(InnerOptions, "serve", **options)
 
 
 def make_loop(listeners: Sequence[Listener], handler: Handler | None, options: Checked) -> Loop:
@@ -260,7 +261,7 @@ def make_loop(listeners: Sequence[Listener], handler: Handler | None, options: C
 
 
 def _connections(listener: Listener) -> Iterator[Connection]:
-    loop = make_loop([listener], None, checked(InnerOptions, {}))
+    loop = make_loop([listener], None, checked(InnerOptions, "iter"))
     try:
         loop.open()
         while (connection := loop.next()) is not None:

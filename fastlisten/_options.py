@@ -1,4 +1,4 @@
-"""The options of bind() and serve(), each declared once: name, type, default, check, and which systems have it."""
+"""The options of bind() and serve(), each declared once: name, type, default, check, and systems."""
 
 import socket
 from collections.abc import Callable, Mapping
@@ -110,8 +110,8 @@ class InnerOptions(ServeOptions, total=False):
     """And what the drop-in socketserver asks of the loop.
 
     leave: serve() returns without waiting for the handlers of its threads.  daemon: those are daemon threads.
-    tick: for how many microseconds a handler keeps others from being accepted before another thread does that;
-    0 for the loop's own answer.
+    tick: for how many microseconds a handler keeps others from being accepted before another thread does
+    that; 0 for the loop's own answer.
     """
 
     leave: Annotated[bool, Option(False, _any)]
@@ -141,11 +141,11 @@ def declared(family: type) -> dict[str, Option]:
     return found
 
 
-def checked(family: type, given: Mapping[str, Any], caller: str = "serve") -> Checked:
+def checked(family: type, caller: str, /, **given: Any) -> Checked:
     """The options of a family: those given, which are checked, and the defaults of the others.
 
-    Raises TypeError for an unknown name, as a call does, and for a value of another type; ValueError for one that
-    cannot be meant or that this system lacks.
+    caller: whose options they are, for the error.  Raises TypeError for an unknown name, as a call does, and
+    for a value of another type; ValueError for one that cannot be meant or that this system lacks.
     """
     options = declared(family)
     for name in given:

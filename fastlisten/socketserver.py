@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import socket as _socket
 import socketserver as _original
+import sys
 import threading
 import time
 import weakref
@@ -368,7 +369,7 @@ if hasattr(_original, "ForkingMixIn"):
 
         __module__ = _original.__name__
 
-    if hasattr(_original, "ForkingUnixStreamServer"):  # 3.12
+    if sys.version_info >= (3, 12):
 
         class ForkingUnixStreamServer(_original.ForkingUnixStreamServer, UnixStreamServer):
             """As the original."""

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import fastlisten
-from fastlisten import _accept
+from fastlisten._core.state import queue
 from helpers import connect, echo, exchange, needs, serving, wait_until
 from helpers.programs import run
 
@@ -126,12 +126,8 @@ def test_what_is_accepted_is_not_inherited(how: str) -> None:
 
 
 def test_the_wake_up_is_not_inherited() -> None:
-    ends = _accept.wake_pair()
-    try:
-        assert not any(inheritable(end) for end in ends)
-    finally:
-        for end in ends:
-            socket.close(end)
+    with fastlisten.bind("127.0.0.1:0") as listener:
+        assert not inheritable(listener._state.open_waker())
 
 
 @pytest.mark.parametrize(("option", "value", "constant"), OPTIONAL)
@@ -267,7 +263,7 @@ def test_errors_of_a_connection_are_translated_too() -> None:
 
 @on_windows
 def test_a_handle_has_64_bits() -> None:
-    assert _accept.queue(2**40 + 4) == (None, None)  # no OverflowError, and the system tells nothing
+    assert queue(2**40 + 4) == (None, None)  # no OverflowError, and the system tells nothing
 
 
 @pytest.mark.parametrize("threads", [0, 2])

@@ -183,12 +183,12 @@ cdef class Shortage:
     """Accept ran out of descriptors or memory, or lost clients without end: pause, or shed, and say so.
 
     exhausted: "pause"; "shed" to refuse clients through a descriptor kept for that; or a
-    callable(exception, attempt) that returns the seconds to pause.  busy: what refused clients are told, b"" for
-    a reset.
+    callable(exception, attempt) that returns the seconds to pause.  busy: what refused clients are told,
+    b"" for a reset.
 
     Each pause is twice as long as the one before; a connection of ours that closes cuts it short, by waking
-    who waits (State.wake_on_close).  The log gets a WARNING when it begins and an INFO when it ends.  What runs
-    without the GIL only notes what is to be told; tell() tells it.
+    who waits (State.wake_on_close).  The log gets a WARNING when it begins and an INFO when it ends.  What
+    runs without the GIL only notes what is to be told; tell() tells it.
     """
 
     def __cinit__(self, exhausted="pause", bytes busy not None=b""):

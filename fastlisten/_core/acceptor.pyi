@@ -4,8 +4,6 @@ from typing import Self, final
 from fastlisten._core.accept import Shortage
 from fastlisten._core.state import State
 
-__pyx_capi__: dict[str, object]
-
 @final
 class Acceptor:
     def __new__(

@@ -27,7 +27,14 @@ from fastlisten._core.accept cimport (
     verdict_t,
 )
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport State, open_connections, state_t, waker_drain, waker_open, waker_wake
+from fastlisten._core.state cimport (
+    State,
+    connections_of,
+    state_t,
+    waker_drain,
+    waker_open,
+    waker_wake,
+)
 
 # How many times poll() is asked first, at most, after accept() was tried in vain: 1, 3, 7, 15.
 cdef enum:
@@ -261,7 +268,7 @@ cdef class Acceptor:
         cdef int64_t total = 0
         cdef int i
         for i in range(self.count):
-            total += open_connections(self.sources[i].state)
+            total += connections_of(self.sources[i].state)
         return total
 
     cdef void wake_on_close(self, bint wake) noexcept nogil:

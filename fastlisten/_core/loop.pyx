@@ -43,7 +43,7 @@ cdef class Loop(Dispatcher):
     cdef object handler, on_error
     cdef Acceptor acceptor
     cdef Overload overload          # with busy=; the clients come through it then
-    cdef readonly Threads threads
+    cdef Threads threads
     cdef unsigned long caller       # the thread of run()
     cdef bint opened                # close() has something to undo
     cdef object failure             # what ends the loop and comes out of run()
@@ -142,7 +142,7 @@ cdef class Loop(Dispatcher):
         return &self.acceptor.sources[0].state.waker
 
     cdef void await_wake_up(self) noexcept:
-        """The thread in which a signal comes notes it, then wakes us: not when the waker is closed by then."""
+        """The thread in which a signal comes notes it, then wakes us: not when the waker is closed then."""
         cdef port_pollfd poll
         poll.fd = self.caller_waker().reader
         poll.events = POLLIN
@@ -323,7 +323,7 @@ cdef class Loop(Dispatcher):
 
 
 def wake_on_signals(fd):
-    """Have the interpreter write to `fd` when a signal comes, if this is the thread that runs signal handlers.
+    """Have the interpreter write to `fd` when a signal comes, if this is the thread that runs their handlers.
 
     Without it a signal that comes just before poll() would wait for the next client, and Winsock's poll is
     not interrupted at all.  Returns None when nothing was set: not the main thread, or somebody (asyncio)

@@ -26,9 +26,9 @@ HANDLERS_AT_MOST = 4096
 cdef class Overload:
     """Between an acceptor and the handlers: clients wait here, and the one over the bound is told at once.
 
-    acceptor: has no limit of its own.  pending: how many clients may wait for a handler.  handlers: how many may
-    be with one at a time.  most: connections that may be open at a time; 0: any number.  busy: what a refused
-    client is told; b"" for a reset.
+    acceptor: has no limit of its own.  pending: how many clients may wait for a handler.  handlers: how many
+    may be with one at a time.  most: connections that may be open at a time; 0: any number.  busy: what a
+    refused client is told; b"" for a reset.
 
     A thread accepts without the GIL from its first to its last instruction, puts clients into the queue while
     there is a place and refuses the others, so that the answer comes at once also while a handler computes.
@@ -143,10 +143,10 @@ cdef class Overload:
 
     cdef int64_t places(self) noexcept nogil:
         """How many clients there is a place for: with a handler that is free, or among the pending."""
-        cdef int64_t free = self.handlers - self.handling
+        cdef int64_t idle = self.handlers - self.handling
         if self.most:
-            free = min(free, self.most - self.acceptor.open_connections())
-        return min(self.pending + max(free, 0), <int64_t>self.room)
+            idle = min(idle, self.most - self.acceptor.open_connections())
+        return min(self.pending + max(idle, 0), <int64_t>self.room)
 
     cdef void put(self, client_t *client) noexcept nogil:
         """Have a client wait for its handler, or refuse it when there is no place."""
@@ -168,7 +168,7 @@ cdef class Overload:
     # --- the thread that refuses ----------------------------------------------------------------------
 
     def refuse_over_pending(self):
-        """Accept, and refuse who is too many, without the GIL, so that nothing Python does delays an answer."""
+        """Accept, and refuse who is too many, without the GIL: nothing Python does delays an answer."""
         cdef outcome_t outcome = NOBODY
         cdef client_t client
         with nogil:

@@ -57,7 +57,7 @@ cdef void client_out(state_t *state) noexcept nogil
 cdef void client_refused(state_t *state) noexcept nogil
 cdef void client_dropped(state_t *state) noexcept nogil
 cdef void accept_failed(state_t *state, int code) noexcept nogil
-cdef int64_t open_connections(state_t *state) noexcept nogil
+cdef int64_t connections_of(state_t *state) noexcept nogil
 
 
 cdef class Taker:

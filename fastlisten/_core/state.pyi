@@ -1,16 +1,7 @@
 from socket import socket
-from typing import Self, TypedDict, final
+from typing import Any, Self, final
 
 __pyx_capi__: dict[str, object]
-
-class Counts(TypedDict):
-    accepted: int
-    handled: int
-    active: int
-    handler_errors: int
-    accept_errors: dict[str, int]
-    refused: int
-    dropped: int
 
 class Taker:
     activity: str
@@ -44,6 +35,6 @@ class State:
     def paused(self) -> bool: ...
     @paused.setter
     def paused(self, value: bool) -> None: ...
-    def counts(self) -> Counts: ...
+    def counts(self) -> dict[str, Any]: ...
 
 def queue(fd: int) -> tuple[int | None, int | None]: ...

@@ -53,8 +53,8 @@ cdef void waker_drain(waker_t *waker) noexcept nogil:
 
 
 cdef void waker_close(waker_t *waker) noexcept nogil:
-    """Close both ends.  Nobody may poll it any more; whoever is waking it is let finish, for its number may be
-    a stranger's the moment it is closed."""
+    """Close both ends.  Nobody may poll it any more; whoever is waking it is let finish, for its number may
+    be a stranger's the moment it is closed."""
     if port_swap(&waker.open, 0):
         while port_get(&waker.waking):
             pass
@@ -98,7 +98,7 @@ cdef void client_handed(state_t *state) noexcept nogil:
 
 
 cdef void client_out(state_t *state) noexcept nogil:
-    """Its connection was closed or taken over: tell who waits for that, and give the connection's hold back."""
+    """Its connection was closed or taken over: tell who waits for that, and give its hold back."""
     port_add(&state.handled, 1)
     if port_get(&state.wake_on_close):  # asked after the count, so that whoever waits for it sees it
         waker_wake(&state.waker)
@@ -124,7 +124,7 @@ cdef void accept_failed(state_t *state, int code) noexcept nogil:
     port_add(&state.counts[i], 1)
 
 
-cdef int64_t open_connections(state_t *state) noexcept nogil:
+cdef int64_t connections_of(state_t *state) noexcept nogil:
     """Clients handed out whose connections are neither closed nor taken over."""
     cdef int64_t handled = port_get(&state.handled)
     return port_get(&state.handed) - handled
@@ -195,8 +195,8 @@ cdef class State:
     def give_back(self, Taker taker not None, bint takes_again=False):
         """Undo take(), if it was this taker's.
 
-        A stop is answered with it, so that another may follow.  takes_again: the taker will be back, and neither
-        answers for now nor has the waker closed.
+        A stop is answered with it, so that another may follow.  takes_again: the taker will be back, and
+        neither answers for now nor has the waker closed.
         """
         with cython.critical_section(self):
             if self.taker is not taker:

@@ -1,12 +1,13 @@
-from typing import Any, Self, final
+from typing import Self, final
+
+from typing_extensions import disjoint_base
 
 from fastlisten._core.state import Taker
-
-__pyx_capi__: dict[str, object]
 
 @final
 class Worker: ...
 
+@disjoint_base
 class Dispatcher(Taker): ...
 
 @final

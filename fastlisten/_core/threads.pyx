@@ -1,7 +1,7 @@
 """Who accepts, and who handles: leader and followers.
 
-Threads accept in turn.  One has the lead: it waits, takes a client, and handles it; so stop, pause, limits and
-shortages live in one place, without a herd and without a dummy connection.
+Threads accept in turn.  One has the lead: it waits, takes a client, and handles it; so stop, pause, limits
+and shortages live in one place, without a herd and without a dummy connection.
 """
 
 import threading
@@ -24,7 +24,7 @@ from fastlisten._core.accept cimport client_t, log
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, outcome_t
 from fastlisten._core.connection cimport Connection, raise_error
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport Taker, waker_close, waker_drain, waker_open, waker_t, waker_wake
+from fastlisten._core.state cimport Taker, waker_close, waker_drain, waker_open, waker_wake
 
 cdef extern from "pythread.h" nogil:
     enum PyLockStatus:
@@ -32,15 +32,16 @@ cdef extern from "pythread.h" nogil:
     PyLockStatus PyThread_acquire_lock_timed(
         PyThread_type_lock lock, long long microseconds, int interruptible)
 
-# How long the lead may be lent to a handler before the successor takes it.  Shorter than anybody notices, and
-# long beside the handlers that a high rate of connections needs; the successor's look costs 3 µs each time.
+# How long the lead may be lent to a handler before the successor takes it.  Shorter than anybody notices,
+# and long beside the handlers that a high rate of connections needs; the successor's look costs 3 µs each
+# time.
 cdef long long TICK = 500  # microseconds
 
 # A handler that took no longer than this was not worth waking another thread for.
 cdef int64_t QUICK = 100_000  # nanoseconds
 
-# After two handlers in a row that were not quick (one alone may have been preempted), the lead is handed off at
-# once: for this many clients before the next try, and twice as many each time that finds a slow one again.
+# After two handlers in a row that were not quick (one alone may have been preempted), the lead is handed off
+# at once: for this many clients before the next try, and twice as many each time that finds a slow one again.
 cdef enum:
     EAGER = 16
     EAGER_MOST = 1024
@@ -111,9 +112,9 @@ cdef class Lead:
 
     A leader that has accepted a client lends the lead to its handler, and most often reclaims it before
     anybody missed it: no other thread was woken.  The first of the idle threads, the successor, looks after a
-    TICK and takes the lead from a handler that is still busy; so nobody waits for long behind a slow one.  (Go's
-    scheduler retakes a processor from a system call in the same way.)  Where handlers are not quick, leaders
-    hand the lead off at once.
+    TICK and takes the lead from a handler that is still busy; so nobody waits for long behind a slow one.
+    (Go's scheduler retakes a processor from a system call in the same way.)  Where handlers are not quick,
+    leaders hand the lead off at once.
 
     tick: microseconds instead of TICK; handlers count as quick when they take no longer than that.
     """
@@ -206,14 +207,14 @@ cdef class Lead:
 
 @cython.final
 cdef class Threads:
-    """The threads of one serve(): they start as they are needed, accept in turn, and end when idle for long.
+    """The threads of one serve(): they start as needed, accept in turn, and end when idle for long.
 
     dispatcher: what they do.  least, most: how many threads; 0 for none, then the caller of run() does it.
-    daemon: whether they are daemon threads.  leave: run() does not wait for handlers that are at work when it
-    is over.  tick: the Lead's.
+    daemon: whether they are daemon threads.  leave: run() does not wait for handlers that are at work when
+    it is over.  tick: the Lead's.
 
-    The caller of run() waits for the threads and runs Python's signal handlers, so that Ctrl-C ends it whatever
-    the threads do.
+    The caller of run() waits for the threads and runs Python's signal handlers, so that Ctrl-C ends it
+    whatever the threads do.
     """
 
     def __cinit__(self, Dispatcher dispatcher not None, int least, int most, bint daemon, bint leave, tick):
@@ -234,7 +235,7 @@ cdef class Threads:
         return 0
 
     cdef void close(self) noexcept:
-        """run() is over.  A handler that outlives it still wakes its caller, and the last one closes the waker."""
+        """run() is over.  A handler that outlives it still wakes its caller; the last closes the waker."""
         port_swap(&self.ended, 1)
         if port_get(&self.alive) == 0:
             waker_close(&self.waker)

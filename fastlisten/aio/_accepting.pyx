@@ -25,7 +25,7 @@ from fastlisten._core.overload cimport Overload
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport State, client_handed, client_out, state_hold, waker_drain
 from fastlisten.aio._hub cimport Watched
-from fastlisten.aio._transport cimport Connections, Owner, Transport, new_transport
+from fastlisten.aio._transport cimport Connections, Owner, new_transport
 
 # How many clients one wake accepts: enough to make the cost of the wake small, little enough that other tasks
 # of the loop run in between.

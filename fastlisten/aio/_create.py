@@ -243,16 +243,17 @@ async def create_server(
 
     Raises what asyncio's own raises for the same mistakes, ValueError for options this system lacks.
     """
-    limits = checked_limits(
-        max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted
+    limits = checked_limits(max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted)
+    options = socket_options(
+        checked(
+            BindOptions,
+            "create_server",
+            defer_accept=defer_accept,
+            fast_open=fast_open,
+            no_delay=no_delay,
+            keep_alive=keep_alive,
+        )
     )
-    binding = {
-        "defer_accept": defer_accept,
-        "fast_open": fast_open,
-        "no_delay": no_delay,
-        "keep_alive": keep_alive,
-    }
-    options = socket_options(checked(BindOptions, binding))
     tls = _tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     asked: dict[str, Any] = {"family": family, "flags": flags, "sock": sock, "backlog": backlog}
     asked |= _given(reuse_address=reuse_address, reuse_port=reuse_port)
@@ -301,9 +302,7 @@ async def create_unix_server(
     which is True since Python 3.13.  mode: permission bits of the path, as fastlisten.bind().
     max_connections, pending, busy, exhausted: as create_server().
     """
-    limits = checked_limits(
-        max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted
-    )
+    limits = checked_limits(max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted)
     tls = _tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     more = {"cleanup_socket": False} if _UNLINKS else {}  # what it unlinks, the Server does
     with permissions(mode):  # no other task runs inside: asyncio's function waits for nothing

@@ -255,7 +255,7 @@ def checked_limits(*, exhausted: Any, **limits: Any) -> Checked:
     """What a server may take on: max_connections, pending, busy and exhausted, checked as serve() does."""
     if exhausted not in ("pause", "shed"):
         raise ValueError(f"exhausted must be 'pause' or 'shed', not {exhausted!r}")
-    return checked(ServeOptions, {"exhausted": exhausted, **limits})
+    return checked(ServeOptions, "create_server", exhausted=exhausted, **limits)
 
 
 def _state_of(sock: socket.socket) -> State:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import fastlisten
+from fastlisten._options import BindOptions, ServeOptions, declared
 from fastlisten.cli.errors import MISUSED, CommandError
 
 DEFAULT_ENDPOINT = "127.0.0.1:11000"
@@ -17,18 +18,8 @@ DEFAULT_THREADS = (1, 64)
 DEFAULT_DRAIN = 5.0
 
 # The options of bind() and of serve() by name. One that has no argument here is never given.
-BIND_OPTIONS = (
-    "backlog",
-    "reuse_port",
-    "dualstack_ipv6",
-    "exclusive",
-    "defer_accept",
-    "fast_open",
-    "no_delay",
-    "keep_alive",
-    "mode",
-)
-SERVE_OPTIONS = ("threads", "max_connections", "pending", "busy", "exhausted", "on_error")
+BIND_OPTIONS = tuple(declared(BindOptions))
+SERVE_OPTIONS = tuple(declared(ServeOptions))
 
 
 class Parser(argparse.ArgumentParser):
