@@ -180,3 +180,11 @@ def connection(accepted_pair: tuple[Any, socket.socket]) -> Any:
 def client(accepted_pair: tuple[Any, socket.socket]) -> socket.socket:
     """Give the client of the fixture `connection`."""
     return accepted_pair[1]
+
+
+@pytest.fixture(scope="session")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Give the TLS context of a server for localhost and that of a client that trusts it."""
+    from helpers import certificates  # not above: ssl is slow to import
+
+    return certificates.tls_contexts(tmp_path_factory.mktemp("tls"))

@@ -7,18 +7,17 @@ import os
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastlisten import Connection, Listener, bind
 from helpers import LOOPBACK, Serving, connect, echo, exchange, needs, read_all, serving, wait_until
+from helpers.programs import run
 
 
 @pytest.fixture
@@ -76,7 +75,7 @@ def test_it_takes_all_that_are_queued(
 def test_the_limit_leaves_the_others_queued(
     limit: int, listener: Listener, queued: list[socket.socket]
 ) -> None:
-    taken = []
+    taken: list[bytes] = []
     while len(taken) < 10:
         some = answer(listener.accept_many(limit))
         assert len(some) == min(limit, 10 - len(taken))
@@ -266,16 +265,9 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, collections.Cou
     if strace is None:
         pytest.skip("needs strace")
     log = tmp_path_factory.mktemp("strace") / "log"
-    probe = subprocess.run([strace, "-o", "/dev/null", "true"], capture_output=True, check=False)
-    if probe.returncode:
+    if run([strace, "-o", "/dev/null", "true"], status=None).returncode:
         pytest.skip("needs the right to trace processes")
-    package = str(Path(sys.modules["fastlisten"].__file__ or "").parent.parent)
-    subprocess.run(
-        [strace, "-f", "-o", log, sys.executable, "-c", COUNTED],
-        check=True,
-        timeout=50,
-        env={**os.environ, "PYTHONPATH": package},
-    )
+    run([strace, "-f", "-o", log, sys.executable, "-c", COUNTED], limit=50)
     found: dict[str, collections.Counter[str]] = {}
     for part in re.finditer(r"\"begin-(\w+)\".*?\n(.*?)\n[^\n]*\"end-", log.read_text(), re.DOTALL):
         lines = re.findall(r"^\d+ +(\w+)\(.*= (-?\d+)", part[2], re.MULTILINE)

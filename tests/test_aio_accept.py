@@ -10,6 +10,7 @@ import fastlisten
 from fastlisten import aio
 from helpers import LIMIT, connect, exchange
 from helpers.aio import Echo, Run, in_thread, run, run_awaits, turns
+from helpers.internals import arrivals_of
 
 __all__ = ["run", "run_awaits"]  # fixtures
 
@@ -118,7 +119,7 @@ def test_a_client_and_a_cancelling_in_one_turn(run: Run) -> None:
         listener = fastlisten.bind("127.0.0.1:0")
         first, second = (asyncio.create_task(listener.accept_async()) for _ in range(2))
         await turns()
-        found = listener._async_acceptor
+        found = arrivals_of(listener)
         assert found is not None
         first.cancel()
         with connect(listener.getsockname()):
@@ -164,9 +165,10 @@ def test_async_iteration_until_stop(run_awaits: Run) -> None:
             async def serve() -> None:
                 async for connection in listener:
                     assert isinstance(connection, fastlisten.Connection)
+                    as_socket: Any = connection
                     with connection:
-                        served.append(await loop.sock_recv(connection, 10))
-                        await loop.sock_sendall(connection, served[-1])
+                        served.append(await loop.sock_recv(as_socket, 10))
+                        await loop.sock_sendall(as_socket, served[-1])
 
             for _ in range(2):
                 tasks = [asyncio.ensure_future(serve()) for _ in range(3)]

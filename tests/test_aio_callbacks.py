@@ -49,7 +49,7 @@ class Buffered(Notes, asyncio.BufferedProtocol):
 
 
 def test_a_buffered_protocol(run: Run) -> None:
-    async def main() -> bytes:
+    async def main() -> Any:
         async with server(Buffered) as serving:
             with connect(serving.address) as client:
                 client.sendall(b"more than five bytes")
@@ -69,7 +69,8 @@ def test_a_protocol_behind_a_proxy_is_of_its_own_kind(run: Run) -> None:
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
             behind.append(Buffered())
-            self.transport.set_protocol(weakref.proxy(behind[-1]))
+            proxy: Any = weakref.proxy(behind[-1])
+            self.transport.set_protocol(proxy)
 
     def proxied() -> Any:
         behind.append(Plain())
@@ -176,7 +177,8 @@ def test_a_factory_that_raises_closes_its_connection_and_is_reported_once(run: R
 
 def test_connection_lost_that_raises_is_reported(run: Run) -> None:
     class Fails(asyncio.Protocol):
-        connection_lost = fails
+        def connection_lost(self, error: BaseException | None) -> None:
+            fails(error)
 
     async def main() -> None:
         async with server(Fails) as serving:

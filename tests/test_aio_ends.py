@@ -48,7 +48,7 @@ def test_the_server_ends_and_the_client_goes_on_writing(run: Run, size: int) -> 
             with pytest.raises(RuntimeError, match=r"Cannot call write\(\) after write_eof\(\)"):
                 transport.write(b"x")
 
-    async def main() -> bytes:
+    async def main() -> Any:
         async with server(Ends) as serving:
             with connect(serving.address) as client:
                 assert len(await in_thread(read_all, client)) == size
@@ -140,7 +140,7 @@ def test_a_close_in_a_callback_ends_after_all_that_are_at_work(run: Run) -> None
 
 @not_under_wine("it reads a reset as an end")
 def test_a_reset_reaches_connection_lost(run: Run) -> None:
-    async def main() -> BaseException | None:
+    async def main() -> Any:
         async with server(Notes) as serving:
             client = connect(serving.address)
             protocol = await serving.first()
@@ -182,7 +182,7 @@ def test_a_greeting_to_a_client_that_has_reset_is_told_of_the_reset(run: Run) ->
 
 
 def test_a_reset_with_unsent_data(run: Run) -> None:
-    async def main() -> BaseException | None:
+    async def main() -> Any:
         async with server(Notes) as serving:
             client = connect(serving.address, receive_buffer=SMALL_BUFFER)
             protocol = await serving.first()

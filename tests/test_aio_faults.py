@@ -4,7 +4,6 @@ import contextlib
 import json
 import random
 import socket
-import subprocess
 import sys
 from typing import Any
 
@@ -13,7 +12,8 @@ import pytest
 from helpers import LIMIT, connect, needs, reset
 from helpers.aio import LOOPS, WAYS, run
 from helpers.faults import Faults
-from helpers.programs import check, interpreter, plain_environment
+from helpers.programs import check, line_of, running
+from helpers.programs import run as run_program
 
 __all__ = ["run"]  # a fixture
 
@@ -22,8 +22,7 @@ FAULTY_SERVER = """
 import asyncio, functools, json, sys
 from helpers.aio import Run
 from fastlisten import aio
-from fastlisten.aio import _server
-from fastlisten.aio._hub import Hub
+from helpers.internals import set_polling
 
 made = lost = 0
 
@@ -57,7 +56,7 @@ async def main():
     return [stats.accepted, stats.handled, stats.active, made, lost]
 
 name, polled = sys.argv[1:]
-_server.Hub = functools.partial(Hub, polled=polled == "True")
+set_polling(None, polled == "True")
 run = Run(name)
 print(json.dumps([run(main(), 60), run.messages()]))
 """
@@ -86,19 +85,10 @@ def test_10000_connections_with_faults_in_recv_and_send(faults: Faults, loop: st
     # libuv tells of POLLERR once and then watches the descriptor no more.  No kernel says EAGAIN after that,
     # but a fault does, and nobody would ask again.
     again = polled or loop != "uvloop"
-    process = subprocess.Popen(
-        [*interpreter(), "-c", FAULTY_SERVER, loop, str(polled)],
-        env=faults.environment(**faulty_plans(chance, again)),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    environment = faults.environment(**faulty_plans(chance, again))
     count, answered = 10_000, 0
-    with process, contextlib.ExitStack() as at_once:
-        at_once.callback(process.kill)
-        assert process.stdout is not None
-        address = ("127.0.0.1", int(process.stdout.readline()))
+    with running(FAULTY_SERVER, loop, str(polled), environment=environment) as process:
+        address = ("127.0.0.1", int(line_of(process)))
         open_now: list[tuple[socket.socket, bytes]] = []
         for number in range(count):
             data = b"%d " % number * chance.choice((1, 1, 1, 3000))
@@ -132,10 +122,9 @@ def test_10000_connections_with_faults_in_recv_and_send(faults: Faults, loop: st
 
 
 FORKS = """if True:
-    import asyncio, functools, os, socket, sys
+    import asyncio, os, socket, sys
     from fastlisten import aio
-    from fastlisten.aio import _server
-    from fastlisten.aio._hub import Hub
+    from helpers.internals import set_polling
     from helpers import LIMIT, connect
 
     class Heard(asyncio.Protocol):
@@ -180,7 +169,7 @@ FORKS = """if True:
         await server.wait_closed()
         print("heard", flush=True)
 
-    _server.Hub = functools.partial(Hub, polled=sys.argv[1] == "True")
+    set_polling(None, sys.argv[1] == "True")
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         runner.run(main())
     """
@@ -191,10 +180,7 @@ FORKS = """if True:
 @pytest.mark.parametrize("end", ["exit", "close"])
 @pytest.mark.parametrize("polled", [True, False])
 def test_a_forked_child_that_ends_leaves_the_parents_connections_alone(polled: bool, end: str) -> None:
-    command = [sys.executable, "-c", FORKS, str(polled), end]
-    done = subprocess.run(
-        command, env=plain_environment(), capture_output=True, text=True, timeout=2 * LIMIT, check=False
-    )
+    done = run_program(FORKS, str(polled), end, options=["-W", "default"], limit=2 * LIMIT, status=None)
     assert done.stdout == "heard\n", done.stderr
 
 
@@ -202,6 +188,7 @@ LOST_WITHOUT_END = """if True:
     import asyncio, json, logging, sys, time
     import fastlisten
     from helpers.aio import Echo, Run, server
+    from helpers.internals import failures_of
     from helpers.faults import change_plan
     from helpers import connect
 
@@ -224,7 +211,7 @@ LOST_WITHOUT_END = """if True:
             change_plan(accept=[("EPERM", 1 << 30)])
             with connect(serving.address) as client:
                 turns = 0
-                while serving.server._accepting.shortage.failures < 4:
+                while failures_of(serving.server) < 4:
                     turns += 1
                     await asyncio.sleep(0.001)
                 change_plan()
@@ -232,7 +219,7 @@ LOST_WITHOUT_END = """if True:
                 loop = asyncio.get_running_loop()
                 await loop.sock_sendall(client, b"hello")
                 assert await loop.sock_recv(client, 5) == b"hello"
-                while serving.server._accepting.shortage.failures:
+                while failures_of(serving.server):
                     await asyncio.sleep(0.001)
             return turns
 

@@ -4,15 +4,13 @@ import asyncio
 import logging
 import os
 import socket
-import subprocess
-import sys
 import threading
 from typing import Any
 
 import pytest
 
 from fastlisten import aio
-from helpers import LIMIT, connect, exchange, needs, under_wine
+from helpers import LIMIT, connect, exchange, needs, programs, under_wine
 from helpers.aio import Echo, Notes, Run, in_thread, run, server, turns
 
 __all__ = ["run"]  # a fixture
@@ -218,7 +216,7 @@ def test_what_exhausted_may_be(run: Run) -> None:
     async def main() -> None:
         for create in (aio.create_server, aio.create_unix_server):
             with pytest.raises(ValueError, match="exhausted must be 'pause' or 'shed', not 'hope'"):
-                await create(Notes, exhausted="hope")  # type: ignore[operator]
+                await create(Notes, exhausted="hope")  # type: ignore[arg-type]
 
     run(main())
 
@@ -237,8 +235,4 @@ def test_room_is_made_for_as_many_descriptors_as_there_may_be_connections() -> N
 
         asyncio.run(main())
         """
-    environment = dict(os.environ, PYTHONPATH=os.path.dirname(__file__))
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "True"
+    assert programs.run(code).stdout.strip() == "True"

@@ -10,12 +10,15 @@ import pytest
 from fastlisten import aio
 from helpers import connect, read_all
 from helpers.aio import BIG, Echo, Notes, Run, asyncios, in_thread, run, server
+from helpers.internals import clients_of
 
 __all__ = ["run"]  # a fixture
 
 
 def test_what_was_sent_before_the_accept_is_read_in_the_same_turn(run: Run) -> None:
     turn = 0
+
+    seen: asyncio.Future[tuple[int, int]]
 
     class Turns(asyncio.Protocol):
         def connection_made(self, transport: Any) -> None:
@@ -36,7 +39,6 @@ def test_what_was_sent_before_the_accept_is_read_in_the_same_turn(run: Run) -> N
                 made, read = seen.result()
                 assert made == read > 0
 
-    seen: asyncio.Future[tuple[int, int]]
     run(main())
 
 
@@ -119,11 +121,13 @@ def test_what_was_scheduled_before_is_called_before(run: Run, protocol: type[Ord
 
 
 def test_connection_made_comes_before_connection_lost_whoever_closes(run: Run) -> None:
+    serving: Any = None
+
     class Closes(Notes):
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             if len(serving.made) == 3:
-                for other in serving.server._connections.clients():
+                for other in clients_of(serving.server):
                     other.abort()
 
     def factory() -> Closes:
@@ -143,12 +147,11 @@ def test_connection_made_comes_before_connection_lost_whoever_closes(run: Run) -
                     await protocol.lost
                 return [protocol.events for protocol in serving.made]
 
-    serving: Any = None
     assert run(main()) == [["made", "lost"]] * 3
 
 
 def test_a_close_from_a_task_keeps_its_place(run: Run) -> None:
-    async def main() -> list[str]:
+    async def main() -> Any:
         async with server(Notes) as serving:
             with connect(serving.address):
                 protocol = await serving.first()

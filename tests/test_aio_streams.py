@@ -78,7 +78,8 @@ def test_streams_with_eager_tasks(run: Run) -> None:
             writer.write((await reader.readline()).upper())
             writer.close()
 
-        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        factory: Any = vars(asyncio)["eager_task_factory"]
+        asyncio.get_running_loop().set_task_factory(factory)
         async with await aio.start_server(upper, "127.0.0.1", 0) as running:
             address = running.sockets[0].getsockname()
             return [await in_thread(exchange, address, b"%d one\n" % i) for i in range(10)]

@@ -4,8 +4,6 @@ import asyncio
 import contextlib
 import os
 import ssl
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,25 +13,6 @@ from helpers import connect, needs, read_all
 from helpers.aio import Echo, Run, in_thread, run, server
 
 __all__ = ["run"]  # a fixture
-
-
-@pytest.fixture(scope="module")
-def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
-    folder: Path = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
-            *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"),
-            *("-keyout", "key.pem", "-out", "cert.pem"),
-        ],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-    )
-    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    ours.load_cert_chain(folder / "cert.pem", folder / "key.pem")
-    theirs = ssl.create_default_context(cafile=str(folder / "cert.pem"))
-    return ours, theirs
 
 
 @needs("the openssl command")

@@ -7,14 +7,14 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from helpers import LIMIT, wait_until
+from helpers import LIMIT, programs, wait_until
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads Linux's CPU clocks"),
@@ -31,24 +31,22 @@ CLONE = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def clone_on_path(monkeypatch):
+def clone_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """`benchmarks` is not installed: it is imported from the clone."""
     monkeypatch.syspath_prepend(str(CLONE))
 
 
-def run(*arguments, **environment):
-    return subprocess.run(
+def run(*arguments: Any, **environment: Any) -> Any:
+    return programs.run(
         [sys.executable, "-m", "benchmarks", *map(str, arguments)],
-        cwd=CLONE,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
+        environment={**os.environ, **environment},
+        folder=CLONE,
+        limit=50,
+        status=None,
     )
 
 
-def results_of(path):
+def results_of(path: Any) -> Any:
     from benchmarks.results import Results
 
     return Results.read(path).summaries()
@@ -61,7 +59,7 @@ two_cores = pytest.mark.skipif(
 
 @needs_extra
 @two_cores
-def test_a_tiny_run_prints_a_table_and_writes_json_and_pictures(tmp_path):
+def test_a_tiny_run_prints_a_table_and_writes_json_and_pictures(tmp_path: Path) -> None:
     stem, path = tmp_path / "tiny-0.1", tmp_path / "tiny-0.1.json"  # the ".1" stays
     tiny = ("--quick", "--only", "close,socket.accept", "--rounds", 2, "--cpu", "0.02")
     answer = run(*tiny, "--out", stem)
@@ -90,7 +88,9 @@ def test_a_tiny_run_prints_a_table_and_writes_json_and_pictures(tmp_path):
     assert not (tmp_path / "picture.png").exists()
 
 
-def write_run(path, workload="close", values=(1.0, 2.0), server="socket.accept"):
+def write_run(
+    path: Any, workload: Any = "close", values: Any = (1.0, 2.0), server: Any = "socket.accept"
+) -> None:
     """Write the results of a run with such CPU times, without the C loop."""
     from benchmarks.results import Results, machine
     from benchmarks.runner import Sample, Settings
@@ -124,7 +124,13 @@ MISTAKES = [
 @needs_extra
 @two_cores
 @pytest.mark.parametrize(("arguments", "line"), MISTAKES, ids=[" ".join(case[0]) for case in MISTAKES])
-def test_a_mistake_is_told_before_anything_is_measured(arguments, line, tmp_path, monkeypatch, capsys):
+def test_a_mistake_is_told_before_anything_is_measured(
+    arguments: Any,
+    line: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     from benchmarks import __main__ as command
 
     (tmp_path / "torn.json").write_text('{"x":')
@@ -146,10 +152,10 @@ def test_a_mistake_is_told_before_anything_is_measured(arguments, line, tmp_path
 
 @needs_extra
 @two_cores
-def test_what_is_not_installed_is_told_once_and_left_out(tmp_path):
-    (tmp_path / "gcc").symlink_to(shutil.which("gcc") or shutil.which("cc"))
+def test_what_is_not_installed_is_told_once_and_left_out(tmp_path: Path) -> None:
+    (tmp_path / "gcc").symlink_to(shutil.which("gcc") or shutil.which("cc") or "")
     for tool in ("as", "ld"):  # gcc looks for them in the path
-        (tmp_path / tool).symlink_to(shutil.which(tool))
+        (tmp_path / tool).symlink_to(shutil.which(tool) or "")
     tiny = ("--quick", "--only", "http-ab,close,socket.accept", "--rounds", 1, "--cpu", "0.01")
     answer = run(*tiny, PATH=str(tmp_path), CC="", XDG_CACHE_HOME=str(tmp_path))  # no git, no ab, no cc
     assert answer.returncode == 0, answer.stdout + answer.stderr
@@ -165,19 +171,16 @@ def test_what_is_not_installed_is_told_once_and_left_out(tmp_path):
 @needs_extra
 @two_cores
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_a_signal_ends_the_server_and_keeps_the_samples(name, tmp_path):
+def test_a_signal_ends_the_server_and_keeps_the_samples(name: Any, tmp_path: Path) -> None:
     number = getattr(signal, name)
     if signal.getsignal(number) is signal.SIG_IGN:
         pytest.skip("whoever runs the tests has it ignored, as nohup does")
     options = ("--only", "close,go", "--rounds", "1", "--cpu", "100", "--out", str(tmp_path / "cut"))
     command = [sys.executable, "-m", "benchmarks", *options]
-    with subprocess.Popen(command, cwd=CLONE, stdout=-1, stderr=-1, text=True) as process:
-        try:
-            server, _ = wait_until(lambda: server_and_load(process.pid), LIMIT, "server and load run")
-            process.send_signal(number)
-            out, err = process.communicate(timeout=LIMIT)
-        finally:
-            process.kill()
+    with programs.running(command, folder=CLONE) as process:
+        server, _ = wait_until(lambda: server_and_load(process.pid), LIMIT, "server and load run")
+        process.send_signal(number)
+        out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 1
     assert "Traceback" not in err
     assert "failed: interrupted after 0 of" in out
@@ -185,25 +188,25 @@ def test_a_signal_ends_the_server_and_keeps_the_samples(name, tmp_path):
     assert json.loads((tmp_path / "cut.json").read_text())["samples"] == []
 
 
-def server_and_load(pid):
+def server_and_load(pid: Any) -> Any:
     """Return the benchmark's two children that do the work "close", once both are there."""
     children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     both = [child for child in children if " close" in command_line(child)]
     return both if len(both) == 2 else None
 
 
-def command_line(pid):
+def command_line(pid: Any) -> Any:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     except FileNotFoundError:
         return ""
 
 
-def test_a_split_needs_seconds_of_cpu():
+def test_a_split_needs_seconds_of_cpu() -> None:
     from benchmarks.results import Results
     from benchmarks.runner import Sample
 
-    def parts(seconds):
+    def parts(seconds: Any) -> Any:
         figures = {"cpu_us": 10.0, "connections": seconds * 1e5, "user_ticks": 25, "system_ticks": 75}
         samples = [Sample("close", 64, "go", turn, figures) for turn in range(2)]
         (row,) = Results("", {}, {}, samples, []).summaries()
@@ -214,7 +217,7 @@ def test_a_split_needs_seconds_of_cpu():
 
 
 @needs_extra
-def test_growth_with_clients_is_told():
+def test_growth_with_clients_is_told() -> None:
     from benchmarks.report import growth
     from benchmarks.results import Results
     from benchmarks.runner import Sample
@@ -231,7 +234,7 @@ def test_growth_with_clients_is_told():
 
 
 @needs_extra
-def test_figures_without_a_ratio_are_compared_too(tmp_path, capsys):
+def test_figures_without_a_ratio_are_compared_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
     from benchmarks.report import compare
@@ -246,7 +249,7 @@ def test_figures_without_a_ratio_are_compared_too(tmp_path, capsys):
 
 
 @needs_extra
-def test_the_burst_is_told_by_four_percentiles(capsys):
+def test_the_burst_is_told_by_four_percentiles(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 
     from benchmarks.report import show
@@ -271,12 +274,12 @@ def test_the_burst_is_told_by_four_percentiles(capsys):
     ],
     ids=["right", "another byte", "too short", "too long", "nothing"],
 )
-def test_the_load_generator_checks_every_answer(answer, fine):
+def test_the_load_generator_checks_every_answer(answer: Any, fine: Any) -> None:
     from benchmarks.runner import load_command
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
-        def serve():
+        def serve() -> None:
             for reply in (b"hello, fastlisten\n", answer):
                 connection, _ = listener.accept()
                 with connection:
@@ -286,7 +289,7 @@ def test_the_load_generator_checks_every_answer(answer, fine):
         thread = threading.Thread(target=serve)
         thread.start()
         command = load_command("echo", listener.getsockname()[1], 0, 0, 2, 1)
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        result = programs.run(command, status=None)
         thread.join(20)
     assert result.returncode == (0 if fine else 1)
     if fine:
@@ -295,13 +298,13 @@ def test_the_load_generator_checks_every_answer(answer, fine):
         assert result.stderr == "load: answer: wrong (after 1 answers)\n"
 
 
-def test_the_load_generator_ends_at_its_time_limit(monkeypatch):
+def test_the_load_generator_ends_at_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import runner
 
     monkeypatch.setattr(runner, "LOAD_LIMIT", 1)
     with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts nobody
         command = runner.load_command("close", listener.getsockname()[1], 0, 0, 1, 1)
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        result = programs.run(command, status=None)
     assert result.returncode == 1
     assert result.stderr.startswith("load: time limit")
 
@@ -321,14 +324,14 @@ def test_the_load_generator_ends_at_its_time_limit(monkeypatch):
         ((1, 1), (2,), 1 / 3),
     ],
 )
-def test_the_rank_test_counts_exactly(old, new, chance):
+def test_the_rank_test_counts_exactly(old: Any, new: Any, chance: Any) -> None:
     from benchmarks.results import rank_test
 
     assert rank_test(old, new) == pytest.approx(chance)
     assert rank_test(new, old) == pytest.approx(chance)
 
 
-def test_rounds_are_interleaved_over_servers():
+def test_rounds_are_interleaved_over_servers() -> None:
     from benchmarks.runner import Cell, plan
     from benchmarks.servers import SERVERS
     from benchmarks.workloads import WORKLOADS
@@ -345,7 +348,9 @@ def test_rounds_are_interleaved_over_servers():
 
 
 @pytest.mark.parametrize(("again", "status"), [([2_300, 2_010], 0), ([2_300, 2_200], 1)])
-def test_a_count_that_grew_is_counted_again_and_the_least_is_believed(again, status, monkeypatch, capsys):
+def test_a_count_that_grew_is_counted_again_and_the_least_is_believed(
+    again: Any, status: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     from benchmarks import instructions
 
     record = json.loads(instructions.RECORD.read_text())
@@ -363,10 +368,10 @@ def test_a_count_that_grew_is_counted_again_and_the_least_is_believed(again, sta
     assert ("allowed +5%" in capsys.readouterr().out) == bool(status)
 
 
-def test_a_server_says_what_it_lacks():
+def test_a_server_says_what_it_lacks() -> None:
     from benchmarks.servers import Server
 
-    def lacks(*needs):
+    def lacks(*needs: Any) -> Any:
         return Server("x", "native", "program", (), frozenset(), "", needs).missing()
 
     assert lacks() == lacks("sh", "json.decoder") == ""
@@ -375,18 +380,18 @@ def test_a_server_says_what_it_lacks():
 
 
 @pytest.mark.parametrize("name", ["fastlisten-socket", "fastlisten-ThreadingHTTPServer"])
-def test_a_drop_in_answers_each_connection(name):
+def test_a_drop_in_answers_each_connection(name: Any) -> None:
     from benchmarks.runner import load_command, running
     from benchmarks.servers import SERVERS
 
     with running(SERVERS[name], "http", None) as server:
         command = load_command("http", server.port, 0, 0, 100, 10)
-        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        result = programs.run(command, status=None)
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout)["connections"] == 100
 
 
-def test_a_busy_server_refuses_with_a_reset():
+def test_a_busy_server_refuses_with_a_reset() -> None:
     from benchmarks.runner import running
     from benchmarks.servers import SERVERS
 
@@ -400,17 +405,17 @@ def test_a_busy_server_refuses_with_a_reset():
 
 
 @needs_extra
-def test_rounds_end_before_the_limit():
+def test_rounds_end_before_the_limit() -> None:
     from benchmarks.__main__ import too_late
 
-    order = [(turn, None) for turn in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
+    order: list[tuple[int, Any]] = [(turn, None) for turn in (0, 0, 0, 1, 1, 1, 2, 2, 2)]
     assert not too_late(order, 2, 100, 10), "a round that began is finished"
     assert not too_late(order, 3, 5, 10)
     assert too_late(order, 3, 5.1, 10), "two rounds would take 10.2 s"
     assert too_late(order, 6, 7, 10), "three rounds would take 10.5 s"
 
 
-def test_growth_is_told_by_counts_on_one_build_and_by_ratios_on_another():
+def test_growth_is_told_by_counts_on_one_build_and_by_ratios_on_another() -> None:
     from benchmarks.instructions import complaints
 
     recorded = {"close": {"socket.accept": 20_000, "fastlisten-serve": 2_000}}
@@ -429,7 +434,7 @@ def test_growth_is_told_by_counts_on_one_build_and_by_ratios_on_another():
     assert len(complaints(recorded, grown_there, same=False)) == 1
 
 
-def test_the_import_is_weighed_against_that_of_socket(capsys):
+def test_the_import_is_weighed_against_that_of_socket(capsys: pytest.CaptureFixture[str]) -> None:
     from benchmarks import importing
 
     assert importing.main(["--rounds", "2"]) == 0

@@ -4,7 +4,6 @@ import errno
 import os
 import socket
 import stat
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ from helpers import (
     serving,
     under_wine,
 )
+from helpers.programs import running
 
 LOOPBACK6 = ("::1", 0)
 
@@ -237,18 +237,18 @@ def test_exclusive_is_set_on_the_socket() -> None:
 def test_an_option_that_the_system_lacks_is_refused_by_name(
     keyword: str, value: object, constant: str, made: list[object]
 ) -> None:
+    options: dict[str, Any] = {keyword: value}
     if hasattr(socket, constant):
         if under_wine() and constant == "TCP_FASTOPEN":
             pytest.skip("Wine has the constant of TCP_FASTOPEN and not the option")
         with socket.socket() as probe:
             probe.bind((own_loopback(), 0))  # for a port that nobody else is given meanwhile
             address = probe.getsockname()
-        options: dict[str, Any] = {keyword: value}
         with bind(address, **options) as listener:
             assert listener.getsockname() == address
         return
     with pytest.raises(ValueError, match=f"{keyword}: {constant} not supported on this platform"):
-        bind(("127.0.0.1", 11000), **{keyword: value})
+        bind(("127.0.0.1", 11000), **options)
     assert made == []
 
 
@@ -488,15 +488,9 @@ listener.close()
 def test_a_process_serves_the_listener_that_it_inherits() -> None:
     with bind(LOOPBACK) as listener:
         number = listener.fileno()
-        child = subprocess.Popen(
-            [sys.executable, "-X", "dev", "-c", INHERITS, f"fd:{number}"], pass_fds=[number]
-        )
-        try:
+        with running(INHERITS, f"fd:{number}", options=["-X", "dev"], pass_fds=[number]) as child:
             assert exchange(listener, b"child") == b"CHILD"
             assert child.wait(10) == 0
-        finally:
-            child.kill()
-            child.wait()
         with serving(listener, echo):  # the child's end is not ours
             assert exchange(listener, b"parent") == b"parent"
 

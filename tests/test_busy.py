@@ -7,8 +7,6 @@ import os
 import select
 import socket
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,7 +31,7 @@ from helpers import (
     serving,
     wait_until,
 )
-from helpers.programs import descriptor_table, plain_environment, python
+from helpers.programs import descriptor_table, python, run
 from helpers.server_process import server
 
 if os.name == "posix":
@@ -171,7 +169,7 @@ print(json.dumps("alive"))
 @posix_only("no SIGPIPE")
 def test_to_refuse_a_client_that_is_gone_is_no_sigpipe() -> None:
     """Command-line tools often set SIGPIPE back to its default, which ends the process."""
-    assert python(SIGPIPE, environment=plain_environment()) == "alive"
+    assert python(SIGPIPE) == "alive"
 
 
 @needs("Linux")
@@ -408,9 +406,7 @@ finally:
 def test_two_thousand_silent_and_slow_clients() -> None:
     """Threads grow to hold them; others are served meanwhile, and afterwards the threads go."""
     # ulimit -u, pids.max of any control group, memory: whether there can be so many, only the trying tells.
-    if subprocess.run(
-        [sys.executable, "-c", MANY_THREADS], stderr=subprocess.DEVNULL, check=False
-    ).returncode:
+    if run(MANY_THREADS, status=None).returncode:
         pytest.skip("needs 2,200 threads")
     with (
         contextlib.ExitStack() as stack,

@@ -9,6 +9,9 @@ import os
 import subprocess
 import sys
 import xmlrpc.client
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -218,17 +221,17 @@ server.serve_forever()
 
 
 @pytest.fixture
-def serve(tmp_path):
+def serve(tmp_path: Path) -> Iterator[Any]:
     """Run a program in a process of its own; gives its port, and kills it at the end."""
     (tmp_path / "asgi_app.py").write_text(ASGI)
     (tmp_path / "wsgi_app.py").write_text(WSGI)
     errors = tmp_path / "stderr"
-    running = []
+    running: list[Any] = []
     path = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
 
-    def start(program, ports=1):
+    def start(program: Any, ports: Any = 1) -> Any:
         with errors.open("wb") as stderr:
-            process = subprocess.Popen(
+            process: Any = subprocess.Popen(
                 [sys.executable, "-c", HEAD + program],
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -252,7 +255,7 @@ def serve(tmp_path):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-def test_http(name, serve):
+def test_http(name: Any, serve: Any) -> None:
     modules, program = PROGRAMS[name]
     for module in modules:
         if importlib.util.find_spec(module) is None:
@@ -267,13 +270,13 @@ def test_http(name, serve):
         assert body == b"hello"
 
 
-def exchange_http(port):
+def exchange_http(port: Any) -> Any:
     """One GET, read to the end of the stream."""
     with connect(("127.0.0.1", port)) as client:
         client.sendall(b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
         return read_all(client)
 
 
-def test_xmlrpc_server(serve):
+def test_xmlrpc_server(serve: Any) -> None:
     with xmlrpc.client.ServerProxy(f"http://127.0.0.1:{serve(XMLRPC)}/") as proxy:
         assert proxy.pow(2, 10) == 1024

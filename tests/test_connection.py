@@ -70,7 +70,7 @@ def test_closing_and_its_files() -> None:
         file = accepted.makefile("rb")
         other = accepted.makefile("wb")
         accepted.close()
-        seen = [told(accepted.recv, 1)[:2] if accepted.fileno() == -1 else "open"]
+        seen: list[Any] = [told(accepted.recv, 1)[:2] if accepted.fileno() == -1 else "open"]
         other.write(b"from the file")
         other.close()
         client.sendall(b"to the file")
@@ -306,5 +306,9 @@ def test_arguments_are_counted() -> None:
         ("close", (1,)),
         ("fileno", (1,)),
     ]:
-        expected, ours = both(lambda accepted, _, n=name, a=arguments: getattr(accepted, n)(*a))
+
+        def act(accepted: Any, _: Any, name: str = name, arguments: Any = arguments) -> Any:
+            return getattr(accepted, name)(*arguments)
+
+        expected, ours = both(act)
         assert (name, ours[0]) == (name, expected[0]) == (name, TypeError)

@@ -2,9 +2,7 @@
 
 import socket
 import ssl
-import subprocess
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,43 +132,10 @@ def test_an_echo_of_a_hundred_clients() -> None:
                 assert client.recv(10) == text
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a certificate for localhost that is valid for a day."""
-    folder = tmp_path_factory.mktemp("tls")
-    subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "1",
-            "-subj",
-            "/CN=localhost",
-            "-addext",
-            "subjectAltName=DNS:localhost",
-            "-keyout",
-            "key",
-            "-out",
-            "certificate",
-        ],
-        cwd=folder,
-        check=True,
-        capture_output=True,
-        timeout=50,
-    )
-    return folder
-
-
 @needs("the openssl command")
 @pytest.mark.parametrize("threads", [0, 2])
-def test_tls(certificate: Path, threads: int) -> None:
-    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    server.load_cert_chain(certificate / "certificate", certificate / "key")
-    trusting = ssl.create_default_context(cafile=str(certificate / "certificate"))
+def test_tls(tls: tuple[ssl.SSLContext, ssl.SSLContext], threads: int) -> None:
+    server, trusting = tls
 
     def handler(connection: Any) -> None:
         with server.wrap_socket(connection.socket(), server_side=True) as secure:

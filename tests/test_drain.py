@@ -5,7 +5,6 @@ import itertools
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -27,7 +26,7 @@ from helpers import (
     told,
     wait_until,
 )
-from helpers.programs import check, interpreter, plain_environment, python
+from helpers.programs import check, interpreter, line_of, plain_environment, python, running
 from helpers.server_process import server
 
 MODES: dict[str, dict[str, Any]] = {
@@ -353,13 +352,8 @@ def test_restarts_under_load_lose_nobody(mode: str) -> None:
     with contextlib.ExitStack() as stack:
         kept = stack.enter_context(socket.create_server(LOOPBACK, backlog=1000))
         clients = stack.enter_context(
-            subprocess.Popen(
-                [*interpreter(), "-c", CLIENT, str(kept.getsockname()[1]), str(total), "8"],
-                stdout=subprocess.PIPE,
-                text=True,
-            )
+            running(CLIENT, str(kept.getsockname()[1]), str(total), "8"),
         )
-        stack.callback(clients.kill)
         assert clients.stdout is not None
         finished = cut = restarts = 0
         done = 0
@@ -400,23 +394,12 @@ print("{}", flush=True)
 @pytest.mark.parametrize("held", ["idle", "held"])
 @modes
 def test_the_interpreter_ends_while_a_daemon_thread_serves(mode: Any, held: str) -> None:
-    with subprocess.Popen(
-        [*interpreter(), "-W", "ignore::ResourceWarning", "-c", EXIT, repr(mode), held],
-        env=plain_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            line = process.stdout.readline()  # its last statement; the start of a Python is not looked at
-            begun = time.monotonic()
-            _, errors = process.communicate(timeout=30)
-            elapsed = time.monotonic() - begun
-        except BaseException:
-            process.kill()
-            raise
-    assert (line, process.returncode, errors) == ("{}\n", 0, "")
+    with running(EXIT, repr(mode), held, options=["-W", "ignore::ResourceWarning"]) as process:
+        line = line_of(process)  # its last statement; the start of a Python is not looked at
+        begun = time.monotonic()
+        _, errors = process.communicate(timeout=30)
+        elapsed = time.monotonic() - begun
+    assert (line, process.returncode, errors) == ("{}", 0, "")
     assert elapsed < LIMIT
 
 
@@ -471,7 +454,7 @@ print(json.dumps([status, sorted(set(answers)), alive, paused]))
 def test_what_a_forked_child_does_with_the_listener_is_its_own_matter(mode: Any, act: str) -> None:
     if act == "serve" and "busy" in mode:
         mode = {**mode, "pending": 1}
-    found = python(FORK, repr(mode), act, environment=plain_environment())
+    found = python(FORK, repr(mode), act)
     assert found == [0, ["ping"], True, False]
 
 
@@ -502,7 +485,7 @@ print(json.dumps([answers, statuses]))
 @needs("fork")
 @pytest.mark.parametrize("mode", ["inline", "threads", "growing threads"])
 def test_a_handler_may_fork_for_its_client(mode: str) -> None:
-    answers, statuses = python(FORKED_IN_A_HANDLER, repr(MODES[mode]), environment=plain_environment())
+    answers, statuses = python(FORKED_IN_A_HANDLER, repr(MODES[mode]))
     assert answers == [f"from the child {n}" for n in range(10)]
     assert statuses == [0] * 10
 

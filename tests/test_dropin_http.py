@@ -3,12 +3,12 @@
 import http
 import http.client
 import http.server
-import os
 import re
 import socketserver
-import subprocess
 import sys
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +17,13 @@ from fastlisten import http as dropin_http
 from fastlisten import socketserver as dropin_socketserver
 from fastlisten.http import server as dropin
 from helpers import LIMIT, exchange
+from helpers.programs import line_of, run, running
 
 BOTH = pytest.mark.parametrize("module", [http.server, dropin], ids=["original", "dropin"])
 SERVERS = [name for name in http.server.__all__ if name.endswith("Server")]
 
 
-def test_names():
+def test_names() -> None:
     assert dropin.__all__ == http.server.__all__
     for name in dir(http.server):
         if name in SERVERS:
@@ -35,7 +36,7 @@ def test_names():
         assert getattr(dropin_http, name) is getattr(http, name)
 
 
-def test_the_classes_are_the_drop_in_servers():
+def test_the_classes_are_the_drop_in_servers() -> None:
     assert issubclass(dropin.HTTPServer, dropin_socketserver.TCPServer)
     assert issubclass(dropin.ThreadingHTTPServer, dropin.HTTPServer)
     assert issubclass(dropin.ThreadingHTTPServer, socketserver.ThreadingMixIn)
@@ -50,19 +51,19 @@ class Hello(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         body = self.path.encode()
         self.send_response(http.HTTPStatus.OK)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *arguments):
+    def log_message(self, *arguments: Any) -> None:
         pass
 
 
 @pytest.mark.parametrize("name", ["HTTPServer", "ThreadingHTTPServer"])
-def test_requests(name):
+def test_requests(name: Any) -> None:
     with getattr(dropin, name)(("127.0.0.1", 0), Hello) as server:
         assert type(server.socket) is fastlisten.Listener
         assert server.server_port == server.server_address[1]
@@ -71,7 +72,7 @@ def test_requests(name):
         thread.start()
         try:
             for _ in range(3):
-                client = http.client.HTTPConnection(*server.server_address, timeout=LIMIT)
+                client = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=LIMIT)
                 for path in ("/a", "/b"):  # two requests on one connection
                     client.request("GET", path)
                     assert client.getresponse().read() == path.encode()
@@ -81,11 +82,11 @@ def test_requests(name):
             thread.join(LIMIT)
 
 
-def test_shutdown_does_not_wait_for_clients_that_stay():
+def test_shutdown_does_not_wait_for_clients_that_stay() -> None:
     with dropin.ThreadingHTTPServer(("127.0.0.1", 0), Hello) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        client = http.client.HTTPConnection(*server.server_address, timeout=LIMIT)
+        client = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=LIMIT)
         client.request("GET", "/early")
         assert client.getresponse().read() == b"/early"
         server.shutdown()
@@ -97,30 +98,20 @@ def test_shutdown_does_not_wait_for_clients_that_stay():
 
 
 @pytest.mark.parametrize("module", ["http.server", "fastlisten.http.server"])
-def test_command_line(module, tmp_path):
+def test_command_line(module: Any, tmp_path: Path) -> None:
     (tmp_path / "hello.txt").write_bytes(b"hello\n")
     command = [sys.executable, "-u", "-m", module, "--bind", "127.0.0.1", "--directory", str(tmp_path), "0"]
-    with subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))},
-    ) as process:
-        try:
-            line = process.stdout.readline()
-            match = re.fullmatch(r"Serving HTTP on 127\.0\.0\.1 port (\d+) \(http://.*:\1/\) \.\.\.\n", line)
-            assert match, line + process.stderr.read()
-            answer = exchange(("127.0.0.1", int(match[1])), b"GET /hello.txt HTTP/1.0\r\n\r\n")
-            assert answer.endswith(b"\r\n\r\nhello\n")
-            assert "GET /hello.txt HTTP/1.0" in process.stderr.readline()
-        finally:
-            process.kill()
-            process.communicate()
+    with running(command, folder=tmp_path) as process:
+        line = line_of(process)
+        match = re.fullmatch(r"Serving HTTP on 127\.0\.0\.1 port (\d+) \(http://.*:\1/\) \.\.\.", line)
+        assert match, line
+        answer = exchange(("127.0.0.1", int(match[1])), b"GET /hello.txt HTTP/1.0\r\n\r\n")
+        assert answer.endswith(b"\r\n\r\nhello\n")
+        assert process.stderr is not None
+        assert "GET /hello.txt HTTP/1.0" in process.stderr.readline()
 
 
-def test_command_line_uses_the_loop(tmp_path):
+def test_command_line_uses_the_loop(tmp_path: Path) -> None:
     """The module that runs as __main__ is the original, on the drop-in's servers."""
     program = (
         "import runpy, sys, http.server\n"
@@ -131,21 +122,13 @@ def test_command_line_uses_the_loop(tmp_path):
         "    import socketserver, fastlisten.socketserver\n"
         "    print(socketserver is fastlisten.socketserver)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::RuntimeWarning", "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=True,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))},
-    )
+    done = run(program, options=["-W", "ignore::RuntimeWarning"], folder=tmp_path)
     assert done.stdout.endswith("True\n")
     assert "--directory" in done.stdout
 
 
 @BOTH
-def test_bind_errors_are_the_originals(module):
+def test_bind_errors_are_the_originals(module: Any) -> None:
     with module.HTTPServer(("127.0.0.1", 0), Hello) as server:
         assert server.fileno() == server.socket.fileno()
     with pytest.raises(OverflowError, match="port must be 0-65535"):

@@ -5,24 +5,24 @@ import multiprocessing
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import threading
 import warnings
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import pytest
 
 import fastlisten
 from fastlisten import socket as dropin
 from helpers import LIMIT, connect, exchange, needs, posix_only, serving
+from helpers.programs import run
 
 BOTH = pytest.mark.parametrize("module", [socket, dropin], ids=["original", "dropin"])
 # What makes sockets that can listen; everything else is the original.
 OURS = {"socket", "create_server", "fromfd", "fromshare"}
 
 
-def outcome(act, module):
+def outcome(act: Any, module: Any) -> Any:
     """What an act gives or raises, without what differs from one run to the next."""
     with warnings.catch_warnings():
         # create_server() leaves its socket open when an argument has the wrong type: the original's way
@@ -34,7 +34,7 @@ def outcome(act, module):
             return type(error), details, str(error), error.__cause__, error.__suppress_context__
 
 
-def same(act):
+def same(act: Any) -> Any:
     """Assert that an act has the same outcome with both modules, and return it."""
     theirs, ours = outcome(act, socket), outcome(act, dropin)
     assert ours == theirs
@@ -44,7 +44,7 @@ def same(act):
 # --- names ------------------------------------------------------------------------------------------
 
 
-def test_every_name_is_there_and_is_the_original():
+def test_every_name_is_there_and_is_the_original() -> None:
     assert dropin.__all__ == socket.__all__
     for name in dir(socket):
         if name in OURS:
@@ -56,22 +56,24 @@ def test_every_name_is_there_and_is_the_original():
         _ = dropin.no_such_name
 
 
-def test_star_import():
-    theirs, ours = {}, {}
+def test_star_import() -> None:
+    theirs: dict[str, Any] = {}
+    ours: dict[str, Any] = {}
     exec("from socket import *", theirs)
     exec("from fastlisten.socket import *", ours)
     assert theirs.keys() == ours.keys()
     assert {name for name in theirs if theirs[name] is not ours[name]} - {"__builtins__"} <= OURS
 
 
-def test_a_changed_original_is_seen(monkeypatch):
+def test_a_changed_original_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getfqdn", len)
-    assert dropin.getfqdn is len
+    getfqdn: Any = dropin.getfqdn
+    assert getfqdn is len
 
 
 @pytest.mark.parametrize("name", sorted(OURS & set(dir(socket))))
-def test_signatures(name):
-    def shape(function):
+def test_signatures(name: Any) -> None:
+    def shape(function: Any) -> Any:
         parameters = inspect.signature(function).parameters.values()
         return [(p.name, p.kind, p.default) for p in parameters]
 
@@ -81,7 +83,7 @@ def test_signatures(name):
 # --- the class ----------------------------------------------------------------------------------------
 
 
-def test_the_class():
+def test_the_class() -> None:
     assert issubclass(dropin.socket, socket.socket)
     assert issubclass(dropin.socket, fastlisten.Listener)
     assert issubclass(socket.socket, dropin.socket)
@@ -93,7 +95,7 @@ def test_the_class():
     assert not isinstance(None, dropin.socket)
 
 
-def test_a_subclass_has_instances_of_its_own():
+def test_a_subclass_has_instances_of_its_own() -> None:
     class Mine(dropin.socket):
         pass
 
@@ -106,7 +108,7 @@ def test_a_subclass_has_instances_of_its_own():
 
 
 @BOTH
-def test_accept(module):
+def test_accept(module: Any) -> None:
     with module.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -120,8 +122,8 @@ def test_accept(module):
                 assert not accepted.get_inheritable()
 
 
-def test_serve():
-    def handler(connection):
+def test_serve() -> None:
+    def handler(connection: Any) -> None:
         connection.sendall(connection.recv(99).upper())
 
     with dropin.create_server(("127.0.0.1", 0)) as listener:
@@ -131,7 +133,7 @@ def test_serve():
 
 
 @BOTH
-def test_create_connection_and_socketpair(module):
+def test_create_connection_and_socketpair(module: Any) -> None:
     with (
         module.create_server(("127.0.0.1", 0)) as listener,
         module.create_connection(listener.getsockname()) as client,
@@ -147,7 +149,7 @@ def test_create_connection_and_socketpair(module):
 
 
 @BOTH
-def test_repr(module):
+def test_repr(module: Any) -> None:
     sock = module.socket(socket.AF_INET, socket.SOCK_STREAM)
     with sock:
         sock.bind(("127.0.0.1", 0))
@@ -161,7 +163,7 @@ def test_repr(module):
 
 
 @BOTH
-def test_dup(module):
+def test_dup(module: Any) -> None:
     with module.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(LIMIT)
         with listener.dup() as other:
@@ -174,7 +176,7 @@ def test_dup(module):
 
 
 @BOTH
-def test_detach_and_adopt(module):
+def test_detach_and_adopt(module: Any) -> None:
     listener = module.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
     number = listener.detach()
@@ -188,7 +190,7 @@ def test_detach_and_adopt(module):
 
 
 @BOTH
-def test_fromfd(module):
+def test_fromfd(module: Any) -> None:
     with module.create_server(("127.0.0.1", 0)) as listener:
         other = module.fromfd(listener.fileno(), socket.AF_INET, socket.SOCK_STREAM)
         with other:
@@ -200,7 +202,7 @@ def test_fromfd(module):
 
 @pytest.mark.skipif(not hasattr(socket, "fromshare"), reason="needs socket.share, which Windows has")
 @BOTH
-def test_share(module):
+def test_share(module: Any) -> None:
     with (
         module.create_server(("127.0.0.1", 0)) as listener,
         module.fromshare(listener.share(os.getpid())) as other,
@@ -210,7 +212,7 @@ def test_share(module):
 
 
 @BOTH
-def test_with_statement_closes_also_after_an_error(module):
+def test_with_statement_closes_also_after_an_error(module: Any) -> None:
     with pytest.raises(LookupError), module.socket() as sock:
         raise LookupError
     assert sock.fileno() == -1
@@ -218,7 +220,7 @@ def test_with_statement_closes_also_after_an_error(module):
 
 
 @BOTH
-def test_a_socket_that_is_dropped_warns(module):
+def test_a_socket_that_is_dropped_warns(module: Any) -> None:
     sock = module.socket()
     text = f"unclosed {sock!r}"
     with pytest.warns(ResourceWarning) as caught:
@@ -248,17 +250,8 @@ print(str(seen).replace(port, "1"))
 
 
 @posix_only("the wake-up is a socketpair(), which binds, listens and connects there")
-def test_audit_events():
-    outputs = [
-        subprocess.run(
-            [sys.executable, "-c", AUDIT.format(module=name)],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        ).stdout
-        for name in ("socket", "fastlisten.socket")
-    ]
+def test_audit_events() -> None:
+    outputs = [run(AUDIT.format(module=name)).stdout for name in ("socket", "fastlisten.socket")]
     assert "socket.bind" in outputs[0]
     # create_server() makes its socket once more, as the class that it returns
     events = [eval(output) for output in outputs]
@@ -271,8 +264,8 @@ def test_audit_events():
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-def test_pickle_refuses(protocol):
-    def act(module):
+def test_pickle_refuses(protocol: Any) -> None:
+    def act(module: Any) -> None:
         with module.socket() as sock:
             pickle.dumps(sock, protocol)
 
@@ -281,7 +274,7 @@ def test_pickle_refuses(protocol):
 
 
 @pytest.mark.parametrize("make", [dropin.create_server, fastlisten.bind])
-def test_multiprocessing_pickles(make):
+def test_multiprocessing_pickles(make: Any) -> None:
     """As it sends a socket to another process; that keeps its class."""
     with make(("127.0.0.1", 0)) as listener, pickle.loads(ForkingPickler.dumps(listener)) as other:
         assert type(other) is type(listener)
@@ -294,30 +287,30 @@ def test_multiprocessing_pickles(make):
 # --- errors -----------------------------------------------------------------------------------------------
 
 
-def closed(module):
+def closed(module: Any) -> Any:
     sock = module.socket()
     sock.close()
     return sock
 
 
-def closed_behind_its_back(module):
+def closed_behind_its_back(module: Any) -> Any:
     sock = module.socket()
     socket.close(sock.fileno())
     number = sock.fileno()
     return sock.detach() == number
 
 
-def with_socket(act, *arguments):
+def with_socket(act: Any, *arguments: Any) -> Any:
     """An act on a fresh socket, which is closed whatever happens."""
 
-    def run(module):
+    def run(module: Any) -> Any:
         with module.socket(*arguments) as sock:
             return act(sock)
 
     return run
 
 
-def bound(sock):
+def bound(sock: Any) -> Any:
     sock.bind(("127.0.0.1", 0))
     return sock
 
@@ -369,8 +362,8 @@ ACTS = {
 
 
 @pytest.mark.parametrize("act", ACTS.values(), ids=ACTS.keys())
-def test_errors_are_the_originals(act):
-    def run(module):
+def test_errors_are_the_originals(act: Any) -> None:
+    def run(module: Any) -> Any:
         result = act(module)
         return result if isinstance(result, int | float | type(None)) else None
 
@@ -379,7 +372,7 @@ def test_errors_are_the_originals(act):
 
 
 @BOTH
-def test_in_use(module):
+def test_in_use(module: Any) -> None:
     with module.create_server(("127.0.0.1", 0)) as listener:
         address = listener.getsockname()
         with pytest.raises(OSError, match="attempting to bind") as caught:
@@ -390,11 +383,11 @@ def test_in_use(module):
 @posix_only("a blocked accept() that shutdown() wakes; Windows wakes it by close")
 @needs("Linux")
 @BOTH
-def test_shutdown_wakes_accept(module):
+def test_shutdown_wakes_accept(module: Any) -> None:
     with module.create_server(("127.0.0.1", 0)) as listener:
         raised = []
 
-        def accept():
+        def accept() -> None:
             try:
                 listener.accept()
             except OSError as error:

@@ -2,6 +2,7 @@
 
 import socketserver
 import threading
+from typing import Any
 
 import pytest
 
@@ -24,11 +25,11 @@ HOOKS = (
 )
 
 
-def recording(base, names, calls):
+def recording(base: Any, names: Any, calls: Any) -> Any:
     """A subclass that notes the calls of the hooks that it overrides."""
 
-    def hook(name):
-        def method(self, *arguments):
+    def hook(name: Any) -> Any:
+        def method(self: Any, *arguments: Any) -> Any:
             calls.append(name)
             return getattr(super(made, self), name)(*arguments)
 
@@ -41,7 +42,7 @@ def recording(base, names, calls):
 class Fails(socketserver.BaseRequestHandler):
     """Raises."""
 
-    def handle(self):
+    def handle(self) -> None:
         self.request.recv(9)
         raise ValueError("no")
 
@@ -49,10 +50,12 @@ class Fails(socketserver.BaseRequestHandler):
 @THREADING
 @pytest.mark.parametrize("handler", [Echo, Fails])
 @pytest.mark.parametrize("names", [*((name,) for name in HOOKS), HOOKS], ids=lambda names: names[-1])
-def test_hooks_are_called_as_the_original_calls_them(threading_, handler, names, capsys):
+def test_hooks_are_called_as_the_original_calls_them(
+    threading_: bool, handler: Any, names: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     outcomes = []
     for module in (socketserver, dropin):
-        calls = []
+        calls: list[Any] = []
         server = recording(server_class(module, threading_), names, calls)(LOOPBACK, handler)
         with serving(server):
             for _ in range(3):
@@ -68,9 +71,11 @@ def test_hooks_are_called_as_the_original_calls_them(threading_, handler, names,
 
 @BOTH
 @THREADING
-def test_a_request_that_is_not_verified_is_closed(module, threading_):
-    class Server(server_class(module, threading_)):
-        def verify_request(self, request, client_address):
+def test_a_request_that_is_not_verified_is_closed(module: Any, threading_: bool) -> None:
+    base = server_class(module, threading_)
+
+    class Server(base):  # type: ignore[valid-type,misc]
+        def verify_request(self, request: Any, client_address: Any) -> Any:
             return client_address is None
 
     with serving(Server(LOOPBACK, Fails)) as served:
@@ -79,20 +84,22 @@ def test_a_request_that_is_not_verified_is_closed(module, threading_):
 
 @BOTH
 @THREADING
-def test_get_request_that_wraps(module, threading_):
+def test_get_request_that_wraps(module: Any, threading_: bool) -> None:
     class Wrapped:
-        def __init__(self, sock):
+        def __init__(self, sock: Any) -> None:
             self.sock = sock
 
-        def __getattr__(self, name):
+        def __getattr__(self, name: Any) -> Any:
             return getattr(self.sock, name)
 
     class Handler(module.BaseRequestHandler):
-        def handle(self):
+        def handle(self) -> None:
             self.request.sendall(type(self.request).__name__.encode())
 
-    class Server(server_class(module, threading_)):
-        def get_request(self):
+    base = server_class(module, threading_)
+
+    class Server(base):  # type: ignore[valid-type,misc]
+        def get_request(self) -> Any:
             request, client_address = super().get_request()
             return Wrapped(request), client_address
 
@@ -101,11 +108,11 @@ def test_get_request_that_wraps(module, threading_):
 
 
 @BOTH
-def test_get_request_that_fails_drops_the_error(module):
+def test_get_request_that_fails_drops_the_error(module: Any) -> None:
     class Server(module.TCPServer):
         failures = 3
 
-        def get_request(self):
+        def get_request(self) -> Any:
             if self.failures:
                 self.failures -= 1
                 raise OSError("not this time")
@@ -118,10 +125,15 @@ def test_get_request_that_fails_drops_the_error(module):
 
 @BOTH
 @THREADING
-def test_hook_on_the_instance(module, threading_):
+def test_hook_on_the_instance(module: Any, threading_: bool) -> None:
     with server_class(module, threading_)(LOOPBACK, Echo) as server:
         verified = []
-        server.verify_request = lambda request, client_address: verified.append(client_address) or True
+
+        def verify_request(request: Any, client_address: Any) -> bool:
+            verified.append(client_address)
+            return True
+
+        server.verify_request = verify_request
         served = Served(server)
         assert exchange(server.server_address, b"x\n") == b"x\n"
         server.shutdown()
@@ -131,11 +143,13 @@ def test_hook_on_the_instance(module, threading_):
 
 @BOTH
 @THREADING
-def test_service_actions(module, threading_):
+def test_service_actions(module: Any, threading_: bool) -> None:
     again = threading.Semaphore(0)
 
-    class Server(server_class(module, threading_)):
-        def service_actions(self):
+    base = server_class(module, threading_)
+
+    class Server(base):  # type: ignore[valid-type,misc]
+        def service_actions(self) -> None:
             again.release()
 
     with serving(Server(LOOPBACK, Echo), poll_interval=0.01) as served:
@@ -145,12 +159,12 @@ def test_service_actions(module, threading_):
 
 
 @BOTH
-def test_process_request_that_hands_on(module):
+def test_process_request_that_hands_on(module: Any) -> None:
     """To threads of its own, as process_request_thread() is documented to allow."""
     threads = []
 
     class Server(module.ThreadingMixIn, module.TCPServer):
-        def process_request(self, request, client_address):
+        def process_request(self, request: Any, client_address: Any) -> None:
             thread = threading.Thread(
                 target=self.process_request_thread, args=(request, client_address), name="mine"
             )
@@ -165,8 +179,8 @@ def test_process_request_that_hands_on(module):
 
 @BOTH
 @pytest.mark.parametrize("hook", ["verify_request", "handle_error"])
-def test_what_a_hook_raises_comes_out(module, hook):
-    def fail(self, request, client_address):
+def test_what_a_hook_raises_comes_out(module: Any, hook: Any) -> None:
+    def fail(self: Any, request: Any, client_address: Any) -> None:
         module.TCPServer.shutdown_request(self, request)
         raise LookupError(hook)
 
@@ -181,9 +195,9 @@ def test_what_a_hook_raises_comes_out(module, hook):
 
 @BOTH
 @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
-def test_exits_come_out_of_an_inline_server(module, error):
+def test_exits_come_out_of_an_inline_server(module: Any, error: Any) -> None:
     class Handler(module.BaseRequestHandler):
-        def handle(self):
+        def handle(self) -> None:
             raise error(3)
 
     with module.TCPServer(LOOPBACK, Handler) as server:
@@ -194,12 +208,12 @@ def test_exits_come_out_of_an_inline_server(module, error):
 
 @BOTH
 @pytest.mark.filterwarnings("default::pytest.PytestUnhandledThreadExceptionWarning")
-def test_exits_end_a_handlers_thread_only(module, monkeypatch):
+def test_exits_end_a_handlers_thread_only(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     hooked = []
     monkeypatch.setattr(threading, "excepthook", lambda args: hooked.append(args.exc_type))
 
     class Handler(module.BaseRequestHandler):
-        def handle(self):
+        def handle(self) -> None:
             raise {b"s": SystemExit, b"k": KeyboardInterrupt, b"g": GeneratorExit}[self.request.recv(1)]
 
     with serving(module.ThreadingTCPServer(LOOPBACK, Handler)) as served:

@@ -3,20 +3,21 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import threading
+from typing import Any
 
 import pytest
 
 from fastlisten import socketserver as dropin
 from helpers import LIMIT, LOOPBACK, connect, exchange, posix_only, wait_until
+from helpers.internals import listener_of
+from helpers.programs import run
 from helpers.socketservers import BOTH, THREADING, Echo, Served, server_class
 
 
 @BOTH
 @THREADING
-def test_serve_again_after_shutdown(module, threading_):
+def test_serve_again_after_shutdown(module: Any, threading_: bool) -> None:
     with server_class(module, threading_)(LOOPBACK, Echo) as server:
         for _ in range(3):
             served = Served(server)
@@ -27,7 +28,7 @@ def test_serve_again_after_shutdown(module, threading_):
 
 @BOTH
 @THREADING
-def test_shutdown_before_serve_forever(module, threading_):
+def test_shutdown_before_serve_forever(module: Any, threading_: bool) -> None:
     with server_class(module, threading_)(LOOPBACK, Echo) as server:
         stopper = threading.Thread(target=server.shutdown)
         stopper.start()
@@ -43,11 +44,11 @@ def test_shutdown_before_serve_forever(module, threading_):
 
 @THREADING
 @pytest.mark.parametrize("by_hand", [False, True], ids=["serve_forever", "handle_request"])
-def test_shutdown_in_a_handler(threading_, by_hand):
+def test_shutdown_in_a_handler(threading_: bool, by_hand: Any) -> None:
     returned = threading.Event()
 
     class Handler(dropin.BaseRequestHandler):
-        def handle(self):
+        def handle(self) -> None:
             self.server.shutdown()
             returned.set()
 
@@ -65,12 +66,12 @@ def test_shutdown_in_a_handler(threading_, by_hand):
 
 @posix_only("a signal that a test sends itself")
 @THREADING
-def test_shutdown_in_a_signal_handler(threading_):
+def test_shutdown_in_a_signal_handler(threading_: bool) -> None:
     with server_class(dropin, threading_)(LOOPBACK, Echo) as server:
         before = signal.signal(signal.SIGUSR1, lambda *_: server.shutdown())
         try:
 
-            def client():
+            def client() -> None:
                 exchange(server.server_address, b"x\n")
                 os.kill(os.getpid(), signal.SIGUSR1)
 
@@ -83,11 +84,11 @@ def test_shutdown_in_a_signal_handler(threading_):
 
 
 @BOTH
-def test_shutdown_leaves_handlers_at_work(module):
+def test_shutdown_leaves_handlers_at_work(module: Any) -> None:
     begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
 
     class Handler(module.BaseRequestHandler):
-        def handle(self):
+        def handle(self) -> None:
             begun.set()
             go_on.wait(LIMIT)
             self.request.sendall(b"done")
@@ -113,15 +114,15 @@ def test_shutdown_leaves_handlers_at_work(module):
 
 @BOTH
 @pytest.mark.parametrize("attribute", ["block_on_close", "daemon_threads"])
-def test_server_close_that_does_not_wait(module, attribute):
+def test_server_close_that_does_not_wait(module: Any, attribute: Any) -> None:
     begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
 
     class Handler(module.BaseRequestHandler):
-        def handle(self):
+        def handle(self) -> None:
             begun.set()
             go_on.wait(LIMIT)
 
-        def finish(self):
+        def finish(self) -> None:
             self.request.close()  # not later, in a thread that nobody joins
             done.set()
 
@@ -140,7 +141,7 @@ def test_server_close_that_does_not_wait(module, attribute):
 
 
 @THREADING
-def test_server_close_ends_serve_forever(threading_):
+def test_server_close_ends_serve_forever(threading_: bool) -> None:
     """The original goes on with a descriptor that is closed."""
     server = server_class(dropin, threading_)(LOOPBACK, Echo)
     served = Served(server)
@@ -150,7 +151,7 @@ def test_server_close_ends_serve_forever(threading_):
 
 
 @BOTH
-def test_several_threads_serve(module):
+def test_several_threads_serve(module: Any) -> None:
     class Server(module.TCPServer):
         timeout = None
 
@@ -163,7 +164,7 @@ def test_several_threads_serve(module):
         for thread in several:  # each loop's end is one shutdown's, and one may wait for a client
             while thread.is_alive():
                 server._BaseServer__shutdown_request = True
-                if module is dropin and server._listener is not None:
+                if module is dropin and listener_of(server) is not None:
                     server.shutdown()
                 with contextlib.suppress(OSError):
                     connect(server.server_address).close()
@@ -191,14 +192,8 @@ print("main done", flush=True)
 
 
 @pytest.mark.parametrize("module", ["socketserver", "fastlisten.socketserver"])
-def test_exit_waits_for_handlers_and_not_for_idle_threads(module):
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", AT_EXIT.format(module=module)],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+def test_exit_waits_for_handlers_and_not_for_idle_threads(module: Any) -> None:
+    done = run(AT_EXIT.format(module=module), options=["-W", "ignore"])
     assert (done.stdout.split("\n"), done.stderr) == (["main done", "handler done", ""], "")
 
 
@@ -215,16 +210,10 @@ begun.wait(10)
 
 
 @pytest.mark.parametrize("module", ["socketserver", "fastlisten.socketserver"])
-def test_a_process_lives_while_a_thread_serves(module):
+def test_a_process_lives_while_a_thread_serves(module: Any) -> None:
     """serve_forever() in a thread that is no daemon outlives the main thread."""
     program = AT_EXIT.format(module=module).replace(", daemon=True", "")
     program = program.replace('print("handler done", flush=True)', "handled.set()")
     program = program.replace("begun.wait(10)", STOPPER)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
+    done = run(program, options=["-W", "ignore"])
     assert (done.stdout.split("\n"), done.stderr) == (["main done", "handler done", ""], "")

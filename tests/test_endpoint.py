@@ -6,14 +6,15 @@ import os
 import pickle
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastlisten import Endpoint, HostEntry, bind, get_host_entry, get_host_name
-from fastlisten._endpoint import endpoint_of, resolve
 from helpers import NOWHERE, has_ipv6, needs
+from helpers.internals import endpoint_of, resolve
 
 HAS_UNIX = hasattr(socket, "AF_UNIX")
 # One interface of this machine, the loopback one where it can be told.
@@ -46,9 +47,9 @@ def is_path(name: bytes) -> bool:
 
 
 # Any path is text, as os.fsdecode writes it.
-names = st.binary(min_size=1, max_size=60).filter(is_path)
-paths = names.filter(lambda path: b"\0" not in path).map(os.fsdecode)
-abstract = names.map(lambda name: "@" + os.fsdecode(name))
+file_names = st.binary(min_size=1, max_size=60).filter(is_path)
+paths = file_names.filter(lambda path: b"\0" not in path).map(os.fsdecode)
+abstract = file_names.map(lambda name: "@" + os.fsdecode(name))
 endpoints = st.one_of(
     st.builds(Endpoint, hosts, ports),
     st.builds(Endpoint, ipv6, ports, flowinfo=st.integers(0, 0xFFFFF)),
@@ -308,9 +309,9 @@ def test_endpoints_are_values() -> None:
     assert sorted([other, one]) == [one, other]
     assert one != ("::1", 80)
     with pytest.raises(AttributeError):
-        one.port = 81  # type: ignore[misc]
+        one.port = 81
     with pytest.raises((AttributeError, TypeError)):
-        one.name = "x"  # type: ignore[attr-defined]
+        one.name = "x"
     assert not hasattr(one, "__dict__")
     assert pickle.loads(pickle.dumps(one)) == copy.copy(one) == one
 
@@ -387,7 +388,8 @@ def test_what_resolve_gives_can_be_bound_to(text: str) -> None:
         pytest.skip("no IPv6 loopback on this machine")
     for endpoint in resolve(Endpoint.parse(text)):
         with socket.socket(endpoint.family, socket.SOCK_STREAM) as probe:
-            probe.bind(endpoint.sockaddr)
+            address: Any = endpoint.sockaddr
+            probe.bind(address)
             bound = endpoint_of(probe.getsockname())
         assert bound.family == endpoint.family
         assert bound.port > 0

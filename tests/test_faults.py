@@ -7,7 +7,7 @@ import pytest
 
 from helpers import needs
 from helpers.faults import Faults, Plan
-from helpers.programs import plain_environment, python
+from helpers.programs import python
 from helpers.serve import MODES, modes
 
 pytestmark = needs("Linux", "a C compiler")
@@ -67,7 +67,7 @@ print(json.dumps(found))
 """
 
 
-@pytest.fixture(scope="module", params=MODES.values(), ids=MODES.keys())
+@pytest.fixture(scope="module", params=MODES.values(), ids=list(MODES))
 def table(request: pytest.FixtureRequest, faults: Faults) -> Any:
     """Serve three clients under each code in one process; what happened, by code.
 
@@ -115,7 +115,7 @@ def test_what_is_not_known_or_no_listener_is_raised_at_once(table: Any, code: st
 
 WITHOUT_ACCEPT4 = """
 import json, os, fastlisten
-from support import connect
+from helpers import connect
 found = []
 with fastlisten.bind(("127.0.0.1", 0)) as listener, connect(listener), connect(listener):
     with listener.accept()[0] as blocking:
@@ -189,7 +189,7 @@ print(json.dumps(seen))
 
 @modes
 def test_what_is_no_listener_is_told_at_once(mode: Any) -> None:
-    seen = python(NOT_A_LISTENER, repr(mode), environment=plain_environment())
+    seen = python(NOT_A_LISTENER, repr(mode))
     closed = errno.EBADF
     assert seen == [errno.EINVAL, closed, errno.EINVAL, closed, errno.EOPNOTSUPP, closed]
 

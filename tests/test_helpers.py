@@ -1,14 +1,12 @@
 """The suite's own guards: a check that cannot fail checks nothing."""
 
-import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from helpers import posix_only, wait_until
+from helpers.programs import plain_environment, run
 
 HERE = Path(__file__).parent
 
@@ -36,15 +34,13 @@ def test_the_guard_fails_a_test_that_leaves_something(tmp_path: Path) -> None:
     conftest = (HERE / "conftest.py").read_text()
     assert "ENDING = 3.0" in conftest
     (tmp_path / "conftest.py").write_text(conftest.replace("ENDING = 3.0", "ENDING = 0.1"))
-    shutil.copytree(HERE / "helpers", tmp_path / "helpers", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "test_leak.py").write_text(LEAKS)
-    done = subprocess.run(
+    done = run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=50,
+        environment=plain_environment(PYTHONDONTWRITEBYTECODE="1"),
+        folder=tmp_path,
+        limit=50,
+        status=1,
     )
     told = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("ERROR ")]
     assert told == [

@@ -5,7 +5,6 @@ import errno
 import os
 import signal
 import socket
-import subprocess
 import sys
 import sysconfig
 import threading
@@ -18,6 +17,7 @@ import pytest
 import fastlisten
 from fastlisten._core.state import queue
 from helpers import connect, echo, exchange, needs, serving, wait_until
+from helpers.programs import run
 
 WINDOWS = os.name == "nt"
 on_windows = pytest.mark.skipif(not WINDOWS, reason="what Windows does")
@@ -65,7 +65,7 @@ def blocks(sock: socket.socket) -> bool:
     except OSError as error:
         code = error.winerror  # type: ignore[attr-defined,unused-ignore]
         assert code in (10060, 10035)  # WSAETIMEDOUT, WSAEWOULDBLOCK
-        return code == 10060
+        return bool(code == 10060)
     finally:
         raw.detach()
     raise AssertionError("nothing was sent")
@@ -301,7 +301,7 @@ def test_a_timeout_set_while_serving_does_not_block_the_loop(threads: int) -> No
 def test_the_gil_stays_off() -> None:
     """An extension that does not declare itself safe makes the import turn it on, with a warning."""
     code = "import sys, fastlisten; sys.exit(sys._is_gil_enabled())"
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=30)
+    run(code)
     assert sysconfig.get_config_var("Py_GIL_DISABLED")
 
 
@@ -316,7 +316,6 @@ def test_the_gil_stays_off() -> None:
 def test_the_build_refuses_what_was_never_run_and_says_so(pretend: str, message: str) -> None:
     setup = Path(__file__).parent.parent / "setup.py"
     code = f"{pretend}; import runpy; runpy.run_path({str(setup)!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
-    assert done.returncode == 1
+    done = run(code, status=1)
     assert done.stderr.startswith(message)
     assert "Traceback" not in done.stderr

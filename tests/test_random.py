@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 
 import fastlisten
 from helpers import LIMIT, Serving, connect, reset, told, wait_until
+from helpers.internals import is_served
 
 MODES: list[dict[str, Any]] = [
     {},
@@ -89,7 +90,7 @@ class ListenerMachine(RuleBasedStateMachine):
             self.ends()
         else:
             # Not before it has begun: a stop then would be for it, which the model calls pending.
-            wait_until(lambda: self.listener._state.taker is not None)
+            wait_until(lambda: is_served(self.listener))
 
     @precondition(lambda self: self.served is not None)
     @rule()

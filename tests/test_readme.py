@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 
 from helpers import LIMIT, PROBES, posix_only, read_all, wait_until
+from helpers.programs import plain_environment, running
 
 ROOT = Path(__file__).parent.parent
 PORT = 11000
@@ -78,36 +79,11 @@ def is_set_up(block: Block) -> bool:
 def environment() -> dict[str, str]:
     """Return an environment in which this interpreter's commands come first in the path."""
     scripts = [sysconfig.get_path("scripts"), str(Path(sys.executable).parent)]
-    # The package under test, also where it is not installed; a block runs in a folder of its own.
-    import fastlisten
-
-    package = str(Path(fastlisten.__file__).parent.parent)
-    return {
-        **os.environ,
-        "PATH": os.pathsep.join([*scripts, os.environ["PATH"]]),
-        "PYTHONPATH": package,
+    return plain_environment(
+        PATH=os.pathsep.join([*scripts, os.environ["PATH"]]),
         # A one-liner leaves its socket to the end of the interpreter, which only a pydebug build remarks on.
-        "PYTHONWARNINGS": "ignore::ResourceWarning:sys",
-    }
-
-
-@contextlib.contextmanager
-def running(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Run a command in a folder; it is killed if it has not ended by the end."""
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        PYTHONWARNINGS="ignore::ResourceWarning:sys",
     )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def client_of(process: subprocess.Popen[str]) -> socket.socket:
@@ -120,7 +96,7 @@ def client_of(process: subprocess.Popen[str]) -> socket.socket:
         except ConnectionRefusedError:
             return None
 
-    client = wait_until(connected, LIMIT, f"{process.args} listens on {PORT}")
+    client = wait_until(connected, LIMIT, f"{process.args!r} listens on {PORT}")
     assert isinstance(client, socket.socket)
     return client
 
@@ -157,7 +133,8 @@ def test_python(block: Block, tmp_path: Path) -> None:
         pytest.skip("needs names of services")
     file = tmp_path / "block.py"
     file.write_text(block.code, encoding="utf-8")
-    with running([sys.executable, "-W", "error", "-u", str(file)], tmp_path) as process:
+    command = [sys.executable, "-W", "error", "-u", str(file)]
+    with running(command, environment=environment(), folder=tmp_path) as process:
         if str(PORT) in block.code and "bind(" in block.code:
             with client_of(process) as client:
                 if "recv" in block.code:
@@ -180,9 +157,10 @@ def test_shell(block: Block, tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         if str(PORT) in block.code:  # what talks to the service that README.md has just started
             serve = [sys.executable, "-m", "fastlisten", "serve"]
-            server = stack.enter_context(running(serve, tmp_path))
+            server = stack.enter_context(running(serve, environment=environment(), folder=tmp_path))
             client_of(server).close()
-        shell = stack.enter_context(running(["bash", "-euo", "pipefail", "-c", block.code], tmp_path))
+        bash = ["bash", "-euo", "pipefail", "-c", block.code]
+        shell = stack.enter_context(running(bash, environment=environment(), folder=tmp_path))
         out, err = shell.communicate(timeout=LIMIT)
         assert (shell.returncode, err) == (0, ""), out
         if str(PORT) in block.code:

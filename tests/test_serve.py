@@ -125,7 +125,7 @@ def test_leaving_the_iteration_leaves_the_others_queued(listener: Listener, queu
 def test_connections_of_an_iteration_are_the_caller_s(listener: Listener, queued: Queued) -> None:
     clients = queued(listener, 3)
     each = iter(listener)
-    connections = [next(each) for _ in range(3)]  # type: ignore[call-overload]
+    connections = [next(each) for _ in range(3)]
     listener.stop()
     assert list(each) == []
     assert [connection.closed for connection in connections] == [False] * 3

@@ -2,15 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 
 import pytest
 
 from fastlisten import Connection, Listener
 from helpers import LIMIT, echo, exchange, needs, posix_only, read_all, serving, wait_until
-from helpers.programs import line_of
+from helpers.programs import line_of, running
 from helpers.serve import Queued, answer, answered_once
 
 
@@ -136,21 +134,13 @@ listener.close()
 
 @posix_only("descriptors are inherited by number")
 def test_another_process_serves_the_same_listener(listener: Listener) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", OTHER_PROCESS, f"fd:{listener.fileno()}"],
-        pass_fds=[listener.fileno()],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            assert line_of(process) == "ready"
-            with serving(listener, echo):
-                answered_once(listener, 200)
-            process.terminate()
-            assert process.stdout is not None
-            theirs = process.stdout.read().count("x")
-            assert process.wait(LIMIT) == 0
-        finally:
-            process.kill()
+    number = listener.fileno()
+    with running(OTHER_PROCESS, f"fd:{number}", pass_fds=[number]) as process:
+        assert line_of(process) == "ready"
+        with serving(listener, echo):
+            answered_once(listener, 200)
+        process.terminate()
+        assert process.stdout is not None
+        theirs = process.stdout.read().count("x")
+        assert process.wait(LIMIT) == 0
     assert theirs + listener.stats().handled == 200

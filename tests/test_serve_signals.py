@@ -10,7 +10,7 @@ import pytest
 
 from fastlisten import Listener
 from helpers import LIMIT, Serving, connect, echo, exchange, needs, serving, wait_until
-from helpers.programs import child, line_of
+from helpers.programs import line_of, running
 from helpers.serve import THREADS
 
 
@@ -56,7 +56,7 @@ listener.close()
 @pytest.mark.parametrize("threads", [0, 4])
 @pytest.mark.parametrize("kind", ["idle", "receiving", "computing"])
 def test_ctrl_c_ends_serve_whatever_the_handlers_do(kind: str, threads: int) -> None:
-    with child(INTERRUPTED, kind, str(threads)) as process:
+    with running(INTERRUPTED, kind, str(threads)) as process:
         with connect(("127.0.0.1", int(line_of(process)))) as client:
             client.sendall(b"x")
             assert client.recv(1) == b"x"
@@ -121,7 +121,7 @@ print(steps)
 )
 def test_ctrl_c_may_come_at_any_step_of_serve(options: Any) -> None:
     """Where Python looks for signals: at the call of each function, and when one of C returns."""
-    with child(INTERRUPTED_AT, repr(options)) as process:
+    with running(INTERRUPTED_AT, repr(options)) as process:
         out, err = process.communicate(timeout=LIMIT)
     assert (process.returncode, err) == (0, "")
     assert int(out) > 20
@@ -145,7 +145,7 @@ sys.stdin.readline()
 @pytest.mark.parametrize("threads", THREADS)
 @pytest.mark.parametrize("clients", [0, 3])
 def test_the_interpreter_exits_while_a_daemon_thread_serves(clients: int, threads: Any) -> None:
-    with child(EXITING, repr(threads)) as process, contextlib.ExitStack() as stack:
+    with running(EXITING, repr(threads)) as process, contextlib.ExitStack() as stack:
         address = ("127.0.0.1", int(line_of(process)))
         assert exchange(address, b"up") == b"up"
         for _ in range(clients):

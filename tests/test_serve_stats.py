@@ -1,8 +1,6 @@
 """serve(): what stats() counts, and that nothing is left behind."""
 
 import os
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -10,6 +8,7 @@ import pytest
 
 from fastlisten import Connection, Listener, bind
 from helpers import LOOPBACK, connect, echo, exchange, needs, reset, serving, wait_until
+from helpers.programs import run
 from helpers.serve import Queued, answer
 
 
@@ -85,7 +84,7 @@ for _ in range(number):
 def test_20000_connections_leave_nothing_behind(threads: Any, listener: Listener) -> None:
     def clients(number: int) -> None:
         port = str(listener.getsockname()[1])
-        subprocess.run([sys.executable, "-c", CLIENT, port, str(number)], check=True, timeout=50)
+        run(CLIENT, port, str(number), limit=50)
         wait_until(lambda: listener.stats().active == 0)
 
     with serving(listener, answer, threads=threads):

@@ -28,6 +28,7 @@ from helpers import (
     under_wine,
     wait_until,
 )
+from helpers.internals import is_served
 from helpers.serve import THREADS, Queued, answer, answered_until, one_more_is_accepted
 
 # --- stop -----------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_a_second_serve_on_one_listener_is_refused(threads: Any, listener: Liste
         with pytest.raises(RuntimeError, match=r"serve\(\) runs already on"):
             listener.serve(echo)
         with pytest.raises(RuntimeError, match=r"serve\(\) runs already on"):
-            next(iter(listener))  # type: ignore[call-overload]
+            next(iter(listener))
         with bind(LOOPBACK) as other:
             with pytest.raises(RuntimeError, match=r"serve\(\) runs already on"):
                 fastlisten.serve(echo, other, listener)
@@ -304,7 +305,7 @@ def test_a_pause_before_serve_holds_and_stop_ends_it(
     (client,) = queued(listener, 1)
     listener.pause()
     served = Serving(lambda: listener.serve(answer, threads=threads))
-    wait_until(lambda: listener._state.taker is not None, what="serve() has begun")
+    wait_until(lambda: is_served(listener), what="serve() has begun")
     listener.stop()
     assert served.wait() == ServeResult(0, 0)
     assert listener.stats().accepted == 0

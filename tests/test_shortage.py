@@ -14,7 +14,7 @@ import pytest
 
 from helpers import LIMIT, connect, exchange, needs, refusal, wait_until
 from helpers.faults import Faults
-from helpers.programs import plain_environment, python
+from helpers.programs import python
 from helpers.serve import MODES, modes
 from helpers.server_process import server
 
@@ -208,7 +208,7 @@ print(json.dumps(answers))
 
 @modes
 def test_what_is_logged_needs_no_import_when_descriptors_run_out(mode: Any) -> None:
-    assert python(WITHOUT_LOGGING, repr(mode), environment=plain_environment()) == ["hello"]
+    assert python(WITHOUT_LOGGING, repr(mode)) == ["hello"]
 
 
 @modes

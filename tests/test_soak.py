@@ -4,7 +4,6 @@ Left out of the quick run; `pytest -m soak` runs it.
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from helpers import exchange, needs, wait_until
+from helpers.programs import run
 from helpers.server_process import Server, server
 
 COUNT = 1_000_000
@@ -35,13 +35,7 @@ def load() -> str:
 def connections(load: str, process: Server, work: str, count: int) -> dict[str, Any]:
     """Make so many connections to the server, CLIENTS at a time, and return what was measured."""
     port = str(process.address[1])
-    done = subprocess.run(
-        [load, work, port, "0", "0", str(count), str(CLIENTS), "1", "1500"],
-        capture_output=True,
-        text=True,
-        timeout=1600,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run([load, work, port, "0", "0", str(count), str(CLIENTS), "1", "1500"], limit=1600)
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

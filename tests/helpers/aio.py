@@ -2,17 +2,17 @@
 
 import asyncio
 import contextlib
-import functools
 import importlib.util
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
-from fastlisten import _awaiting, aio
-from fastlisten.aio import _server
-from fastlisten.aio._hub import Hub
+from fastlisten import aio
 from helpers import LIMIT
+from helpers.internals import pretend_a_proactor, set_polling
+
+T = TypeVar("T")
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.SelectorEventLoop}
 if importlib.util.find_spec("uvloop"):
@@ -62,14 +62,14 @@ class Run:
 @pytest.fixture(params=WAYS, ids=[f"{loop}-{'poller' if p else 'no poller'}" for loop, p in WAYS])
 def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     loop, polled = request.param
-    monkeypatch.setattr(_server, "Hub", functools.partial(Hub, polled=polled))
+    set_polling(monkeypatch, polled)
     return Run(loop)
 
 
 @pytest.fixture(params=AWAIT_LOOPS)
 def run_awaits(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Run:
     if request.param == "as if on a proactor":
-        monkeypatch.setattr(_awaiting, "_Proactor", asyncio.SelectorEventLoop)
+        pretend_a_proactor(monkeypatch)
     return Run(request.param)
 
 
@@ -168,7 +168,7 @@ def asyncios(*args: Any, **options: Any) -> Any:
     return asyncio.get_running_loop().create_server(*args, **options)
 
 
-async def in_thread(function: Any, *args: Any) -> Any:
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
     return await asyncio.get_running_loop().run_in_executor(None, function, *args)
 
 

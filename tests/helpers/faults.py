@@ -3,12 +3,11 @@
 import ctypes
 import errno
 import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
 from helpers.probes import compiler
-from helpers.programs import plain_environment, python
+from helpers.programs import plain_environment, python, run
 
 SOURCE = Path(__file__).with_name("faults.c")
 
@@ -59,5 +58,5 @@ def build(folder: Path) -> Faults:
     """Compile faults.c in `folder`."""
     library = folder / "faults.so"
     command = [compiler(), "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror", "-o", str(library)]
-    subprocess.run([*command, str(SOURCE), "-ldl", "-lpthread"], check=True, timeout=50)
+    run([*command, str(SOURCE), "-ldl", "-lpthread"], limit=50)
     return Faults(library)

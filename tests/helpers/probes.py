@@ -81,7 +81,7 @@ def compiler() -> str:
 
 def under_wine() -> bool:
     """Tell whether this is Windows Python on Wine."""
-    if os.name != "nt":
+    if sys.platform != "win32":
         return False
     import ctypes
 

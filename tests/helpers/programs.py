@@ -1,41 +1,118 @@
-"""Programs in processes of their own."""
+"""Programs in processes of their own: run() to their end, running() beside a test."""
 
 import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import fastlisten
 
-ROOT = Path(fastlisten.__file__).parent.parent
-TESTS = Path(__file__).parent.parent
+ROOT = Path(os.path.abspath(fastlisten.__file__)).parent.parent
+TESTS = Path(os.path.abspath(__file__)).parent.parent
+
+Program = str | Sequence[str | os.PathLike[str]]
+"""A Python program's text, or a command and its arguments."""
 
 
 def plain_environment(**added: str) -> dict[str, str]:
-    """Return this process's environment with the package that is tested here on the path."""
+    """Return this process's environment with the package that is tested, and these helpers, on the path."""
     paths = [str(ROOT), str(TESTS), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **added}
 
 
 def interpreter() -> list[str]:
-    """Return the command that runs Python as this one is run."""
+    """Return the command that runs Python as this one is run, with warnings as errors."""
     dev = ["-X", "dev"] if sys.flags.dev_mode else []
     return [sys.executable, *dev, "-W", "error"]
 
 
-def python(code: str, *arguments: str, environment: dict[str, str]) -> Any:
-    """Run a program to its end and return the JSON that its last line of output holds."""
-    done = subprocess.run(
-        [*interpreter(), "-c", code, *arguments],
-        env=environment,
-        capture_output=True,
+def command_of(program: Program, arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """Return a whole command; `options` are the interpreter's, for a program's text."""
+    if isinstance(program, str):
+        return [*interpreter(), *options, "-c", program, *arguments]
+    assert not options
+    return [*(os.fspath(part) for part in program), *arguments]
+
+
+def run(
+    program: Program,
+    *arguments: str,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    limit: float = 30.0,
+    status: int | None = 0,
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, within `limit` seconds, and return its status and what it printed.
+
+    Another status than `status` fails the test, with what the program printed; None takes any.
+    """
+    try:
+        done = subprocess.run(
+            command_of(program, arguments, options),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=plain_environment() if environment is None else environment,
+            cwd=folder,
+            timeout=limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(f"no end within {limit} s\n{error.stdout!r}\n{error.stderr!r}") from None
+    if status is not None:
+        assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@contextlib.contextmanager
+def running(
+    program: Program,
+    *arguments: str,
+    options: Sequence[str] = (),
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    pass_fds: Sequence[int] = (),
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a program beside the test, its three streams in pipes; it is killed if it has not ended by the end.
+
+    A test that fails is told what the program has said on standard error.
+    """
+    process = subprocess.Popen(
+        command_of(program, arguments, options),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=30,
+        env=plain_environment() if environment is None else environment,
+        cwd=folder,
+        pass_fds=pass_fds,
     )
+    with process:
+        try:
+            yield process
+        except BaseException:
+            process.kill()
+            with contextlib.suppress(ValueError):  # the test has read it to its end
+                sys.stderr.write(process.communicate(timeout=5)[1])
+            raise
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    """Read the next line that a running program prints; "" if it has ended."""
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def python(code: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:
+    """Run a program to its end and return the JSON that its last line of output holds."""
+    done = run(code, *arguments, environment=environment)
     check(done.returncode, done.stdout, done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -52,26 +129,3 @@ def descriptor_table(pid: int) -> int:
     """Return for how many descriptors a process has room; proc_pid_status(5), FDSize."""
     with open(f"/proc/{pid}/status") as status:
         return int(status.read().split("FDSize:")[1].split()[0])
-
-
-@contextlib.contextmanager
-def child(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """Run Python code in a process of its own; it is killed at the end if it has not ended."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    with process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def line_of(process: subprocess.Popen[str]) -> str:
-    """Read the next line that the process prints."""
-    assert process.stdout is not None
-    return process.stdout.readline().strip()

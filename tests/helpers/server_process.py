@@ -3,11 +3,10 @@
 import contextlib
 import json
 import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from helpers.programs import check, interpreter, plain_environment
+from helpers.programs import check, interpreter, running
 
 
 class Server:
@@ -40,23 +39,9 @@ def server(
     *, environment: dict[str, str] | None = None, pass_fds: tuple[int, ...] = (), **options: Any
 ) -> Iterator[Server]:
     """Give a process of server.py; at the end it is told to end and has to end well."""
-    command = [*interpreter(), "-m", "helpers.server"]
-    process = subprocess.Popen(
-        [*command, *(f"{name}={value!r}" for name, value in options.items())],
-        env=environment or plain_environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        pass_fds=pass_fds,
-    )
-    with process:
-        try:
-            yield Server(process)
-            output, errors = process.communicate(timeout=20)
-        except BaseException:
-            process.kill()
-            # What it said is the best hint at what went wrong.
-            sys.stderr.write(process.communicate(timeout=5)[1])
-            raise
+    given = [f"{name}={value!r}" for name, value in options.items()]
+    command = [*interpreter(), "-m", "helpers.server", *given]
+    with running(command, environment=environment, pass_fds=pass_fds) as process:
+        yield Server(process)
+        output, errors = process.communicate(timeout=20)
     check(process.returncode, output, errors)

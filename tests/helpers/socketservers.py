@@ -3,6 +3,8 @@
 import contextlib
 import socketserver
 import threading
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -16,11 +18,11 @@ THREADING = pytest.mark.parametrize("threading_", [False, True], ids=["inline", 
 class Echo(socketserver.StreamRequestHandler):
     """Answers one line with itself."""
 
-    def handle(self):
+    def handle(self) -> None:
         self.wfile.write(self.rfile.readline())
 
 
-def server_class(module, threading_, kind="TCPServer"):
+def server_class(module: Any, threading_: bool, kind: Any = "TCPServer") -> Any:
     """The TCPServer or UnixStreamServer of a module, or its threading variant."""
     return getattr(module, ("Threading" if threading_ else "") + kind)
 
@@ -28,19 +30,19 @@ def server_class(module, threading_, kind="TCPServer"):
 class Served:
     """serve_forever() of a server in a thread, and what came out of it."""
 
-    def __init__(self, server, **arguments):
-        self.error = None
+    def __init__(self, server: Any, **arguments: Any) -> None:
+        self.error: BaseException | None = None
         self.server = server
         self.thread = threading.Thread(target=self._run, kwargs=arguments)
         self.thread.start()
 
-    def _run(self, **arguments):
+    def _run(self, **arguments: Any) -> None:
         try:
             self.server.serve_forever(**arguments)
         except BaseException as error:
             self.error = error
 
-    def wait(self):
+    def wait(self) -> Any:
         """Wait for serve_forever() to end by itself, and return what it raised."""
         self.thread.join(LIMIT)
         assert not self.thread.is_alive(), "serve_forever() has not ended"
@@ -48,7 +50,7 @@ class Served:
 
 
 @contextlib.contextmanager
-def serving(server, **arguments):
+def serving(server: Any, **arguments: Any) -> Iterator[Any]:
     """Serve in a thread; shut down and close at the end."""
     with server:
         served = Served(server, **arguments)

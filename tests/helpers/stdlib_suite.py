@@ -60,8 +60,10 @@ def put_asyncio_in_place() -> None:
     for name in ("start_server", "start_unix_server"):
         for module in (asyncio, asyncio.streams):
             setattr(module, name, counted(getattr(aio, name)))
-    asyncio.base_events.BaseEventLoop.create_server = method(counted(aio.create_server))
-    asyncio.SelectorEventLoop.create_unix_server = method(counted(aio.create_unix_server))
+    selector: Any = asyncio.SelectorEventLoop
+    base: Any = asyncio.base_events.BaseEventLoop
+    base.create_server = method(counted(aio.create_server))
+    selector.create_unix_server = method(counted(aio.create_unix_server))
 
 
 class Loader(unittest.TestLoader):

@@ -1,0 +1,49 @@
+"""What tests look at that is not public: named here alone, so that a renaming changes one line."""
+
+import asyncio
+import functools
+from typing import Any
+
+import pytest
+
+from fastlisten import _awaiting, aio
+from fastlisten._endpoint import endpoint_of, resolve
+from fastlisten.aio import _server
+from fastlisten.aio._hub import Hub
+
+__all__ = ["endpoint_of", "resolve"]
+
+
+def is_served(listener: Any) -> bool:
+    """Tell whether a serve() has begun on the listener."""
+    return listener._state.taker is not None
+
+
+def arrivals_of(listener: Any) -> Any:
+    """Return what those wait on who await the listener."""
+    return listener._async_acceptor
+
+
+def listener_of(server: Any) -> Any:
+    """Return the Listener that the loop serves for a server of fastlisten.socketserver, or None."""
+    return server._listener
+
+
+def clients_of(server: aio.Server) -> Any:
+    """Return the transports of an asyncio server."""
+    return server._connections.clients()
+
+
+def failures_of(server: aio.Server) -> int:
+    """Return how many accepts of an asyncio server have failed in a row for want of a resource."""
+    return server._accepting.shortage.failures
+
+
+def set_polling(monkeypatch: pytest.MonkeyPatch | None, polled: bool) -> None:
+    """Have the hubs made from now on watch by a poller of their own, or by the loop; None: for good."""
+    (monkeypatch or pytest.MonkeyPatch()).setattr(_server, "Hub", functools.partial(Hub, polled=polled))
+
+
+def pretend_a_proactor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the selector event loop taken for one that cannot watch descriptors."""
+    monkeypatch.setattr(_awaiting, "_Proactor", asyncio.SelectorEventLoop)
