@@ -10,7 +10,7 @@ import fastlisten
 from fastlisten import aio
 from helpers import LIMIT, connect, exchange
 from helpers.aio import Echo, Run, in_thread, run, run_awaits, turns
-from helpers.internals import arrivals_of
+from helpers.internals import acceptor_of
 
 __all__ = ["run", "run_awaits"]  # fixtures
 
@@ -119,7 +119,7 @@ def test_a_client_and_a_cancelling_in_one_turn(run: Run) -> None:
         listener = fastlisten.bind("127.0.0.1:0")
         first, second = (asyncio.create_task(listener.accept_async()) for _ in range(2))
         await turns()
-        found = arrivals_of(listener)
+        found = acceptor_of(listener)
         assert found is not None
         first.cancel()
         with connect(listener.getsockname()):

@@ -19,7 +19,7 @@ def is_served(listener: Any) -> bool:
     return listener._state.taker is not None
 
 
-def arrivals_of(listener: Any) -> Any:
+def acceptor_of(listener: Any) -> Any:
     """Return what those wait on who await the listener."""
     return listener._async_acceptor
 
