@@ -83,6 +83,26 @@ print(*tomllib.load(open(sys.argv[1], "rb"))["build-system"]["requires"], sep="\
     mv "$dir/.getting" "$dir/.wanted"
 }
 
+# sessions TREE ENVIRONMENTS ARGUMENT...: nox, with these arguments, in a copy of the tree that source_copy made
+sessions() {
+    local tree=$1 environments=$2 version python
+    shift 2
+    for version in 3.13 3.12 3.11; do
+        python=$(host_python $version) && break
+    done
+    [ -n "$python" ] || die 'CPython 3.11 or later with its headers is needed'
+    (
+        exec 6> "$CACHE/nox.lock"
+        flock 6
+        build_venv "$CACHE/nox" "$python" nox
+        if ! [ -e "$tree/.git" ]; then
+            git -C "$tree" init -q
+            git -C "$tree" add --all --force
+        fi
+    )
+    "$CACHE/nox/bin/nox" --noxfile "$tree/noxfile.py" --envdir "$environments" --error-on-missing-interpreters "$@"
+}
+
 # apt_view DIR SUITE [ARCHITECTURE]: APT becomes the options for a private view, kept in DIR, of another Debian suite
 # on the mirror that this machine's apt is set to.  /etc/apt is read, never changed.
 apt_view() {

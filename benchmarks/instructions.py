@@ -86,7 +86,7 @@ def count_all() -> Counts:
 
 def cython_version() -> str:
     """Return what fastlisten was built with: the name of the module of its functions' type."""
-    importlib.import_module("fastlisten._loop")
+    importlib.import_module("fastlisten._core.loop")
     return " ".join(sorted(name for name in sys.modules if name.startswith("_cython_")))
 
 

@@ -22,7 +22,8 @@ cdef struct client_t:           # accepted, and not yet a Connection
 
 
 cdef struct source_t:           # a listener, as it is accepted from
-    port_socket fd              # PORT_NO_SOCKET once it is closed
+    port_socket fd
+    int64_t gone                # not to be touched any more: it is about to be closed
     state_t *state
     int nonblocking             # the mode of its clients
     int code                    # of the last accept that failed

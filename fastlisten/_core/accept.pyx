@@ -274,7 +274,7 @@ cdef class Shortage:
             return False
         for i in range(count):
             for _ in range(ROUND):
-                if sources[i].fd == PORT_NO_SOCKET:
+                if port_get(&sources[i].gone):
                     break
                 port_close(self.spare)
                 answer = accept_one(&sources[i], &client)
@@ -369,6 +369,7 @@ cdef int wait_and_accept(listener, source_t *source, client_t *client) except -1
 cdef source_t source_of(State state, double timeout) noexcept:
     cdef source_t source
     source.fd = PORT_NO_SOCKET
+    source.gone = 0
     source.state = state.at
     source.nonblocking = timeout >= 0
     source.code = source.lost = 0

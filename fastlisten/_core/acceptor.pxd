@@ -1,4 +1,3 @@
-from cpython.pythread cimport PyThread_type_lock
 from libc.stdint cimport int64_t
 
 from fastlisten._core.accept cimport Shortage, client_t, source_t
@@ -19,7 +18,7 @@ cdef class Acceptor:
     cdef int count, turn
     cdef source_t *sources
     cdef port_pollfd *polls
-    cdef PyThread_type_lock lock
+    cdef int64_t touching           # take() is under way, and with it a call on one of the listeners
     cdef Shortage shortage
     cdef double timeout             # of the Connections, in seconds; < 0: none
     cdef int64_t most               # connections open at a time; 0: any number
@@ -35,7 +34,7 @@ cdef class Acceptor:
     cdef int open(self, int64_t descriptors) except -1
     cdef void close(self) noexcept nogil
     cdef void end(self) noexcept nogil
-    cdef int release(self, State state) except -1
+    cdef void release(self, State state) noexcept nogil
     cdef void after_fork(self) noexcept
     cdef outcome_t take(self, client_t *client) noexcept nogil
     cdef outcome_t wait_and_accept(self, client_t *client) noexcept nogil

@@ -1,13 +1,6 @@
 """Wait for clients and accept them: pause, drain, limit and end.  All of it runs without the GIL."""
 
 cimport cython
-from cpython.pythread cimport (
-    PyThread_acquire_lock,
-    PyThread_allocate_lock,
-    PyThread_free_lock,
-    PyThread_release_lock,
-    WAIT_LOCK,
-)
 from libc.limits cimport INT_MAX
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
@@ -53,7 +46,7 @@ cdef class Acceptor:
     (< 0: none).  most: connections that may be open at a time; 0: any number.  shortage: what is done without
     descriptors or memory.
 
-    Whoever holds `lock` may touch the listening descriptors; take() holds it while it waits and accepts.
+    Only take() touches the listening descriptors, in one thread at a time, and release() waits for it.
     """
 
     def __cinit__(self, listeners, double timeout, int64_t most, Shortage shortage not None):
@@ -68,8 +61,7 @@ cdef class Acceptor:
         self.to_drain = -1
         self.sources = <source_t *>calloc(self.count, sizeof(source_t))
         self.polls = <port_pollfd *>calloc(2 * self.count, sizeof(port_pollfd))
-        self.lock = PyThread_allocate_lock()
-        if self.sources is NULL or self.polls is NULL or self.lock is NULL:
+        if self.sources is NULL or self.polls is NULL:
             raise MemoryError
         for i in range(self.count):
             source = &self.sources[i]
@@ -78,8 +70,6 @@ cdef class Acceptor:
             source.nonblocking = timeout >= 0
 
     def __dealloc__(self):
-        if self.lock is not NULL:
-            PyThread_free_lock(self.lock)
         free(self.sources)
         free(self.polls)
 
@@ -110,29 +100,27 @@ cdef class Acceptor:
         for i in range(self.count):
             waker_wake(&self.sources[i].state.waker)
 
-    cdef int release(self, State state) except -1:
+    cdef void release(self, State state) noexcept nogil:
         """Touch this state's listener no more; it was told to stop and will be closed."""
         cdef int i
-        with nogil:
-            PyThread_acquire_lock(self.lock, WAIT_LOCK)
-            for i in range(self.count):
-                if self.sources[i].state is state.at:
-                    self.sources[i].fd = PORT_NO_SOCKET
-            PyThread_release_lock(self.lock)
-        return 0
+        for i in range(self.count):
+            if self.sources[i].state == state.at:
+                port_swap(&self.sources[i].gone, 1)
+        while port_get(&self.touching):  # whoever waits in there was woken
+            port_sleep(1)
 
     cdef void after_fork(self) noexcept:
-        """In a child without the threads of its parent, which may have held the lock."""
-        self.lock = PyThread_allocate_lock()
+        """In a child without the threads of its parent, one of which may have been in take()."""
+        self.touching = 0
 
     # --- accepting ------------------------------------------------------------------------------------
 
     cdef outcome_t take(self, client_t *client) noexcept nogil:
         """Wait for the next client and take it, or until something else is due."""
         cdef outcome_t outcome
-        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        port_swap(&self.touching, 1)
         outcome = self.wait_and_accept(client)
-        PyThread_release_lock(self.lock)
+        port_swap(&self.touching, 0)
         return outcome
 
     cdef outcome_t wait_and_accept(self, client_t *client) noexcept nogil:
@@ -177,7 +165,7 @@ cdef class Acceptor:
         for _ in range(self.count):
             source = &self.sources[self.turn]
             self.turn = (self.turn + 1) % self.count
-            if source.fd == PORT_NO_SOCKET or (port_get(&source.state.paused) and not self.stopping):
+            if port_get(&source.gone) or (port_get(&source.state.paused) and not self.stopping):
                 continue
             answer = accept_batch(source, client, 1, &taken)
             if self.shortage.failures and (answer == ACCEPTED or answer == AGAIN):
@@ -222,7 +210,7 @@ cdef class Acceptor:
             source = &self.sources[i]
             self.polls[i].fd = source.state.waker.reader
             self.polls[i].events = POLLIN
-            if closed_for == 0 and source.fd != PORT_NO_SOCKET and (
+            if closed_for == 0 and not port_get(&source.gone) and (
                     self.stopping or not port_get(&source.state.paused)):
                 self.polls[n].fd = source.fd
                 self.polls[n].events = POLLIN

@@ -295,7 +295,8 @@ cdef class Loop(Dispatcher):
     def leave(self, State state):
         """Have no thread touch the listener of this state any more, and end."""
         state.stop(0)
-        self.acceptor.release(state)
+        with nogil:
+            self.acceptor.release(state)
 
     def after_fork(self):
         """In a child that was just forked: whether the loop goes on there.  It does in the one thread that

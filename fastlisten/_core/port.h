@@ -138,6 +138,9 @@ static inline int port_poller_set(port_socket poller, port_socket s, short befor
  * or -1; never waits. */
 static inline int port_poller_ready(port_socket poller, port_pollfd *ready, int n);
 
+/* Sleep for so many milliseconds. */
+static inline void port_sleep(int milliseconds);
+
 /* Return the time of a monotonic clock, in nanoseconds from an arbitrary start. */
 static inline int64_t port_now(void);
 
@@ -154,41 +157,6 @@ static inline int port_poll_ns(port_pollfd *polls, int n, int64_t ns)
 {
     int64_t ms = ns < 0 ? -1 : (ns + 999999) / 1000000;
     return port_poll(polls, n, ms > INT_MAX ? INT_MAX : (int)ms);
-}
-
-/* Wake whoever polls the other end of a non-blocking socket pair.  A full pipe is a wake-up too. */
-static inline void port_ring(port_socket s)
-{
-    (void)port_send(s, "", 1, PORT_NO_SIGPIPE);
-}
-
-/* Take all rings out; one poll of the other end stands for them all. */
-static inline void port_unring(port_socket s)
-{
-    char rings[64];
-    while (port_recv(s, rings, sizeof rings, 0) == (ptrdiff_t)sizeof rings) {}
-}
-
-/* --- Not of the contract: a policy that waits for its place among the callers --------------------------- */
-
-/* Tell a client that there is no place for it, and close.  With no message it gets a reset.  With one,
- * what it has sent is read first: closing over unread bytes would reset the connection and could take the
- * message away (RFC 1122, 4.2.2.13). */
-static inline void port_refuse(port_socket s, const char *message, ptrdiff_t length)
-{
-    if (length > 0) {
-        char scrap[4096];
-        int rounds = 16;                        /* a bound: a client that never stops talking is cut off */
-        (void)port_set_nonblocking(s, 1);
-        (void)port_no_sigpipe(s);
-        /* what a fresh buffer does not take is not sent */
-        (void)port_send(s, message, length, PORT_NO_SIGPIPE | PORT_MORE);
-        (void)port_shutdown(s, PORT_SHUT_WRITE);
-        while (rounds-- > 0 && port_recv(s, scrap, sizeof scrap, 0) > 0) {}
-    } else {
-        (void)port_abort_on_close(s);
-    }
-    (void)port_close(s);                        /* nobody is left to tell of a failure */
 }
 
 /* --- Python: for those who have included Python.h ------------------------------------------------------- */

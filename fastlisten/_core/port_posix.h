@@ -301,6 +301,11 @@ static inline int port_poller_ready(port_socket poller, port_pollfd *ready, int 
 #endif
 }
 
+static inline void port_sleep(int milliseconds)
+{
+    (void)poll(NULL, 0, milliseconds);
+}
+
 static inline int64_t port_now(void)
 {
     struct timespec now;

@@ -187,6 +187,11 @@ static inline int port_poller_ready(port_socket poller, port_pollfd *ready, int 
     return 0;
 }
 
+static inline void port_sleep(int milliseconds)
+{
+    Sleep((DWORD)milliseconds);
+}
+
 static inline int64_t port_now(void)
 {
     LARGE_INTEGER ticks, rate;
