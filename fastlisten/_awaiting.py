@@ -100,6 +100,7 @@ class AsyncAcceptor(Taker):
         self._rest()
 
     def _woken(self) -> None:
+        self._unwatch()  # the waker may have to be made anew
         self._state.drain_waker()
         self.wake()
 

@@ -154,6 +154,10 @@ class AcceptMixIn:
         try:
             if not asked:
                 loop.run()
+        except OSError:
+            if listener.fileno() >= 0:
+                raise
+            # server_close() was quicker than the loop's beginning
         finally:
             with _states:
                 self._listener = None

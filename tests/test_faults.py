@@ -203,7 +203,55 @@ with fastlisten.bind(("127.0.0.1", 0)) as listener:
     print(json.dumps(told(lambda: listener.serve(print, **ast.literal_eval(sys.argv[1])))[1]))
 """
     # With threads the caller of serve() polls too; then either may meet the fault.
-    assert faults.python(code, repr(mode), poll=[("ENOMEM", 1000)]) == errno.ENOMEM
+    assert faults.python(code, repr(mode), poll=[("EINVAL", 1000)]) == errno.EINVAL
+
+
+WITHOUT_MEMORY = """
+import ast, json, logging, os, sys, threading, fastlisten
+from helpers import connect, read_all, wait_until
+from helpers.faults import change_plan
+told, answers = [], []
+class Keeps(logging.Handler):
+    def emit(self, record):
+        told.append(record.getMessage())
+logging.getLogger("fastlisten").addHandler(Keeps())
+logging.getLogger("fastlisten").setLevel("INFO")
+
+def handler(connection):
+    os.write(connection.fileno(), b"hi")  # no call that is to fail
+
+def ask():
+    with connect(listener, None) as client:  # under a time limit it would poll, too
+        answers.append(read_all(client).decode())
+
+with fastlisten.bind(("127.0.0.1", 0)) as listener:
+    serving = threading.Thread(
+        target=listener.serve, args=(handler,), kwargs=ast.literal_eval(sys.argv[1]))
+    serving.start()
+    ask()
+    wait_until(lambda: listener.stats().active == 0)
+    change_plan(**{sys.argv[2]: [("ENOMEM", 1)]})
+    ask()
+    change_plan(**{sys.argv[2]: [("ENOMEM", 1)]})
+    listener.pause()
+    listener.resume()
+    ask()
+    change_plan(**{sys.argv[2]: [("ENOMEM", 1)]})
+    listener.stop()
+    serving.join(10)
+    print(json.dumps([answers, serving.is_alive(), told]))
+"""
+
+
+@modes
+@pytest.mark.parametrize("call", ["poll", "send"])
+def test_one_failure_of_a_wait_or_a_wake_up_ends_nothing(faults: Faults, call: str, mode: Any) -> None:
+    """poll() of whoever waits, send() of whoever wakes: nobody is stuck, and it is told."""
+    answers, alive, told = faults.python(WITHOUT_MEMORY, repr(mode), call)
+    assert (answers, alive) == (["hi"] * 3, False)
+    words = ("accepting pauses: ", "accepting again after ", "a wake-up failed, ")
+    assert all(line.startswith(words) for line in told)
+    assert len(told) <= 8
 
 
 # --- elsewhere than in serve()'s accept

@@ -23,6 +23,7 @@ from fastlisten._core.state cimport (
     client_handed,
     client_in,
     client_refused,
+    log,
     port_socket,
     state_t,
 )
@@ -54,12 +55,6 @@ cdef object _accept = _socket.socket.accept
 cdef object _fileno = _socket.socket.fileno
 cdef object _gettimeout = _socket.socket.gettimeout
 cdef object _getdefaulttimeout = _socket.getdefaulttimeout
-
-
-cdef object log():
-    """The logger; imported late, since it costs as much to import as all the rest and most never log."""
-    import logging
-    return logging.getLogger("fastlisten")
 
 
 # --- What a failed accept means -----------------------------------------------------------------------------
@@ -155,6 +150,19 @@ cdef void drop(client_t *client) noexcept nogil:
     """Close a client that nobody gets any more."""
     port_close(client.fd)
     client_dropped(client.state)
+
+
+cdef int poll_failed(int code) noexcept nogil:
+    """A poll() has failed with this code: 0 when it is to be tried again, else the code.
+
+    Without memory it fails at once, and is tried again after a pause in which nobody is heard.
+    """
+    if code == PORT_EINTR:
+        return 0
+    if verdict(code) in (AGAIN, RESOURCES):
+        port_sleep(<int>(FIRST_DELAY // 1_000_000))
+        return 0
+    return code
 
 
 cdef int set_nonblocking(port_socket fd) except -1:

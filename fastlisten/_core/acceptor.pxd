@@ -24,6 +24,7 @@ cdef class Acceptor:
     cdef int64_t most               # connections open at a time; 0: any number
     cdef bint wakes                 # the states' `wake_on_close` is set
     cdef bint always                # ... and stays so
+    cdef bint deaf                  # a waker is broken
     cdef int code                   # of the failure that ended it
     cdef int in_vain, polls_first   # how often poll() is asked before accept() is tried again; and yet to go
     cdef int64_t over               # nobody is accepted any more
@@ -32,6 +33,7 @@ cdef class Acceptor:
     cdef int64_t deadline           # of the drain; 0: none
 
     cdef int open(self, int64_t descriptors) except -1
+    cdef int mend_wakers(self) except -1
     cdef void close(self) noexcept nogil
     cdef void end(self) noexcept nogil
     cdef void release(self, State state) noexcept nogil
@@ -41,6 +43,7 @@ cdef class Acceptor:
     cdef bint likely(self) noexcept nogil
     cdef outcome_t accept_queued(self, client_t *client) noexcept nogil
     cdef outcome_t wait(self, int64_t closed_for) noexcept nogil
+    cdef outcome_t poll_failed(self) noexcept nogil
     cdef int64_t closed_for(self) noexcept nogil
     cdef bint at_limit(self) noexcept nogil
     cdef int64_t open_connections(self) noexcept nogil

@@ -15,8 +15,10 @@ from fastlisten._core.accept cimport (
     Shortage,
     accept_batch,
     client_t,
+    poll_failed,
     set_nonblocking,
     source_t,
+    verdict,
     verdict_t,
 )
 from fastlisten._core.port cimport *
@@ -25,6 +27,7 @@ from fastlisten._core.state cimport (
     connections_of,
     state_t,
     waker_drain,
+    waker_mend,
     waker_open,
     waker_wake,
 )
@@ -84,6 +87,14 @@ cdef class Acceptor:
             waker_open(&state.at.waker)
         if descriptors > 1:
             port_make_room(self.sources[0].fd, descriptors + OWN)
+        return 0
+
+    cdef int mend_wakers(self) except -1:
+        """Make anew the wakers that are broken; for whoever calls take()."""
+        cdef int i
+        self.deaf = False
+        for i in range(self.count):
+            waker_mend(&self.sources[i].state.waker)
         return 0
 
     cdef void close(self) noexcept nogil:
@@ -221,8 +232,7 @@ cdef class Acceptor:
             patience = self.until_deadline(patience)
         ready = port_poll_ns(self.polls, n, patience)
         if ready < 0:
-            self.code = port_error()
-            return LOOK if self.code == PORT_EINTR else FAILED
+            return self.poll_failed()
         if ready == 0:
             return NOBODY
         for i in range(n):
@@ -230,9 +240,19 @@ cdef class Acceptor:
                 if i >= self.count:
                     return TAKEN if outcome == NOBODY else outcome
                 waker_drain(&self.sources[i].state.waker)
+                self.deaf = self.deaf or port_get(&self.sources[i].state.waker.broken)
                 self.shortage.cut_short()  # a connection of ours may have closed
                 outcome = LOOK
         return outcome
+
+    cdef outcome_t poll_failed(self) noexcept nogil:
+        """A poll() has failed: what is next.  Without memory, a pause in which nobody is heard."""
+        cdef int code = port_error()
+        if verdict(code) == RESOURCES:
+            self.shortage.failed(code)
+            self.shortage.pause()
+        self.code = poll_failed(code)
+        return LOOK if self.code == 0 else FAILED
 
     cdef int64_t closed_for(self) noexcept nogil:
         """For how many ns nobody is to be accepted; 0: go on; < 0: until somebody wakes us."""

@@ -8,7 +8,7 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t
 
-from fastlisten._core.accept cimport Shortage, client_t, default_timeout, log
+from fastlisten._core.accept cimport Shortage, client_t, default_timeout
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
 from fastlisten._core.connection cimport Connection, new_connection, raise_error
 from fastlisten._core.overload cimport Overload
@@ -18,9 +18,11 @@ from fastlisten._core.state cimport (
     client_handed,
     client_out,
     give_back_all,
+    log,
     state_hold,
     state_t,
     take_all,
+    waker_mend,
     waker_t,
 )
 from fastlisten._core.threads cimport Dispatcher, Threads, Worker
@@ -183,6 +185,10 @@ cdef class Loop(Dispatcher):
     cdef int look_up(self) except -1:
         if port_get(&self.acceptor.shortage.to_tell):
             self.acceptor.shortage.tell()
+        if self.overload is not None:
+            waker_mend(&self.overload.waker)
+        elif self.acceptor.deaf:
+            self.acceptor.mend_wakers()
         return 0
 
     cdef int raise_failure(self) except -1:

@@ -32,3 +32,4 @@ cdef class Overload:
     cdef bint pop_front(self, client_t *client) noexcept nogil
     cdef int64_t places(self) noexcept nogil
     cdef void put(self, client_t *client) noexcept nogil
+    cdef outcome_t mend_acceptor(self) noexcept nogil

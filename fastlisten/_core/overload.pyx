@@ -13,7 +13,7 @@ from cpython.pythread cimport (
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 
-from fastlisten._core.accept cimport client_t, drop, refuse
+from fastlisten._core.accept cimport client_t, drop, poll_failed, refuse
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport client_handed, waker_close, waker_drain, waker_open, waker_wake
@@ -95,14 +95,21 @@ cdef class Overload:
     cdef outcome_t take(self, client_t *client) noexcept nogil:
         """Wait for the next client that may be handled, and take it; for one thread at a time."""
         cdef port_pollfd poll
+        cdef int ready, code
         if self.pop(client):
             return TAKEN
         if port_get(&self.refuser_gone):  # nobody else hears connections close
             return self.acceptor.wait(-1) if self.waiting else self.refuser_outcome
         poll.fd = self.waker.reader
         poll.events = POLLIN
-        if port_poll_ns(&poll, 1, -1) > 0:
+        ready = port_poll_ns(&poll, 1, -1)
+        if ready > 0:
             waker_drain(&self.waker)
+        elif ready < 0:
+            code = poll_failed(port_error())
+            if code != 0:
+                self.acceptor.code = code
+                return FAILED
         return LOOK
 
     cdef bint pop(self, client_t *client) noexcept nogil:
@@ -178,7 +185,19 @@ cdef class Overload:
                     self.put(&client)
                 if outcome == LOOK or port_get(&self.acceptor.shortage.to_tell):
                     waker_wake(&self.waker)  # for the log, or a place that came free
+                if self.acceptor.deaf:
+                    outcome = self.mend_acceptor()
             self.refuser_outcome = outcome
             port_swap(&self.refuser_gone, 1)
             waker_wake(&self.waker)
         self.refuser_ended.release()
+
+    cdef outcome_t mend_acceptor(self) noexcept nogil:
+        """A waker that it waits for is broken; for once the GIL is needed."""
+        with gil:
+            try:
+                self.acceptor.mend_wakers()
+            except OSError as error:
+                self.acceptor.code = getattr(error, "winerror", None) or error.errno
+                return FAILED
+        return LOOK

@@ -303,7 +303,10 @@ static inline int port_poller_ready(port_socket poller, port_pollfd *ready, int 
 
 static inline void port_sleep(int milliseconds)
 {
-    (void)poll(NULL, 0, milliseconds);
+    struct timespec left;
+    left.tv_sec = milliseconds / 1000;
+    left.tv_nsec = milliseconds % 1000 * 1000000L;
+    (void)nanosleep(&left, NULL);               /* cut short by a signal, which is as well */
 }
 
 static inline int64_t port_now(void)

@@ -12,12 +12,14 @@ cdef struct waker_t:            # all zeros: not open
     port_socket writer          # waker_wake() writes to this one
     int64_t open
     int64_t waking              # how many are in waker_wake(): the ends must not be closed under them
+    int64_t broken              # a call on it failed: it is to be mended before it is waited for again
 
 
 cdef int waker_open(waker_t *waker) except -1
-cdef bint waker_wake(waker_t *waker) noexcept nogil
+cdef void waker_wake(waker_t *waker) noexcept nogil
 cdef void waker_drain(waker_t *waker) noexcept nogil
 cdef void waker_close(waker_t *waker) noexcept nogil
+cdef int waker_mend(waker_t *waker) except -1
 cdef int waker_renew(waker_t *waker) except -1
 
 
@@ -70,5 +72,6 @@ cdef class State:
     cdef object sock            # a weak reference
 
 
+cdef object log()
 cdef int take_all(Taker taker, tuple states) except -1
 cdef int give_back_all(Taker taker, tuple states) except -1

@@ -18,6 +18,12 @@ from fastlisten._core.port cimport *
 cdef object _dup2 = getattr(os, "dup2", None)
 
 
+cdef object log():
+    """The logger; imported late, since it costs as much to import as all the rest and most never log."""
+    import logging
+    return logging.getLogger("fastlisten")
+
+
 # --- A waker ------------------------------------------------------------------------------------------------
 # Two connected sockets: whoever waits polls one end, and anybody may write to the other, with the GIL or
 # without, also from a signal handler.  A full pipe is a wake-up too.
@@ -35,21 +41,39 @@ cdef int waker_open(waker_t *waker) except -1:
     return 0
 
 
-cdef bint waker_wake(waker_t *waker) noexcept nogil:
-    """Wake whoever waits; nothing happens when it is closed.  Whether that is sure to be heard."""
-    cdef bint sent = True
+cdef void waker_wake(waker_t *waker) noexcept nogil:
+    """Wake whoever waits; nothing happens when it is closed.
+
+    Without memory for one byte the stream is ended instead, which is heard, too; waker_drain() sees that.
+    """
     port_add(&waker.waking, 1)
     if port_get(&waker.open):
-        sent = port_send(waker.writer, "", 1, PORT_NO_SIGPIPE) >= 0 or port_would_block(port_error())
+        if port_send(waker.writer, "", 1, PORT_NO_SIGPIPE) < 0 and not port_would_block(port_error()):
+            port_shutdown(waker.writer, PORT_SHUT_WRITE)
     port_add(&waker.waking, -1)
-    return sent
 
 
 cdef void waker_drain(waker_t *waker) noexcept nogil:
     """Take out what was written; one poll stands for all of it."""
     cdef char scrap[64]
-    while port_recv(waker.reader, scrap, sizeof(scrap), 0) == sizeof(scrap):
-        pass
+    cdef Py_ssize_t got = sizeof(scrap)
+    while got == sizeof(scrap):
+        got = port_recv(waker.reader, scrap, sizeof(scrap), 0)
+    if got == 0 or got < 0 and not port_would_block(port_error()):
+        port_swap(&waker.broken, 1)  # it would poll as ready for ever
+
+
+cdef int waker_mend(waker_t *waker) except -1:
+    """Make a broken one anew, for whoever waits for it; what was to be heard meanwhile, it looks for itself.
+
+    Raises OSError when that cannot be done: then nobody can be woken any more.
+    """
+    if port_get(&waker.broken):
+        waker_close(waker)
+        port_swap(&waker.broken, 0)
+        waker_open(waker)
+        log().warning("a wake-up failed, and what wakes was made anew")
+    return 0
 
 
 cdef void waker_close(waker_t *waker) noexcept nogil:
@@ -257,9 +281,10 @@ cdef class State:
         return self.at.waker.reader
 
     def drain_waker(self):
-        """It was heard: have it poll as quiet again."""
+        """It was heard: have it poll as quiet again.  The descriptor to poll may be another then."""
         if port_get(&self.at.waker.open):
             waker_drain(&self.at.waker)
+            waker_mend(&self.at.waker)
 
     def wake(self):
         """Wake whoever waits."""

@@ -58,6 +58,7 @@ cdef class Threads:
     cdef waker_t waker                  # wakes the caller of run() while others lead
     cdef set workers
     cdef list threads
+    cdef object growing                 # a lock: held while one of them is started
 
     cdef int open(self) except -1
     cdef void close(self) noexcept
@@ -66,7 +67,7 @@ cdef class Threads:
     cdef int run_threads(self) except -1
     cdef bint to_wait_for(self) noexcept
     cdef bint may_leave(self) noexcept
-    cdef int wait_for_end(self) noexcept
+    cdef int wait_for_end(self) except -2
     cdef void wake(self) noexcept
     cdef int grow(self) except -1
     cdef int grow_if_possible(self) except -1

@@ -6,7 +6,7 @@ and shortages live in one place, without a herd and without a dummy connection.
 
 import threading
 from _contextvars import copy_context
-from _thread import start_new_thread
+from _thread import allocate_lock, start_new_thread
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
@@ -20,11 +20,11 @@ from cpython.pythread cimport (
 )
 from libc.stdint cimport int64_t
 
-from fastlisten._core.accept cimport client_t, log
+from fastlisten._core.accept cimport client_t, poll_failed
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, outcome_t
 from fastlisten._core.connection cimport Connection, raise_error
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport Taker, waker_close, waker_drain, waker_open, waker_wake
+from fastlisten._core.state cimport Taker, log, waker_close, waker_drain, waker_mend, waker_open, waker_wake
 
 cdef extern from "pythread.h" nogil:
     enum PyLockStatus:
@@ -224,6 +224,7 @@ cdef class Threads:
         self.daemon, self.leave = daemon, leave
         self.workers = set()
         self.threads = []
+        self.growing = allocate_lock()
 
     def __dealloc__(self):
         waker_close(&self.waker)
@@ -281,7 +282,8 @@ cdef class Threads:
         except BaseException:
             self.dispatcher.stop_now()
             while self.to_wait_for():
-                self.wait_for_end()
+                if self.wait_for_end() != 0:
+                    break  # nobody can be waited for
             raise
         finally:
             if port_get(&self.alive) == 0:
@@ -324,17 +326,19 @@ cdef class Threads:
 
     def join(self):
         """Wait for the threads, and with them for the handlers that run() has left at work."""
-        for thread in self.threads.copy():
+        with self.growing:  # a thread that is just being started cannot be joined yet
+            threads = self.threads.copy()
+        for thread in threads:
             thread.join()
 
     cdef void wake(self) noexcept:
         """Have the caller of run() look again."""
         waker_wake(&self.waker)
 
-    cdef int wait_for_end(self) noexcept:
+    cdef int wait_for_end(self) except -2:
         """Wait for the end of a thread or a signal; after a cut until GRACE is over, or for as long again.
 
-        Returns the code of a poll() that failed, or 0.
+        Returns the code of a poll() that failed for good, or 0.
         """
         cdef int64_t patience = -1
         cdef int ready
@@ -351,26 +355,26 @@ cdef class Threads:
             if ready > 0:
                 waker_drain(&self.waker)
             elif ready < 0:
-                code = port_error()
-        return 0 if code == PORT_EINTR else code
+                code = poll_failed(port_error())
+        waker_mend(&self.waker)
+        return code
 
     cdef int grow(self) except -1:
         """Start a thread, unless there are as many as may be."""
-        if port_get(&self.dispatcher.over) or port_get(&self.alive) >= self.most:
-            return 0
-        thread = threading.Thread(target=self.work, name="fastlisten", daemon=self.daemon)
-        if port_add(&self.alive, 1) > self.most:
-            port_add(&self.alive, -1)
-            return 0
-        port_add(&self.idle, 1)
-        self.threads.append(thread)
-        try:
-            thread.start()
-        except (RuntimeError, MemoryError):  # not started
-            self.threads.remove(thread)
-            port_add(&self.idle, -1)
-            port_add(&self.alive, -1)
-            raise
+        with self.growing:
+            if port_get(&self.dispatcher.over) or port_get(&self.alive) >= self.most:
+                return 0
+            thread = threading.Thread(target=self.work, name="fastlisten", daemon=self.daemon)
+            port_add(&self.alive, 1)
+            port_add(&self.idle, 1)
+            self.threads.append(thread)
+            try:
+                thread.start()
+            except (RuntimeError, MemoryError):  # not started
+                self.threads.remove(thread)
+                port_add(&self.idle, -1)
+                port_add(&self.alive, -1)
+                raise
         return 0
 
     cdef int grow_if_possible(self) except -1:
@@ -444,4 +448,5 @@ cdef class Threads:
         port_swap(&self.starting, 0)
         self.threads.clear()
         self.workers.clear()
+        self.growing = allocate_lock()
         self.lead = Lead()

@@ -25,6 +25,7 @@ cdef class QueueWatch(Watched):
     cdef Overload overload
     cdef bint failed
 
+    cdef int mend(self) except -1
     cdef int look_up(self) except -1
 
 

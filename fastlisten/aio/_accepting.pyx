@@ -23,7 +23,7 @@ from fastlisten._core.acceptor cimport FAILED
 from fastlisten._core.connection cimport raise_error
 from fastlisten._core.overload cimport Overload
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport State, client_handed, client_out, state_hold, waker_drain
+from fastlisten._core.state cimport State, client_handed, client_out, state_hold, waker_drain, waker_mend
 from fastlisten.aio._hub cimport Watched
 from fastlisten.aio._transport cimport Connections, Owner, new_transport
 
@@ -115,6 +115,8 @@ cdef class QueueWatch(Watched):
         if not self.accepting.serving:
             return 0  # it is over, and the waker closed
         waker_drain(&self.overload.waker)
+        if port_get(&self.overload.waker.broken):
+            self.mend()
         while taken < ACCEPTS and not self.accepting.paused and self.overload.pop(&clients[taken]):
             self.overload.handled()  # no handler of an event loop is waited for
             taken += 1
@@ -123,6 +125,13 @@ cdef class QueueWatch(Watched):
         self.look_up()
         self.hub.give_turns(begin_with(self.accepting.connections, clients, taken))
         return 0
+
+    cdef int mend(self) except -1:
+        """The waker is broken: watch another."""
+        self.watch(0)
+        waker_mend(&self.overload.waker)
+        self.fd = self.overload.waker.reader
+        return self.watch(POLLIN)
 
     cdef int look_up(self) except -1:
         """Tell what the thread that refuses has noted."""
