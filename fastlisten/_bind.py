@@ -6,6 +6,7 @@ import socket
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fastlisten._core import standard
 from fastlisten._core.accept import REUSE_ADDRESS
 from fastlisten._endpoint import Endpoint, endpoint_of, resolve
 from fastlisten._listener import Handler, Listener, ServeResult, make_loop, serve_options
@@ -175,7 +176,7 @@ def create_server(
     ...     isinstance(listener, socket.socket)
     True
     """
-    sock = socket.create_server(
+    sock = standard.create_server(
         address,
         family=family,
         backlog=backlog,

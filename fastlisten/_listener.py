@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
+import sys
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fastlisten._core import accept as _accept
 from fastlisten._core.connection import Connection
 from fastlisten._core.loop import Loop
+from fastlisten._core.standard import StandardSocket, green_library, refuse_green
 from fastlisten._core.state import State, queue
 from fastlisten._endpoint import Endpoint, endpoint_of
 from fastlisten._options import Checked, InnerOptions, checked
@@ -72,7 +75,7 @@ class ListenerStats(NamedTuple):
     since: float
 
 
-class Listener(socket.socket):
+class Listener(StandardSocket):
     """A listening socket with fastlisten's accept loop; everything else is socket.socket's.
 
     bind() and create_server() make Listeners that listen.  Listener(family, type, proto) is bound and
@@ -104,6 +107,11 @@ class Listener(socket.socket):
         self._path: OwnPath | None = None
         self._async_acceptor: AsyncAcceptor | None = None
         _listeners.add(self)
+        if green_library() is not None:
+            from fastlisten import _green
+
+            self.accept = functools.partial(_green.accept, self)  # type: ignore[method-assign]
+            self.accept_many = _green.accept_many  # type: ignore[method-assign]
 
     accept = _accept.accept
     accept_many = _accept.accept_many
@@ -233,6 +241,13 @@ class Listener(socket.socket):
                 self.settimeout(self.gettimeout())  # sets the description's mode, which serve() changed
         return super().detach()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """multiprocessing sends it to another process, as it does a socket; nothing else copies it."""
+        reduction: Any = sys.modules.get("multiprocessing.reduction")
+        if reduction is None:
+            return super().__reduce_ex__(protocol)
+        return _rebuild, (type(self), *reduction._reduce_socket(self))
+
     def settimeout(self, value: float | None, /) -> None:
         """As socket.settimeout(): how long accept() waits, in seconds."""
         super().settimeout(value)
@@ -243,6 +258,14 @@ class Listener(socket.socket):
         """As socket.setblocking()."""
         super().setblocking(flag)
         self.settimeout(self.gettimeout())
+
+
+def _rebuild(kind: type[Listener], rebuild: Callable[..., socket.socket], arguments: tuple[Any, ...]) -> Any:
+    with rebuild(*arguments) as sock:
+        timeout = sock.gettimeout()
+        listener = kind(sock.family, sock.type, sock.proto, fileno=sock.detach())
+    listener.settimeout(timeout)
+    return listener
 
 
 # --- serving --------------------------------------------------------------------------------------
@@ -256,7 +279,9 @@ def serve_options(handler: Handler, **options: Any) -> Checked:
 
 
 def make_loop(listeners: Sequence[Listener], handler: Handler | None, options: Checked) -> Loop:
-    """The core's loop for these listeners; ValueError when one is there twice."""
+    """The core's loop for these listeners; ValueError when one is there twice, RuntimeError where sockets are
+    green."""
+    refuse_green("serve()")
     if len({*listeners}) < len(listeners):
         raise ValueError("a listener is given more than once")
     return Loop([(listener.fileno(), listener._state) for listener in listeners], handler, options)

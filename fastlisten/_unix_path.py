@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 _umask = threading.Lock()
 
@@ -24,6 +27,27 @@ def permissions(mode: int | None) -> Iterator[None]:
             yield
         finally:
             os.umask(before)
+
+
+def refuse_taken(path: Any) -> None:
+    """OSError (EADDRINUSE) when somebody answers at this path; what is stale, or no socket, is for others to tell.
+
+    path: text, bytes or PathLike; an abstract name is nobody's file.
+    """
+    try:
+        if path[:1] in ("\0", b"\0") or not stat.S_ISSOCK(os.stat(path).st_mode):
+            return
+    except (OSError, ValueError):
+        return
+    with socket.socket(socket.AF_UNIX) as client:
+        client.setblocking(False)
+        try:
+            client.connect(path)
+        except BlockingIOError:  # it listens, and its queue is full
+            pass
+        except OSError:
+            return
+    raise OSError(errno.EADDRINUSE, f"Address {path!r} is already in use")
 
 
 class OwnPath:

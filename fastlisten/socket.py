@@ -8,12 +8,14 @@ the drop-in's class too.
 
 from __future__ import annotations
 
-import multiprocessing.reduction as _reduction
 import socket as _original
 from socket import __all__ as __all__
 from typing import TYPE_CHECKING, Any
 
 from fastlisten._bind import adopt as _adopt
+from fastlisten._core.standard import StandardSocket as _StandardSocket
+from fastlisten._core.standard import create_server as _create_server
+from fastlisten._core.standard import green_library as _green_library
 from fastlisten._listener import Listener as _Listener
 
 
@@ -26,17 +28,30 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *dir(_original)})
 
 
+def _stands_for_all(cls: type) -> bool:
+    """Whether this is the drop-in's class itself, also one from before this module was loaded again."""
+    return "_stands_for_all" in vars(cls)
+
+
 class _SocketClass(type):
-    """Every standard socket is an instance of the drop-in's class: accept() returns standard ones."""
+    """Every standard socket is an instance of the drop-in's class: accept() returns standard ones.
+
+    Where a library has made the standard sockets green, calling it makes one of those.
+    """
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        if _stands_for_all(cls) and _green_library():
+            return _original.socket(*args, **options)
+        return super().__call__(*args, **options)
 
     def __instancecheck__(cls, instance: object) -> bool:
-        if cls is socket:
-            return isinstance(instance, _original.socket)
+        if _stands_for_all(cls):
+            return isinstance(instance, _StandardSocket)
         return super().__instancecheck__(instance)
 
     def __subclasscheck__(cls, subclass: type) -> bool:
-        if cls is socket:
-            return issubclass(subclass, _original.socket)
+        if _stands_for_all(cls):
+            return issubclass(subclass, _StandardSocket)
         return super().__subclasscheck__(subclass)
 
 
@@ -44,6 +59,16 @@ class socket(_Listener, metaclass=_SocketClass):  # noqa: N801
     """A standard socket that, set to listen, has fastlisten's accept loop; see fastlisten.Listener."""
 
     __module__ = _original.__name__  # its repr() is the original's
+    _stands_for_all = True
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As a Listener's; the class itself would be looked for by the original's name."""
+        rebuild, (_, *arguments) = super().__reduce_ex__(protocol)
+        return _rebuild, (rebuild, *arguments)
+
+
+def _rebuild(rebuild: Any, *arguments: Any) -> Any:
+    return rebuild(socket, *arguments)
 
 
 def create_server(
@@ -55,10 +80,10 @@ def create_server(
     dualstack_ipv6: bool = False,
 ) -> socket:
     """As socket.create_server(), with its arguments, checks and errors."""
-    made = _original.create_server(
+    made = _create_server(
         address, family=family, backlog=backlog, reuse_port=reuse_port, dualstack_ipv6=dualstack_ipv6
     )
-    return _adopt(made, socket)
+    return made if _green_library() else _adopt(made, socket)  # type: ignore[return-value]
 
 
 def fromfd(fd: int, family: int, type: int, proto: int = 0) -> socket:  # noqa: A002
@@ -71,22 +96,6 @@ if hasattr(_original, "fromshare"):
     def fromshare(info: bytes) -> socket:
         """As socket.fromshare(): the socket that socket.share() of another process was for."""
         return socket(0, 0, 0, info)  # type: ignore[arg-type]
-
-
-# --- sending a socket to another process: multiprocessing -----------------------------------------
-
-
-def _rebuild(dropin: bool, rebuild: Any, arguments: tuple[Any, ...]) -> _Listener:
-    return _adopt(rebuild(*arguments), socket if dropin else _Listener)
-
-
-def _reduce(sock: _Listener) -> tuple[Any, tuple[Any, ...]]:
-    return _rebuild, (type(sock) is socket, *_reduction._reduce_socket(sock))  # type: ignore[attr-defined]
-
-
-# multiprocessing finds its reducers by the exact class.
-_reduction.register(_Listener, _reduce)
-_reduction.register(socket, _reduce)
 
 
 if TYPE_CHECKING:  # last: what is defined above is not the original's

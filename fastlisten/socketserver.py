@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 from fastlisten._core.accept import Shortage
 from fastlisten._core.hooks import RequestHooks
 from fastlisten._core.loop import Loop
+from fastlisten._core.standard import StandardSocket
 from fastlisten._listener import Listener, make_loop, serve_options
 from fastlisten._options import Checked
 
@@ -44,7 +45,7 @@ TICK = 2000
 # A poll_interval above this, in seconds, is for the original to accept or refuse.
 LONGEST_INTERVAL = 1e6
 
-_StandardSocket = _socket.socket
+_StandardSocket = StandardSocket
 _states = threading.RLock()  # re-entrant: a signal handler may call shutdown() while its thread holds it
 
 # The hooks that the loop stands for; where one of them is another function, a subclass has overridden it.

@@ -1,12 +1,14 @@
 """The one accept: what a failed one means, who is refused, and what a shortage of descriptors does."""
 
-import socket as _socket
+import _socket
 from operator import index
 
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t
 from libc.stdlib cimport free, malloc, realloc
+
+from fastlisten._core.standard import StandardSocket
 
 from fastlisten._core.connection cimport (
     address_object,
@@ -51,7 +53,7 @@ cdef double LONGEST_DELAY = 1e9  # seconds; more do not fit
 # would let another process steal the port.
 REUSE_ADDRESS = bool(PORT_REUSE_ADDRESS)
 
-cdef object _accept = _socket.socket.accept
+cdef object _accept = StandardSocket.accept
 cdef object _fileno = _socket.socket.fileno
 cdef object _gettimeout = _socket.socket.gettimeout
 cdef object _getdefaulttimeout = _socket.getdefaulttimeout

@@ -43,7 +43,7 @@ cdef class Acceptor:
     cdef bint likely(self) noexcept nogil
     cdef outcome_t accept_queued(self, client_t *client) noexcept nogil
     cdef outcome_t wait(self, int64_t closed_for) noexcept nogil
-    cdef outcome_t poll_failed(self) noexcept nogil
+    cdef outcome_t wait_failed(self) noexcept nogil
     cdef int64_t closed_for(self) noexcept nogil
     cdef bint at_limit(self) noexcept nogil
     cdef int64_t open_connections(self) noexcept nogil

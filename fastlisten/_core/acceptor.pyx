@@ -232,7 +232,7 @@ cdef class Acceptor:
             patience = self.until_deadline(patience)
         ready = port_poll_ns(self.polls, n, patience)
         if ready < 0:
-            return self.poll_failed()
+            return self.wait_failed()
         if ready == 0:
             return NOBODY
         for i in range(n):
@@ -245,7 +245,7 @@ cdef class Acceptor:
                 outcome = LOOK
         return outcome
 
-    cdef outcome_t poll_failed(self) noexcept nogil:
+    cdef outcome_t wait_failed(self) noexcept nogil:
         """A poll() has failed: what is next.  Without memory, a pause in which nobody is heard."""
         cdef int code = port_error()
         if verdict(code) == RESOURCES:

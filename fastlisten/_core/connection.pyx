@@ -1,6 +1,6 @@
 """Connection: one accepted client."""
 
-import socket as _socket
+import _socket
 import warnings
 from os import fsdecode
 
@@ -10,6 +10,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
+
+from fastlisten._core.standard import StandardSocket
 
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport client_out, state_hold, state_t
@@ -24,10 +26,10 @@ cdef extern from "Python.h":
     int PyArg_Parse(object argument, const char *format, ...) except 0
 
 cdef object _zero = 0
-cdef object _StandardSocket = _socket.socket
-cdef object _new_socket = _socket.SocketType.__new__
-cdef object _init_socket = _socket.SocketType.__init__
-cdef object _CSocket = _socket.SocketType  # what socket.socket adds to is not needed for one call
+cdef object _StandardSocket = StandardSocket
+cdef object _new_socket = _socket.socket.__new__
+cdef object _init_socket = _socket.socket.__init__
+cdef object _CSocket = _socket.socket  # what socket.socket adds to is not needed for one call
 
 cdef object _duplicate = _socket.dup
 

@@ -1,6 +1,6 @@
 """A client's way from the loop through the hooks of a socketserver."""
 
-import socket as _socket
+import _socket
 import sys
 import threading
 
@@ -10,7 +10,7 @@ from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyConte
 from fastlisten._core.connection cimport Connection
 from fastlisten._core.port cimport *
 
-cdef object _close = _socket.SocketType.close
+cdef object _close = _socket.socket.close
 
 # From Python 3.14 on a new thread's context can be a copy of that of who started it; before, it is empty.
 cdef bint INHERITS_CONTEXT = getattr(sys.flags, "thread_inherit_context", 0)

@@ -31,6 +31,7 @@ cdef class QueueWatch(Watched):
 
 @cython.final
 cdef class Accepting(Owner):
+    cdef object __weakref__
     cdef Connections connections
     cdef int64_t most           # connections that may be open; 0 for any number
     cdef list listeners
@@ -41,6 +42,8 @@ cdef class Accepting(Owner):
     cdef object idle            # called when the last connection is gone
 
     cdef int arrange(self) except -1
+    cdef int watch_listeners(self) except -1
+    cdef int pause(self) except -1
     cdef int places(self, int most) noexcept
     cdef bint full(self) noexcept
     cdef int ran_out(self, int code) except -1

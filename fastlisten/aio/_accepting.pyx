@@ -175,10 +175,10 @@ cdef class Accepting(Owner):
         self.connections.hub.loop.call_soon(self.queue._readable)
 
     def serve(self):
-        """Accept from now on."""
+        """Accept from now on.  Raises OSError when the listeners cannot be watched."""
         self.connections.begin()
         self.serving = True
-        self.arrange()
+        self.watch_listeners()
 
     def hold(self, bint paused):
         """Accept nobody, or again."""
@@ -197,20 +197,33 @@ cdef class Accepting(Owner):
         self.listeners.clear()
         if self.queue is not None:
             self.queue.watch(0)
+        self.abandon()
+        self.stopped = True
+        self.rest()
+
+    def abandon(self):
+        """End what runs without the event loop, which may be gone: the thread that refuses, and its queue."""
+        if self.queue is not None:
             self.queue.overload.close()
             self.queue.overload.acceptor.close()
             self.queue.overload.acceptor.shortage.tell()
             self.queue = None
         self.shortage.close()
-        self.stopped = True
-        self.rest()
 
     def when_idle(self, idle):
         """Call `idle` each time the last connection is gone."""
         self.idle = idle
 
     cdef int arrange(self) except -1:
-        """Watch the listeners if clients are to be accepted now."""
+        """Watch the listeners if clients are to be accepted now; what fails is tried again after a pause."""
+        try:
+            return self.watch_listeners()
+        except OSError as error:
+            self.shortage.failed(getattr(error, "winerror", None) or error.errno)
+            self.pause()
+            return self.shortage.tell()
+
+    cdef int watch_listeners(self) except -1:
         cdef ListenerWatch listener
         cdef bint open = (self.serving and not self.paused and self.retry is None and not self.full()
                           and not self.connections.hub.loop.is_closed())
@@ -255,11 +268,16 @@ cdef class Accepting(Owner):
         """No descriptors or no memory, or lost clients without end: shed the clients, or pause."""
         self.shortage.failed(code)
         if not self.shed_queued():
-            self.shortage.pause()
-            if self.retry is None and self.serving:
-                self.retry = self.connections.hub.loop.call_later(self.shortage.left() / 1e9, self._again)
+            self.pause()
             self.arrange()
         return self.shortage.tell()
+
+    cdef int pause(self) except -1:
+        """Accept nobody for a while."""
+        self.shortage.pause()
+        if self.retry is None and self.serving:
+            self.retry = self.connections.hub.loop.call_later(self.shortage.left() / 1e9, self._again)
+        return 0
 
     cdef bint shed_queued(self) noexcept:
         """Reset who is queued, through the descriptor kept for that; False if that cannot be done now."""

@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 from fastlisten._bind import bind
+from fastlisten._core.standard import refuse_green
 from fastlisten._options import BindOptions, Checked, checked, socket_options
-from fastlisten._unix_path import OwnPath, permissions
+from fastlisten._unix_path import OwnPath, permissions, refuse_taken
 from fastlisten.aio._server import Factory, Server, checked_limits
 
 # asyncio's own functions, from before anybody puts ours in their place.
@@ -243,6 +244,7 @@ async def create_server(
 
     Raises what asyncio's own raises for the same mistakes, ValueError for options this system lacks.
     """
+    refuse_green("an asyncio server")
     limits = checked_limits(max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted)
     options = socket_options(
         checked(
@@ -302,10 +304,14 @@ async def create_unix_server(
     which is True since Python 3.13.  mode: permission bits of the path, as fastlisten.bind().
     max_connections, pending, busy, exhausted: as create_server().
     """
+    refuse_green("an asyncio server")
     limits = checked_limits(max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted)
     tls = _tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     more = {"cleanup_socket": False} if _UNLINKS else {}  # what it unlinks, the Server does
+    if sock is None and path is not None:
+        path = os.fspath(path)
+        refuse_taken(path)  # asyncio takes it over
     with permissions(mode):  # no other task runs inside: asyncio's function waits for nothing
         sockets = await _bound(_bind_unix, path, sock=sock, backlog=backlog, **more, **tls)
-    made = _path_made(sockets[0]) if cleanup_socket else None
+    made = _path_made(sockets[0]) if cleanup_socket and sock is None else None  # whose else it is, keeps it
     return await _serve(sockets, protocol_factory, backlog, start_serving, limits, path=made, **tls)

@@ -27,6 +27,10 @@ cdef class Hub:
     cdef bint awake         # a wake is under way, whose end sees to both
 
     cdef int watch(self, Watched what, short events) except -1
+    cdef int poll_for(self, Watched what, short events) except -1
+    cdef int have_loop_watch(self, Watched what, short events) except -1
+    cdef int forget(self, Watched what) except -1
+    cdef int give_poller_up(self, int code) except -1
     cdef int dispatch(self, Watched what, short events) except -1
     cdef int give_turns(self, list watched) except -1
     cdef int give_ends(self) except -1

@@ -2,7 +2,7 @@
 
 One wake of the event loop does as much as it can for many descriptors, because a wake is what costs.  The hub
 watches them with a poller of its own, which is one descriptor to the event loop.  Each is registered with the
-event loop itself where the system has no poller (_port.h), and what is watched all the time everywhere: that
+event loop itself where the system has no poller (port.h), and what is watched all the time everywhere: that
 is done once, and its wakes need no look at the poller.
 
 The hub knows three methods of what it watches: ready(), turn() and end().
@@ -18,6 +18,7 @@ cimport cython
 
 from fastlisten._core.connection cimport raise_error
 from fastlisten._core.port cimport *
+from fastlisten._core.state cimport log
 
 # How many watched descriptors one wake serves: enough to make the cost of the wake small, little enough that
 # other tasks of the loop run in between.
@@ -97,30 +98,68 @@ cdef class Hub:
     # --- watching ----------------------------------------------------------------------------------
 
     cdef int watch(self, Watched what, short events) except -1:
-        """Watch what.fd for other events than before."""
-        cdef short before = what.watched_for
+        """Watch what.fd for other events than before.  Raises OSError, and then all is as it was."""
         if what.polled:
-            if port_poller_set(self.poller, what.fd, before, events) != 0:
-                raise_error(port_error())
-            what.watched_for = events
-            if not before:
-                if not self.watched:
-                    self.loop.add_reader(self.poller, self._ready)
-                self.watched[what.fd] = what
-            elif not events:
-                del self.watched[what.fd]
-                if not self.watched:
-                    self.loop.remove_reader(self.poller)
-            return 0
+            return self.poll_for(what, events)
+        return self.have_loop_watch(what, events)
+
+    cdef int poll_for(self, Watched what, short events) except -1:
+        """Watch by the poller, which the event loop watches while anything is."""
+        cdef bint first = not self.watched
+        cdef int code
+        if first:
+            self.loop.add_reader(self.poller, self._ready)
+        if port_poller_set(self.poller, what.fd, what.watched_for, events) != 0:
+            code = port_error()
+            if first:
+                self.loop.remove_reader(self.poller)
+            raise_error(code)
         what.watched_for = events
+        if events:
+            self.watched[what.fd] = what
+        else:
+            self.watched.pop(what.fd, None)
+            if not self.watched:
+                self.loop.remove_reader(self.poller)
+        return 0
+
+    cdef int have_loop_watch(self, Watched what, short events) except -1:
+        """Watch by the event loop itself."""
+        cdef short before = what.watched_for
         if events & ~before & POLLIN:
             self.loop.add_reader(what.fd, what._readable)
-        elif before & ~events & POLLIN:
-            self.loop.remove_reader(what.fd)
+            what.watched_for |= POLLIN
         if events & ~before & POLLOUT:
             self.loop.add_writer(what.fd, what._writable)
-        elif before & ~events & POLLOUT:
+            what.watched_for |= POLLOUT
+        if before & ~events & POLLIN:
+            self.loop.remove_reader(what.fd)
+        if before & ~events & POLLOUT:
             self.loop.remove_writer(what.fd)
+        what.watched_for = events
+        return 0
+
+    cdef int forget(self, Watched what) except -1:
+        """What could not be unwatched is about to be closed: its number may be another's then."""
+        what.watched_for = 0
+        if self.watched.pop(what.fd, None) is not None and not self.watched:
+            self.loop.remove_reader(self.poller)
+        return 0
+
+    cdef int give_poller_up(self, int code) except -1:
+        """The poller does not tell what is ready any more: have the event loop watch all of it."""
+        cdef Watched what
+        cdef short events
+        watched, self.watched = list(self.watched.values()), {}
+        self.loop.remove_reader(self.poller)
+        self.close()
+        try:
+            raise_error(code)
+        except OSError as error:
+            log().warning("the poller failed, the event loop watches its %d: %s", len(watched), error)
+        for what in watched:
+            events, what.watched_for, what.polled = what.watched_for, 0, False
+            self.have_loop_watch(what, events)
         return 0
 
     # --- wakes and turns ---------------------------------------------------------------------------
@@ -132,6 +171,9 @@ cdef class Hub:
         cdef port_pollfd polls[READY]
         cdef int i
         cdef int found = port_poller_ready(self.poller, polls, READY)
+        if found < 0 and port_error() != PORT_EINTR:
+            self.give_poller_up(port_error())
+            return
         self.awake = True
         try:
             for i in range(found):

@@ -7,6 +7,8 @@ import logging
 import socket
 import sys
 import time
+import warnings
+import weakref
 from asyncio import trsock
 from collections import Counter
 from collections.abc import Callable
@@ -63,6 +65,13 @@ class Server(asyncio.AbstractServer):
         self._forever: asyncio.Future[None] | None = None
         self._waiters: list[asyncio.Future[None]] | None = []
         self._attached = 0
+
+    def __del__(self, warn: Any = warnings.warn) -> None:
+        if self.__dict__.get("_sockets") is None:
+            return
+        warn(f"unclosed server {self!r}", ResourceWarning, source=self)
+        self._accepting.abandon()
+        self._give_back()
 
     def __repr__(self) -> str:
         return f"<{self.__class__.__name__} sockets={self.sockets!r}>"
@@ -243,11 +252,14 @@ class ServerTaker(Taker):
     activity = "an asyncio server accepts from"
 
     def __init__(self, accepting: Accepting) -> None:
-        self._accepting = accepting
+        # The thread that refuses holds the states, and they this: a server that is dropped must end.
+        self._accepting = weakref.ref(accepting)
 
     def after_fork(self) -> bool:
         """The server is the child's as much as its parent's; who waits in the queue is the parent's."""
-        self._accepting.after_fork()
+        accepting = self._accepting()
+        if accepting is not None:
+            accepting.after_fork()
         return True
 
 

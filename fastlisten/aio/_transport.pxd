@@ -85,6 +85,7 @@ cdef class Transport(Watched):
     cdef int hand_over(self, Py_ssize_t got, bint buffered) except -1
     cdef int received_eof(self) except -1
     cdef int watch_or_end(self, short events) except -1
+    cdef int unwatch(self) except -1
     cdef int report(self, error, str message) except -1
     cdef int fail(self, int code, str message) except -1
     cdef int fatal(self, error, str message) except -1

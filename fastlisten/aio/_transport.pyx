@@ -6,7 +6,6 @@ A transport reads as soon as it is made.  It is watched (_hub.pyx) only when the
 import asyncio
 import logging
 import os
-import socket as _socket
 import sys
 import warnings
 import weakref
@@ -32,6 +31,7 @@ from fastlisten._core.connection cimport (
     raise_error,
 )
 from fastlisten._core.port cimport *
+from fastlisten._core.standard import StandardSocket
 from fastlisten._core.state cimport client_out, state_hold, state_t
 from fastlisten.aio._hub cimport Hub, Watched
 
@@ -52,7 +52,7 @@ cdef enum:
 cdef object _all_connections = weakref.WeakSet()
 
 cdef object _asyncio_log = logging.getLogger("asyncio")
-cdef object _StandardSocket = _socket.socket
+cdef object _StandardSocket = StandardSocket
 cdef object _BufferedProtocol = asyncio.BufferedProtocol
 cdef int _warn_from = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
 cdef object _SendfileMode = constants._SendfileMode
@@ -444,11 +444,21 @@ cdef class Transport(Watched):
         return self.shut()
 
     cdef int watch_or_end(self, short events) except -1:
-        """watch(), and a failure of it ends the connection."""
+        """watch(), and a failure of it ends the connection: it would be forgotten.  No client can cause that,
+        so it is reported."""
         try:
             self.watch(events)
         except OSError as error:
-            self.fatal(error, "Fatal error on transport")
+            self.report(error, "Fatal error: the connection cannot be watched")
+            self.force_close(error)
+        return 0
+
+    cdef int unwatch(self) except -1:
+        """Be watched no more, since the descriptor is about to be closed, which undoes what fails here."""
+        try:
+            self.watch(0)
+        except OSError:
+            self.hub.forget(self)
         return 0
 
     # --- the end -----------------------------------------------------------------------------------
@@ -487,7 +497,7 @@ cdef class Transport(Watched):
         if self.buffer is not None:
             self.buffer.clear()
         self.closing = True
-        self.watch(0)
+        self.unwatch()
         self.lost = 1
         self.error = error
         return self.hub.end_soon(self)
@@ -512,7 +522,7 @@ cdef class Transport(Watched):
         if fd == PORT_NO_SOCKET:
             return 0
         try:
-            self.watch(0)
+            self.unwatch()
         finally:
             self.closing = True
             self.lost = max(self.lost, 1)
@@ -543,9 +553,9 @@ cdef class Transport(Watched):
             if not self.unsent():
                 port_shutdown(self.fd, PORT_SHUT_WRITE)  # fails when the client is gone; it is closed anyway
         self.closing = True
-        self.watch(self.watched_for & ~POLLIN)
         if self.unsent():
-            return 0
+            return self.watch_or_end(self.watched_for & ~POLLIN)
+        self.unwatch()
         self.lost = 1
         return self.hub.end_soon(self)
 
@@ -571,7 +581,7 @@ cdef class Transport(Watched):
         if self.closing or self.paused:
             return
         self.paused = True
-        self.watch(self.watched_for & ~POLLIN)
+        self.watch_or_end(self.watched_for & ~POLLIN)
 
     def resume_reading(self):
         """Read again after pause_reading()."""
@@ -710,7 +720,9 @@ cdef class Transport(Watched):
         self.maybe_resume()
         self.send_held(0)  # a last word, before the end that may follow now
         if self.buffer.size == 0 and self.fd != PORT_NO_SOCKET and not self.lost:
-            self.watch(self.watched_for & ~POLLOUT)
+            self.watch_or_end(self.watched_for & ~POLLOUT)
+            if self.lost:
+                return 0
             if self.emptied is not None and not self.emptied.done():
                 self.emptied.set_result(None)
             if self.closing:
