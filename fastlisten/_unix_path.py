@@ -30,7 +30,7 @@ def permissions(mode: int | None) -> Iterator[None]:
 
 
 def refuse_taken(path: Any) -> None:
-    """OSError (EADDRINUSE) when somebody answers at this path; what is stale, or no socket, is for others to tell.
+    """OSError (EADDRINUSE) when somebody answers at this path; what is stale, or no socket, is passed over.
 
     path: text, bytes or PathLike; an abstract name is nobody's file.
     """

@@ -31,6 +31,9 @@ cdef object _new_socket = _socket.socket.__new__
 cdef object _init_socket = _socket.socket.__init__
 cdef object _CSocket = _socket.socket  # what socket.socket adds to is not needed for one call
 
+# By a name of C's: at the end of the interpreter a module's own names go before its objects.
+cdef object _warn = warnings.warn
+
 cdef object _duplicate = _socket.dup
 
 
@@ -176,7 +179,7 @@ cdef class Connection:
 
     def __del__(self):
         if self.fd != PORT_NO_SOCKET:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
+            _warn(f"unclosed {self!r}", ResourceWarning, stacklevel=1, source=self)
             self.finish()
 
     def __dealloc__(self):

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 from fastlisten._bind import bind
-from fastlisten._core.standard import refuse_green
 from fastlisten._options import BindOptions, Checked, checked, socket_options
 from fastlisten._unix_path import OwnPath, permissions, refuse_taken
 from fastlisten.aio._server import Factory, Server, checked_limits
@@ -244,7 +243,6 @@ async def create_server(
 
     Raises what asyncio's own raises for the same mistakes, ValueError for options this system lacks.
     """
-    refuse_green("an asyncio server")
     limits = checked_limits(max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted)
     options = socket_options(
         checked(
@@ -304,7 +302,6 @@ async def create_unix_server(
     which is True since Python 3.13.  mode: permission bits of the path, as fastlisten.bind().
     max_connections, pending, busy, exhausted: as create_server().
     """
-    refuse_green("an asyncio server")
     limits = checked_limits(max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted)
     tls = _tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     more = {"cleanup_socket": False} if _UNLINKS else {}  # what it unlinks, the Server does

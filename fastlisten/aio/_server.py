@@ -17,6 +17,7 @@ from typing import Any
 from fastlisten._core.accept import Shortage
 from fastlisten._core.acceptor import Acceptor
 from fastlisten._core.overload import HANDLERS_AT_MOST, Overload
+from fastlisten._core.standard import refuse_green
 from fastlisten._core.state import State, Taker, queue
 from fastlisten._listener import Listener, ListenerStats
 from fastlisten._options import Checked, ServeOptions, checked
@@ -264,7 +265,11 @@ class ServerTaker(Taker):
 
 
 def checked_limits(*, exhausted: Any, **limits: Any) -> Checked:
-    """What a server may take on: max_connections, pending, busy and exhausted, checked as serve() does."""
+    """What a server may take on: max_connections, pending, busy and exhausted, checked as serve() does.
+
+    Raises RuntimeError where sockets are green: nothing would let a greenlet run.
+    """
+    refuse_green("an asyncio server")
     if exhausted not in ("pause", "shed"):
         raise ValueError(f"exhausted must be 'pause' or 'shed', not {exhausted!r}")
     return checked(ServeOptions, "create_server", exhausted=exhausted, **limits)

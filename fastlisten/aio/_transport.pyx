@@ -51,6 +51,8 @@ cdef enum:
 # The Connections of every server there is.
 cdef object _all_connections = weakref.WeakSet()
 
+# By a name of C's: at the end of the interpreter a module's own names go before its objects.
+cdef object _warn = warnings.warn
 cdef object _asyncio_log = logging.getLogger("asyncio")
 cdef object _StandardSocket = StandardSocket
 cdef object _BufferedProtocol = asyncio.BufferedProtocol
@@ -247,7 +249,7 @@ cdef class Transport(Watched):
     def __del__(self):
         if self.fd != PORT_NO_SOCKET:
             if self.protocol is not None:  # else it was never begun
-                warnings.warn(f"unclosed transport {self!r}", ResourceWarning, stacklevel=1, source=self)
+                _warn(f"unclosed transport {self!r}", ResourceWarning, stacklevel=1, source=self)
             # A forked child shares the poller with its parent, who goes on: fork(2), epoll(7).  Who is
             # watched is held by its watcher, so that one ends with the other.
             self.watched_for = 0
