@@ -1,15 +1,9 @@
 """Listening sockets, with the accept loop in Cython over raw POSIX and Winsock calls."""
 
-from fastlisten._connection import Connection
+from fastlisten._bind import bind, create_server, serve
+from fastlisten._core.connection import Connection
 from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
-from fastlisten._listener import (
-    Listener,
-    ListenerStats,
-    ServeResult,
-    bind,
-    create_server,
-    serve,
-)
+from fastlisten._listener import Listener, ListenerStats, ServeResult
 
 __version__ = "0.1.0"
 

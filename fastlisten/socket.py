@@ -13,8 +13,8 @@ import socket as _original
 from socket import __all__ as __all__
 from typing import TYPE_CHECKING, Any
 
+from fastlisten._bind import adopt as _adopt
 from fastlisten._listener import Listener as _Listener
-from fastlisten._listener import adopt as _adopt
 
 
 def __getattr__(name: str) -> Any:

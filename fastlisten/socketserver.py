@@ -15,7 +15,6 @@ and process_request().  Datagram and forking servers are the original's througho
 
 from __future__ import annotations
 
-import logging
 import os
 import socket as _socket
 import socketserver as _original
@@ -27,10 +26,11 @@ from contextlib import contextmanager
 from socketserver import __all__ as __all__
 from typing import TYPE_CHECKING, Any
 
-from fastlisten._accept import ran_out
-from fastlisten._listener import Listener, run_loop, serve_options
-from fastlisten._loop import Loop
-from fastlisten._request import Way
+from fastlisten._core.accept import Shortage
+from fastlisten._core.hooks import RequestHooks
+from fastlisten._core.loop import Loop
+from fastlisten._listener import Listener, make_loop, serve_options
+from fastlisten._options import Checked
 
 # As many threads as clients, as in the original.
 UNLIMITED = 2**31 - 1
@@ -40,15 +40,10 @@ UNLIMITED = 2**31 - 1
 # several switches between threads.
 TICK = 2000
 
-# The pause after the original's loop ran out of descriptors or memory, in seconds: from the first, doubled
-# each time, to the last; as in fastlisten's.
-PAUSE_FIRST, PAUSE_LAST = 0.010, 0.100
-
 # A poll_interval above this, in seconds, is for the original to accept or refuse.
 LONGEST_INTERVAL = 1e6
 
 _StandardSocket = _socket.socket
-_log = logging.getLogger("fastlisten")
 _states = threading.RLock()  # re-entrant: a signal handler may call shutdown() while its thread holds it
 
 # The hooks that the loop stands for; where one of them is another function, a subclass has overridden it.
@@ -63,7 +58,7 @@ _THREAD_HOOKS = {
     "verify_request": _original.BaseServer.verify_request,
     "process_request": _original.ThreadingMixIn.process_request,
 }
-# And for these there is Way, which does the same in fewer steps.
+# And for these there is RequestHooks, which does the same in fewer steps.
 _REQUEST_HOOKS = {
     "finish_request": _original.BaseServer.finish_request,
     "shutdown_request": _original.TCPServer.shutdown_request,
@@ -104,7 +99,7 @@ class AcceptMixIn:
     _steps = False  # handle_request() was called: shutdown() may have nothing to wait for
     _listener: Listener | None = None  # what fastlisten's loop serves
     _loops: tuple[Loop, ...] = ()  # whose threads may still have handlers at work
-    _pause = 0.0  # after the last get_request(), if it ran out of resources
+    _shortage: Shortage | None = None  # of get_request(), once it ran out of resources
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown().
@@ -144,15 +139,8 @@ class AcceptMixIn:
 
     def _serve(self, listener: Listener) -> bool:
         """Serve with the loop; returns False, and has done nothing, when another thread does so already."""
-        if _untouched(self, _THREAD_HOOKS):
-            way = Way(self, listener, _untouched(self, _REQUEST_HOOKS | _THREAD_REQUEST_HOOKS))
-            options = serve_options(way.in_thread, threads=(1, UNLIMITED))
-            options = options._replace(leave=True, daemon=self.daemon_threads, tick=TICK)
-            loop = Loop([listener], way.in_thread, options)
-        else:
-            way = Way(self, listener, _untouched(self, _REQUEST_HOOKS | _INLINE_REQUEST_HOOKS))
-            options = serve_options(way.in_line)
-            loop = Loop([listener], way.in_line, options)
+        hooks, options = self._hooks(listener)
+        loop = make_loop([listener], hooks.in_thread if options.leave else hooks.in_line, options)
         with _states:
             if self._listener is not None:
                 return False
@@ -164,16 +152,26 @@ class AcceptMixIn:
             asked = self._BaseServer__shutdown_request
         try:
             if not asked:
-                run_loop(loop)
+                loop.run()
         finally:
             with _states:
                 self._listener = None
                 if self._BaseServer__shutdown_request:
                     self._BaseServer__shutdown_request = False
-                    listener._ledger.answered()  # shutdown() may have come when the loop was over
+                    listener._state.answered()  # shutdown() may have come when the loop was over
             self._BaseServer__is_shut_down.set()
-        way.raise_failure()
+        hooks.raise_failure()
         return True
+
+    def _hooks(self, listener: Listener) -> tuple[RequestHooks, Checked]:
+        """What to do with a client, and the options of the loop that does it."""
+        if not _untouched(self, _THREAD_HOOKS):
+            hooks = RequestHooks(self, listener, _untouched(self, _REQUEST_HOOKS | _INLINE_REQUEST_HOOKS))
+            return hooks, serve_options(hooks.in_line)
+        hooks = RequestHooks(self, listener, _untouched(self, _REQUEST_HOOKS | _THREAD_REQUEST_HOOKS))
+        return hooks, serve_options(
+            hooks.in_thread, threads=(1, UNLIMITED), leave=True, daemon=self.daemon_threads, tick=TICK
+        )
 
     def shutdown(self) -> None:
         """Ask serve_forever() to end, and wait for that.
@@ -198,7 +196,7 @@ class AcceptMixIn:
         with _states:
             listener = self._listener
         if listener is not None:
-            listener._leave_loop()
+            listener._state.leave()
         super().server_close()  # type: ignore[misc]
         loops, self._loops = self._loops, ()
         if loops and self.block_on_close and not self.daemon_threads:
@@ -219,15 +217,11 @@ class AcceptMixIn:
         try:
             request: tuple[Any, Any] = super().get_request()  # type: ignore[misc]
         except OSError as error:
-            if ran_out(error):
-                if not self._pause:
-                    _log.warning("accepting pauses: %s", error)
-                self._pause = min(2 * self._pause, PAUSE_LAST) or PAUSE_FIRST
-                time.sleep(self._pause)
+            self._shortage = self._shortage or Shortage()
+            time.sleep(self._shortage.pause_after(error) or 0)
             raise
-        if self._pause:
-            self._pause = 0.0
-            _log.info("accepting again")
+        if self._shortage is not None:
+            self._shortage.over()
         return request
 
 

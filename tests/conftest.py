@@ -1,10 +1,11 @@
-"""Fixtures of the whole suite; the helpers that tests import are in support.py."""
+"""Fixtures of the whole suite; what tests import is in helpers/."""
 
 import contextlib
 import gc
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,14 @@ from typing import Any
 
 import hypothesis
 import pytest
-from support import PROBES, THOUSANDS, wait_until
+
+from fastlisten import Listener, bind
+
+pytest.register_assert_rewrite("helpers")  # before it is imported: what a helper asserts is told in full
+
+from helpers import LOOPBACK, PROBES, THOUSANDS, connect, wait_until
+from helpers.pairs import pair
+from helpers.serve import Queued
 
 # Threads that a test has stopped may still be in their last instructions when it ends.
 ENDING = 3.0
@@ -125,10 +133,50 @@ def unix_path(unix_paths: Path) -> str:
 
 @pytest.fixture(scope="session")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Give processes whose socket calls fail as planned; see preload.py."""
+    """Give processes whose socket calls fail as planned; see helpers/faults.py."""
     for name in ("Linux", "a C compiler"):
         if not PROBES[name]():
             pytest.skip(f"needs {name}, for the library that injects faults")
-    import preload  # not above: the copy of this file that tests itself has no need of it
+    from helpers import faults  # not above: few tests have a need of it
 
-    return preload.build(tmp_path_factory.mktemp("faults"))
+    return faults.build(tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    """Give a Listener on the loopback address, closed at the end."""
+    with bind(LOOPBACK) as listener:
+        yield listener
+
+
+@pytest.fixture
+def queued() -> Iterator[Queued]:
+    """Give a function that connects `n` clients, each sends its number; all are closed at the end."""
+    with contextlib.ExitStack() as clients:
+
+        def some(target: Any, n: int, first: int = 0) -> list[socket.socket]:
+            made = [clients.enter_context(connect(target)) for _ in range(n)]
+            for number, client in enumerate(made, first):
+                client.sendall(b"%d" % number)
+            return made
+
+        yield some
+
+
+@pytest.fixture
+def accepted_pair() -> Iterator[tuple[Any, socket.socket]]:
+    """Give a Connection and its client; both are closed at the end."""
+    with pair("ours") as accepted_pair:
+        yield accepted_pair
+
+
+@pytest.fixture
+def connection(accepted_pair: tuple[Any, socket.socket]) -> Any:
+    """Give a Connection; its client is the fixture `client`."""
+    return accepted_pair[0]
+
+
+@pytest.fixture
+def client(accepted_pair: tuple[Any, socket.socket]) -> socket.socket:
+    """Give the client of the fixture `connection`."""
+    return accepted_pair[1]

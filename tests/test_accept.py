@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Serving, connect, echo, exchange, needs, read_all, serving, wait_until
 
 from fastlisten import Connection, Listener, bind
-
-LOOPBACK = ("127.0.0.1", 0)
+from helpers import LOOPBACK, Serving, connect, echo, exchange, needs, read_all, serving, wait_until
 
 
 @pytest.fixture

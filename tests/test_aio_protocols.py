@@ -10,18 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aio_support import Run, run
-from support import connect, read_all
 
 from fastlisten import aio
+from helpers import connect, read_all
+from helpers.aio import Run, in_thread, run
 
 __all__ = ["run"]  # a fixture
 
 BIG = bytes(range(256)) * (32 << 10)  # 8 MB
-
-
-async def in_thread(function: Any, *args: Any) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
 
 
 class Places(dict[str, int]):

@@ -13,7 +13,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import LIMIT, wait_until
+
+from helpers import LIMIT, wait_until
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads Linux's CPU clocks"),

@@ -11,7 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import (
+
+import fastlisten
+from fastlisten import Endpoint, Listener, bind, create_server
+from helpers import (
+    LOOPBACK,
     NOBODYS,
     NOWHERE,
     connect,
@@ -25,10 +29,6 @@ from support import (
     under_wine,
 )
 
-import fastlisten
-from fastlisten import Endpoint, Listener, bind, create_server
-
-LOOPBACK = ("127.0.0.1", 0)
 LOOPBACK6 = ("::1", 0)
 
 # Audit hooks cannot be taken away again, so there is one, and it works only while a list is here.

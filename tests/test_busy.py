@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preload import plain_environment, python, server
-from support import (
+
+import fastlisten
+from helpers import (
     LIMIT,
+    LOOPBACK,
     connect,
-    descriptor_table,
     echo,
     exchange,
     needs,
@@ -32,10 +33,9 @@ from support import (
     serving,
     wait_until,
 )
+from helpers.programs import descriptor_table, plain_environment, python
+from helpers.server_process import server
 
-import fastlisten
-
-LOOPBACK = ("127.0.0.1", 0)
 if os.name == "posix":
     import fcntl
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n"
@@ -148,7 +148,7 @@ def waited_for_a_core(thread: str) -> float:
 
 SIGPIPE = """
 import json, signal, socket, struct, fastlisten
-from support import reset, serving, wait_until
+from helpers import reset, serving, wait_until
 
 def holds(connection):
     connection.recv(1)

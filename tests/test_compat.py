@@ -11,7 +11,8 @@ import sys
 import xmlrpc.client
 
 import pytest
-from support import LIMIT, connect, read_all
+
+from helpers import LIMIT, connect, read_all
 
 HEAD = """\
 import fastlisten

@@ -12,9 +12,11 @@ import time
 from typing import Any
 
 import pytest
-from preload import check, interpreter, plain_environment, python, server
-from support import (
+
+import fastlisten
+from helpers import (
     LIMIT,
+    LOOPBACK,
     Serving,
     connect,
     echo,
@@ -25,10 +27,9 @@ from support import (
     told,
     wait_until,
 )
+from helpers.programs import check, interpreter, plain_environment, python
+from helpers.server_process import server
 
-import fastlisten
-
-LOOPBACK = ("127.0.0.1", 0)
 MODES: dict[str, dict[str, Any]] = {
     "inline": {},
     "threads": {"threads": 2},
@@ -382,7 +383,7 @@ def test_restarts_under_load_lose_nobody(mode: str) -> None:
 
 EXIT = """
 import ast, sys, threading, fastlisten
-from support import connect, echo, exchange
+from helpers import connect, echo, exchange
 listener = fastlisten.bind(("127.0.0.1", 0))
 options = ast.literal_eval(sys.argv[1])
 threading.Thread(target=lambda: listener.serve(echo, **options), daemon=True).start()
@@ -421,7 +422,7 @@ def test_the_interpreter_ends_while_a_daemon_thread_serves(mode: Any, held: str)
 
 FORK = """
 import ast, json, os, signal, sys, time, warnings, fastlisten
-from support import echo, exchange, serving
+from helpers import echo, exchange, serving
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads, which is the point
 options, act = ast.literal_eval(sys.argv[1]), sys.argv[2]
 with fastlisten.bind(("127.0.0.1", 0)) as listener, serving(listener, echo, **options) as served:
@@ -476,7 +477,7 @@ def test_what_a_forked_child_does_with_the_listener_is_its_own_matter(mode: Any,
 
 FORKED_IN_A_HANDLER = """
 import ast, json, os, sys, warnings, fastlisten
-from support import exchange, serving
+from helpers import exchange, serving
 warnings.simplefilter("ignore", DeprecationWarning)
 options = ast.literal_eval(sys.argv[1])
 children = []

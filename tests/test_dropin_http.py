@@ -11,12 +11,12 @@ import sys
 import threading
 
 import pytest
-from support import LIMIT, exchange
 
 import fastlisten
 from fastlisten import http as dropin_http
 from fastlisten import socketserver as dropin_socketserver
 from fastlisten.http import server as dropin
+from helpers import LIMIT, exchange
 
 BOTH = pytest.mark.parametrize("module", [http.server, dropin], ids=["original", "dropin"])
 SERVERS = [name for name in http.server.__all__ if name.endswith("Server")]

@@ -12,10 +12,10 @@ import warnings
 from multiprocessing.reduction import ForkingPickler
 
 import pytest
-from support import LIMIT, connect, exchange, needs, posix_only, serving
 
 import fastlisten
 from fastlisten import socket as dropin
+from helpers import LIMIT, connect, exchange, needs, posix_only, serving
 
 BOTH = pytest.mark.parametrize("module", [socket, dropin], ids=["original", "dropin"])
 # What makes sockets that can listen; everything else is the original.

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support import NOWHERE, has_ipv6, needs
 
 from fastlisten import Endpoint, HostEntry, bind, get_host_entry, get_host_name
 from fastlisten._endpoint import endpoint_of, resolve
+from helpers import NOWHERE, has_ipv6, needs
 
 HAS_UNIX = hasattr(socket, "AF_UNIX")
 # One interface of this machine, the loopback one where it can be told.

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import connect, echo, exchange, needs, serving, wait_until
 
 import fastlisten
 from fastlisten import _accept
+from helpers import connect, echo, exchange, needs, serving, wait_until
 
 WINDOWS = os.name == "nt"
 on_windows = pytest.mark.skipif(not WINDOWS, reason="what Windows does")

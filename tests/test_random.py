@@ -18,9 +18,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from support import LIMIT, Serving, connect, reset, told, wait_until
 
 import fastlisten
+from helpers import LIMIT, Serving, connect, reset, told, wait_until
 
 MODES: list[dict[str, Any]] = [
     {},
@@ -89,7 +89,7 @@ class ListenerMachine(RuleBasedStateMachine):
             self.ends()
         else:
             # Not before it has begun: a stop then would be for it, which the model calls pending.
-            wait_until(lambda: self.listener._loop is not None)
+            wait_until(lambda: self.listener._state.taker is not None)
 
     @precondition(lambda self: self.served is not None)
     @rule()

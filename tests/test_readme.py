@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support import LIMIT, PROBES, posix_only, read_all, wait_until
+
+from helpers import LIMIT, PROBES, posix_only, read_all, wait_until
 
 ROOT = Path(__file__).parent.parent
 PORT = 11000

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preload import Server, server
-from support import exchange, needs, wait_until
+
+from helpers import exchange, needs, wait_until
+from helpers.server_process import Server, server
 
 COUNT = 1_000_000
 WARM_UP = 50_000

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-RUNNER = Path(__file__).with_name("stdlib_suite.py")
+RUNNER = Path(__file__).parent / "helpers" / "stdlib_suite.py"
 
 
 def has_suite(name):

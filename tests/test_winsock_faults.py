@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support import LIMIT, connect, echo, exchange, serving, wait_until
 
 import fastlisten
+from helpers import LIMIT, LOOPBACK, connect, echo, exchange, serving, wait_until
 
 pytestmark = pytest.mark.skipif(os.name != "nt", reason="Windows only: its codes")
 
-LOOPBACK = ("127.0.0.1", 0)
 MODES: dict[str, dict[str, Any]] = {
     "inline": {},
     "threads": {"threads": 2},

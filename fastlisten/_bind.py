@@ -1,0 +1,215 @@
+"""bind(), create_server() and serve(): from an endpoint to a Listener."""
+
+from __future__ import annotations
+
+import socket
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastlisten._core.accept import REUSE_ADDRESS
+from fastlisten._endpoint import Endpoint, endpoint_of, resolve
+from fastlisten._listener import Handler, Listener, ServeResult, make_loop, serve_options
+from fastlisten._options import BindOptions, Checked, checked, declared, socket_options
+from fastlisten._unix_path import OwnPath, permissions
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from fastlisten._options import AllOptions
+
+Address = Endpoint | str | bytes | tuple[Any, ...]
+
+# What socket.listen() takes when it is not told: enough for a burst, little enough to notice overload.
+DEFAULT_BACKLOG = min(socket.SOMAXCONN, 128)
+
+SomeListener = TypeVar("SomeListener", bound=Listener)
+
+
+def serve(
+    handler: Handler, *endpoints: Address | Listener, **options: Unpack[AllOptions]
+) -> ServeResult:
+    """Bind the endpoints and serve them in one loop, with one set of threads and limits, in turn.
+
+    endpoints: as bind() takes them; Listeners are served too and stay open, what serve() bound it closes.
+    The other arguments are those of bind() and of Listener.serve().  stop() of any of the listeners ends
+    the loop.  Returns and raises as Listener.serve().
+
+    >>> import fastlisten, socket
+    >>> with fastlisten.bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
+    ...     fastlisten.serve(lambda connection: listener.stop(), listener, "127.0.0.1:0")
+    ServeResult(finished=1, cut=0)
+    """
+    binding = {name: options.pop(name) for name in declared(BindOptions) if name in options}  # type: ignore[misc]
+    serving = serve_options(handler, **options)
+    if not endpoints:
+        raise TypeError("serve() needs at least one endpoint")
+    bound: list[Listener] = []
+    try:
+        listeners = []
+        for endpoint in endpoints:
+            if not isinstance(endpoint, Listener):
+                endpoint = bind(endpoint, **binding)
+                bound.append(endpoint)
+            listeners.append(endpoint)
+        return ServeResult(*make_loop(listeners, handler, serving).run())
+    finally:
+        for listener in reversed(bound):
+            listener.close()
+
+
+def bind(
+    endpoint: Address,
+    *,
+    backlog: int | None = None,
+    reuse_port: bool = False,
+    dualstack_ipv6: bool = False,
+    exclusive: bool = False,
+    defer_accept: int | None = None,
+    fast_open: int | None = None,
+    no_delay: bool = False,
+    keep_alive: bool = False,
+    mode: int | None = None,
+) -> Listener:
+    """Bind to an endpoint and listen; returns the Listener, the caller's to close.
+
+    endpoint: an Endpoint, text that parses to one, or an address as socket.bind() takes it.  "fd:N" adopts
+    a listener that was inherited.
+    backlog: how many clients may wait in the kernel's queue; listen(2).
+    reuse_port: share the port with other listeners that ask for the same (SO_REUSEPORT).
+    dualstack_ipv6: have an IPv6 listener take IPv4 clients too.
+    exclusive: let nobody else bind the port (SO_EXCLUSIVEADDRUSE, Windows).
+    defer_accept: accept a client when its first bytes are there, or after so many seconds; tcp(7).
+    fast_open: how many TCP Fast Open requests may be pending; RFC 7413.
+    no_delay, keep_alive: TCP_NODELAY and SO_KEEPALIVE on the accepted connections.
+    mode: permission bits of a unix path, in force from the moment it exists.
+
+    Raises ValueError for text that is no endpoint and for an option that this system or this kind of
+    endpoint lacks, TypeError and OverflowError for an argument of another type or size, AttributeError for a
+    unix path where Python has no AF_UNIX, all before a socket opens; OSError as socket.bind() does
+    (socket.gaierror for a host without an address).
+
+    >>> import fastlisten
+    >>> with fastlisten.bind("127.0.0.1:0", backlog=100, keep_alive=True) as listener:
+    ...     listener.endpoint.host
+    '127.0.0.1'
+    """
+    options = checked(
+        BindOptions,
+        {
+            "backlog": backlog,
+            "reuse_port": reuse_port,
+            "dualstack_ipv6": dualstack_ipv6,
+            "exclusive": exclusive,
+            "defer_accept": defer_accept,
+            "fast_open": fast_open,
+            "no_delay": no_delay,
+            "keep_alive": keep_alive,
+            "mode": mode,
+        },
+        "bind",
+    )
+    return bind_checked(endpoint_of(endpoint), options)
+
+
+def bind_checked(where: Endpoint, options: Checked) -> Listener:
+    """bind() with options that were checked, one by one."""
+    unix_path = where.host[5:] if where.host.startswith("unix:") else None
+    if options.reuse_port and where.port == 0 and unix_path is None:
+        raise ValueError("reuse_port with port 0 could share a stranger's port")
+    settings = socket_options(options)
+    for name, level, _, _ in settings:
+        if level == socket.IPPROTO_TCP and unix_path is not None:
+            raise ValueError(f"{name} is for TCP, not for {where}")
+    if options.mode is not None and (unix_path is None or unix_path.startswith("@")):
+        raise ValueError(f"mode is for unix paths, not for {where}")
+    if where.host.startswith("fd:"):
+        if options.reuse_port or options.exclusive or options.dualstack_ipv6:
+            raise ValueError(f"{where} is bound already")
+        return _inherit(int(where.host[3:]), settings, options.backlog)
+    if unix_path is None:
+        where = _resolved(where, options.dualstack_ipv6)
+
+    listener = Listener(where.family, socket.SOCK_STREAM)
+    try:
+        if REUSE_ADDRESS and not options.exclusive:
+            with suppress(OSError):  # as socket.create_server() does
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for _, level, number, value in settings:
+            listener.setsockopt(level, number, value)
+        if where.family == socket.AF_INET6 and hasattr(socket, "IPV6_V6ONLY"):
+            only = 0 if options.dualstack_ipv6 else 1
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
+        with permissions(options.mode):
+            listener.bind(where.sockaddr)
+        if unix_path is not None and not unix_path.startswith("@"):
+            listener._path = OwnPath(unix_path)
+        listener.listen(DEFAULT_BACKLOG if options.backlog is None else options.backlog)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _resolved(where: Endpoint, dualstack_ipv6: bool) -> Endpoint:
+    """The first address of an endpoint; all addresses, and a name's, are of both families, and IPv6 can take
+    both."""
+    both = dualstack_ipv6 and (not where.host or where.family == socket.AF_UNSPEC)
+    where = resolve(where, socket.AF_INET6 if both else socket.AF_UNSPEC)[0]
+    if dualstack_ipv6:
+        if not socket.has_dualstack_ipv6():
+            raise ValueError("dualstack_ipv6 not supported on this platform")
+        if where.family != socket.AF_INET6:
+            raise ValueError("dualstack_ipv6 requires AF_INET6 family")
+    return where
+
+
+def create_server(
+    address: tuple[Any, ...] | str | bytes,
+    *,
+    family: int = socket.AF_INET,
+    backlog: int | None = None,
+    reuse_port: bool = False,
+    dualstack_ipv6: bool = False,
+) -> Listener:
+    """socket.create_server(), with its arguments, its checks and its errors; returns a Listener.
+
+    >>> import fastlisten, socket
+    >>> with fastlisten.create_server(("127.0.0.1", 0)) as listener:
+    ...     isinstance(listener, socket.socket)
+    True
+    """
+    sock = socket.create_server(
+        address,
+        family=family,
+        backlog=backlog,
+        reuse_port=reuse_port,
+        dualstack_ipv6=dualstack_ipv6,
+    )
+    return adopt(sock, Listener)
+
+
+def adopt(sock: socket.socket, kind: type[SomeListener]) -> SomeListener:
+    """A Listener, of this class, in place of a socket; closes the socket when that fails."""
+    with sock:
+        timeout = sock.gettimeout()
+        listener = kind(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+        sock.detach()
+    if listener.gettimeout() != timeout:
+        listener.settimeout(timeout)
+    return listener
+
+
+def _inherit(fd: int, settings: list[tuple[str, int, int, int]], backlog: int | None) -> Listener:
+    """A Listener on a descriptor of the caller's, which is set to listen if it does not yet."""
+    listener = Listener(fileno=fd)
+    try:
+        if listener.type != socket.SOCK_STREAM:
+            raise ValueError(f"fd:{fd} is not a stream socket")
+        for _, level, number, value in settings:
+            listener.setsockopt(level, number, value)
+        if backlog is not None or not listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            listener.listen(DEFAULT_BACKLOG if backlog is None else backlog)
+    except BaseException:
+        listener.detach()  # it stays the caller's
+        raise
+    return listener

@@ -1,0 +1,68 @@
+from libc.stdint cimport int64_t
+
+from fastlisten._core.port cimport port_address, port_socket
+from fastlisten._core.state cimport state_t
+
+
+cdef enum verdict_t:
+    ACCEPTED
+    AGAIN           # nobody is queued: wait
+    INTERRUPTED     # run Python's signal handlers, go on
+    LOST            # this client was lost before it was ours: go on at once
+    RESOURCES       # no descriptors or memory: a shortage
+    CLOSED          # the listener is closed: the end, if that was meant
+    UNKNOWN         # raise
+
+
+cdef struct client_t:           # accepted, and not yet a Connection
+    port_socket fd
+    int length
+    port_address address
+    state_t *state
+
+
+cdef struct source_t:           # a listener, as it is accepted from
+    port_socket fd              # PORT_NO_SOCKET once it is closed
+    state_t *state
+    int nonblocking             # the mode of its clients
+    int code                    # of the last accept that failed
+    int lost                    # clients in a row that were lost before they were ours
+    bint proven                 # it has accepted: EINVAL now means closed, not "never listened"
+
+
+cdef verdict_t verdict(int code) noexcept nogil
+cdef verdict_t accept_one(source_t *source, client_t *client) noexcept nogil
+cdef verdict_t accept_batch(source_t *source, client_t *clients, int most, int *taken) noexcept nogil
+cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept nogil
+cdef void drop(client_t *client) noexcept nogil
+cdef int set_nonblocking(port_socket fd) except -1
+cdef double default_timeout() except? -2
+cdef object log()
+
+
+cdef class Shortage:
+    cdef object ask                 # called for how long to pause; None: the delays below
+    cdef bint shed                  # refuse clients through a descriptor kept for that
+    cdef bytes busy                 # what they are told; b"": a reset
+    cdef const char *text
+    cdef Py_ssize_t length
+    cdef port_socket spare
+    cdef int64_t delay, retry_at    # nanoseconds; port_now()
+    cdef readonly int64_t failures  # of this shortage; 0: there is none
+    cdef int64_t eased              # accepts that worked since the last of them
+    cdef int64_t began, until       # and when its last pause is over
+    cdef int code
+    cdef int64_t to_tell            # set with one of the three below
+    cdef int64_t to_tell_beginning, to_tell_failure, to_tell_end
+    cdef int64_t lasted, failed_tries  # of the one that has ended
+
+    cdef int open(self) except -1
+    cdef void close(self) noexcept nogil
+    cdef void failed(self, int code) noexcept nogil
+    cdef void pause(self) noexcept nogil
+    cdef bint worked(self, int accepted, bint caught_up) noexcept nogil
+    cdef int64_t left(self) noexcept nogil
+    cdef void cut_short(self) noexcept nogil
+    cdef void retake_spare(self) noexcept nogil
+    cdef bint shed_queued(self, source_t *sources, int count) noexcept nogil
+    cdef int tell(self) except -1

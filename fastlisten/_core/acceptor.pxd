@@ -1,0 +1,54 @@
+from cpython.pythread cimport PyThread_type_lock
+from libc.stdint cimport int64_t
+
+from fastlisten._core.accept cimport Shortage, client_t, source_t
+from fastlisten._core.port cimport port_pollfd
+from fastlisten._core.state cimport State, state_t
+
+
+cdef enum outcome_t:
+    NOBODY          # nobody is queued
+    TAKEN           # here is a client
+    LOOK            # woken: what needs the GIL may be due (signals, the log)
+    ENDED           # no more clients will come
+    FAILED          # Acceptor.code says how
+
+
+cdef class Acceptor:
+    cdef tuple states
+    cdef int count, turn
+    cdef source_t *sources
+    cdef port_pollfd *polls
+    cdef PyThread_type_lock lock
+    cdef Shortage shortage
+    cdef double timeout             # of the Connections, in seconds; < 0: none
+    cdef int64_t most               # connections open at a time; 0: any number
+    cdef bint wakes                 # the states' `wake_on_close` is set
+    cdef bint always                # ... and stays so
+    cdef int code                   # of the failure that ended it
+    cdef int in_vain, polls_first   # how often poll() is asked before accept() is tried again; and yet to go
+    cdef int64_t over               # nobody is accepted any more
+    cdef bint stopping
+    cdef int to_drain               # clients the kernel has queued that a drain still takes; < 0: not asked
+    cdef int64_t deadline           # of the drain; 0: none
+
+    cdef int open(self, int64_t descriptors) except -1
+    cdef void close(self) noexcept nogil
+    cdef void end(self) noexcept nogil
+    cdef int release(self, State state) except -1
+    cdef void after_fork(self) noexcept
+    cdef outcome_t take(self, client_t *client) noexcept nogil
+    cdef outcome_t wait_and_accept(self, client_t *client) noexcept nogil
+    cdef bint likely(self) noexcept nogil
+    cdef outcome_t accept_queued(self, client_t *client) noexcept nogil
+    cdef outcome_t wait(self, int64_t closed_for) noexcept nogil
+    cdef int64_t closed_for(self) noexcept nogil
+    cdef bint at_limit(self) noexcept nogil
+    cdef int64_t open_connections(self) noexcept nogil
+    cdef void wake_on_close(self, bint wake) noexcept nogil
+    cdef state_t *asked_to_stop(self) noexcept nogil
+    cdef bint overdue(self) noexcept nogil
+    cdef bint ending(self) noexcept nogil
+    cdef int64_t until_deadline(self, int64_t patience) noexcept nogil
+    cdef int queued(self) noexcept nogil
+    cdef void ran_out(self, int code) noexcept nogil

@@ -1,0 +1,320 @@
+"""Wait for clients and accept them: pause, drain, limit and end.  All of it runs without the GIL."""
+
+cimport cython
+from cpython.pythread cimport (
+    PyThread_acquire_lock,
+    PyThread_allocate_lock,
+    PyThread_free_lock,
+    PyThread_release_lock,
+    WAIT_LOCK,
+)
+from libc.limits cimport INT_MAX
+from libc.stdint cimport int64_t
+from libc.stdlib cimport calloc, free
+
+from fastlisten._core.accept cimport (
+    ACCEPTED,
+    AGAIN,
+    CLOSED,
+    INTERRUPTED,
+    LOST,
+    RESOURCES,
+    Shortage,
+    accept_batch,
+    client_t,
+    set_nonblocking,
+    source_t,
+    verdict_t,
+)
+from fastlisten._core.port cimport *
+from fastlisten._core.state cimport State, open_connections, state_t, waker_drain, waker_open, waker_wake
+
+# How many times poll() is asked first, at most, after accept() was tried in vain: 1, 3, 7, 15.
+cdef enum:
+    IN_VAIN_MOST = 15
+
+# What is opened beside the clients: the waker's two ends, the spare descriptor, the client that is refused.
+cdef enum:
+    OWN = 4
+
+
+@cython.final
+cdef class Acceptor:
+    """Takes the clients of some listeners, one at a time, in turn.
+
+    listeners: (descriptor, State) of each; the caller keeps them open.  timeout: seconds, of the Connections
+    (< 0: none).  most: connections that may be open at a time; 0: any number.  shortage: what is done without
+    descriptors or memory.
+
+    Whoever holds `lock` may touch the listening descriptors; take() holds it while it waits and accepts.
+    """
+
+    def __cinit__(self, listeners, double timeout, int64_t most, Shortage shortage not None):
+        cdef State state
+        cdef source_t *source
+        cdef int i
+        self.states = tuple([state for _, state in listeners])
+        self.count = len(listeners)
+        self.timeout = timeout
+        self.most = most
+        self.shortage = shortage
+        self.to_drain = -1
+        self.sources = <source_t *>calloc(self.count, sizeof(source_t))
+        self.polls = <port_pollfd *>calloc(2 * self.count, sizeof(port_pollfd))
+        self.lock = PyThread_allocate_lock()
+        if self.sources is NULL or self.polls is NULL or self.lock is NULL:
+            raise MemoryError
+        for i in range(self.count):
+            source = &self.sources[i]
+            source.fd, state = listeners[i]
+            source.state = state.at
+            source.nonblocking = timeout >= 0
+
+    def __dealloc__(self):
+        if self.lock is not NULL:
+            PyThread_free_lock(self.lock)
+        free(self.sources)
+        free(self.polls)
+
+    cdef int open(self, int64_t descriptors) except -1:
+        """Make what accepting needs: the wakers, the spare descriptor, and room for so many descriptors."""
+        cdef State state
+        cdef int i
+        self.shortage.open()
+        for i in range(self.count):
+            set_nonblocking(self.sources[i].fd)
+            state = self.states[i]
+            waker_open(&state.at.waker)
+        if descriptors > 1:
+            port_make_room(self.sources[0].fd, descriptors + OWN)
+        return 0
+
+    cdef void close(self) noexcept nogil:
+        """Nobody is accepted any more; what was opened is closed.  The wakers are their takers'."""
+        port_swap(&self.over, 1)
+        self.always = False
+        self.wake_on_close(False)
+        self.shortage.close()
+
+    cdef void end(self) noexcept nogil:
+        """Nobody is to be accepted any more; from any thread."""
+        cdef int i
+        port_swap(&self.over, 1)
+        for i in range(self.count):
+            waker_wake(&self.sources[i].state.waker)
+
+    cdef int release(self, State state) except -1:
+        """Touch this state's listener no more; it was told to stop and will be closed."""
+        cdef int i
+        with nogil:
+            PyThread_acquire_lock(self.lock, WAIT_LOCK)
+            for i in range(self.count):
+                if self.sources[i].state is state.at:
+                    self.sources[i].fd = PORT_NO_SOCKET
+            PyThread_release_lock(self.lock)
+        return 0
+
+    cdef void after_fork(self) noexcept:
+        """In a child without the threads of its parent, which may have held the lock."""
+        self.lock = PyThread_allocate_lock()
+
+    # --- accepting ------------------------------------------------------------------------------------
+
+    cdef outcome_t take(self, client_t *client) noexcept nogil:
+        """Wait for the next client and take it, or until something else is due."""
+        cdef outcome_t outcome
+        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        outcome = self.wait_and_accept(client)
+        PyThread_release_lock(self.lock)
+        return outcome
+
+    cdef outcome_t wait_and_accept(self, client_t *client) noexcept nogil:
+        cdef int64_t closed_for
+        cdef outcome_t outcome
+        while not self.ending():
+            closed_for = self.closed_for()
+            if closed_for == 0 and self.likely():
+                outcome = self.accept_queued(client)
+                if outcome != NOBODY:
+                    self.in_vain = 0
+                    return outcome
+                self.in_vain = self.polls_first = min(2 * self.in_vain + 1, IN_VAIN_MOST)
+                closed_for = self.closed_for()
+                if self.stopping and closed_for == 0:
+                    return ENDED
+            outcome = self.wait(closed_for)
+            if outcome == TAKEN:
+                outcome = self.accept_queued(client)
+            if outcome != NOBODY:
+                return outcome
+            if self.stopping and closed_for == 0:
+                return ENDED
+        return ENDED
+
+    cdef bint likely(self) noexcept nogil:
+        """Whether to look for a client before poll() tells of one: less often after looks in vain."""
+        if self.shortage.failures:
+            return self.shortage.eased > 0  # that there is nobody ends the shortage
+        if self.polls_first and not self.stopping:
+            self.polls_first -= 1
+            return False
+        return True
+
+    cdef outcome_t accept_queued(self, client_t *client) noexcept nogil:
+        """Take the first client that is queued, of each listener in turn."""
+        cdef source_t *source
+        cdef verdict_t answer
+        cdef int taken
+        cdef bint recovered = False
+        self.shortage.retake_spare()
+        for _ in range(self.count):
+            source = &self.sources[self.turn]
+            self.turn = (self.turn + 1) % self.count
+            if source.fd == PORT_NO_SOCKET or (port_get(&source.state.paused) and not self.stopping):
+                continue
+            answer = accept_batch(source, client, 1, &taken)
+            if self.shortage.failures and (answer == ACCEPTED or answer == AGAIN):
+                recovered = self.shortage.worked(answer == ACCEPTED, answer == AGAIN)
+            if answer == ACCEPTED:
+                if self.to_drain > 0:
+                    self.to_drain -= 1
+                return TAKEN
+            if answer == INTERRUPTED or answer == LOST:
+                return LOOK
+            if answer == RESOURCES:
+                self.ran_out(source.code)
+                return LOOK
+            if answer != AGAIN:
+                self.code = source.code
+                if answer == CLOSED and (self.ending() or self.stopping or (
+                        source.code == PORT_EINVAL and source.proven)):
+                    return ENDED
+                return FAILED
+        return LOOK if recovered else NOBODY
+
+    cdef void ran_out(self, int code) noexcept nogil:
+        """An accept failed for want of resources: shed the clients, or pause for longer each time."""
+        self.shortage.failed(code)
+        self.wake_on_close(True)  # now, not when the pause begins: first the log is written
+        if not self.shortage.shed_queued(self.sources, self.count):
+            self.shortage.pause()
+
+    # --- waiting --------------------------------------------------------------------------------------
+
+    cdef outcome_t wait(self, int64_t closed_for) noexcept nogil:
+        """Wait to be woken, and for clients unless we are closed to them.
+
+        TAKEN: a listener is ready.  LOOK: woken or interrupted.  NOBODY: the time is over.
+        """
+        cdef int n = self.count
+        cdef int64_t patience = closed_for if closed_for > 0 else -1
+        cdef int i, ready
+        cdef source_t *source
+        cdef outcome_t outcome = NOBODY
+        for i in range(self.count):
+            source = &self.sources[i]
+            self.polls[i].fd = source.state.waker.reader
+            self.polls[i].events = POLLIN
+            if closed_for == 0 and source.fd != PORT_NO_SOCKET and (
+                    self.stopping or not port_get(&source.state.paused)):
+                self.polls[n].fd = source.fd
+                self.polls[n].events = POLLIN
+                n += 1
+        if self.stopping and closed_for == 0:
+            patience = 0  # a drain takes who is there, and nobody who may yet come
+        if self.deadline:
+            patience = self.until_deadline(patience)
+        ready = port_poll_ns(self.polls, n, patience)
+        if ready < 0:
+            self.code = port_error()
+            return LOOK if self.code == PORT_EINTR else FAILED
+        if ready == 0:
+            return NOBODY
+        for i in range(n):
+            if self.polls[i].revents:
+                if i >= self.count:
+                    return TAKEN if outcome == NOBODY else outcome
+                waker_drain(&self.sources[i].state.waker)
+                self.shortage.cut_short()  # a connection of ours may have closed
+                outcome = LOOK
+        return outcome
+
+    cdef int64_t closed_for(self) noexcept nogil:
+        """For how many ns nobody is to be accepted; 0: go on; < 0: until somebody wakes us."""
+        cdef int64_t left = self.shortage.left()
+        if left > 0:
+            self.wake_on_close(True)
+            return left
+        if self.at_limit():
+            self.wake_on_close(True)
+            if self.at_limit():  # it could have closed before it knew that we wait
+                return -1
+        # In a shortage they go on waking: one that closes while we try again must cut the next pause short.
+        self.wake_on_close(self.shortage.failures > 0)
+        return 0
+
+    cdef bint at_limit(self) noexcept nogil:
+        return self.most != 0 and self.open_connections() >= self.most
+
+    cdef int64_t open_connections(self) noexcept nogil:
+        """Connections of these listeners that were handed out and are not yet closed."""
+        cdef int64_t total = 0
+        cdef int i
+        for i in range(self.count):
+            total += open_connections(self.sources[i].state)
+        return total
+
+    cdef void wake_on_close(self, bint wake) noexcept nogil:
+        """Have connections wake us when they close, or no longer."""
+        cdef int i
+        wake = wake or self.always
+        if wake != self.wakes:
+            self.wakes = wake
+            for i in range(self.count):
+                port_swap(&self.sources[i].state.wake_on_close, wake)
+
+    # --- what was asked -------------------------------------------------------------------------------
+
+    cdef state_t *asked_to_stop(self) noexcept nogil:
+        """The state of the first listener that was asked to stop; NULL if none was."""
+        cdef int i
+        for i in range(self.count):
+            if port_get(&self.sources[i].state.stopping):
+                return self.sources[i].state
+        return NULL
+
+    cdef bint overdue(self) noexcept nogil:
+        """Whether a stop has asked to cut connections from now on."""
+        cdef state_t *state = self.asked_to_stop()
+        cdef int64_t deadline = 0 if state is NULL else port_get(&state.deadline)
+        return deadline != 0 and port_now() >= deadline
+
+    cdef bint ending(self) noexcept nogil:
+        """Whether a stop is to be answered now; a drain first takes what the kernel had queued."""
+        cdef state_t *state
+        if port_get(&self.over):
+            return True
+        state = self.asked_to_stop()
+        if state is NULL:
+            return False
+        self.stopping = True
+        self.deadline = port_get(&state.deadline)
+        if not port_get(&state.draining) or port_now() >= self.deadline:
+            return True
+        if self.to_drain < 0:
+            self.to_drain = self.queued()
+        return self.to_drain == 0
+
+    cdef int64_t until_deadline(self, int64_t patience) noexcept nogil:
+        cdef int64_t left = max(self.deadline - port_now(), 0)
+        return left if patience < 0 else min(patience, left)
+
+    cdef int queued(self) noexcept nogil:
+        """How many clients the kernel has queued; where it does not tell, as many as are found."""
+        cdef int depth, limit, i
+        cdef int total = 0
+        for i in range(self.count):
+            if port_queue(self.sources[i].fd, &depth, &limit) != 0:
+                return INT_MAX
+            total += depth
+        return total

@@ -1,0 +1,43 @@
+from libc.stdint cimport int64_t
+
+from fastlisten._core.port cimport port_address, port_socket
+from fastlisten._core.state cimport state_t
+
+# Room for an IPv4 or IPv6 address; the few that are longer (bound unix peers) live on the heap.
+cdef enum:
+    SHORT_ADDRESS = 28
+
+
+cdef union held_address_t:
+    char bytes[SHORT_ADDRESS]
+    void *heap
+
+
+cdef class Connection:
+    cdef object __weakref__
+    cdef state_t *state
+    cdef double timeout                 # seconds; < 0: block
+    cdef port_socket fd
+    cdef public int _io_refs            # open files of makefile(); socket.SocketIO keeps it
+    cdef int address_length
+    cdef held_address_t address
+    cdef bint closing
+    cdef bint was_cut
+
+    cdef void count_out(self) noexcept
+    cdef int finish(self) noexcept
+    cdef void end(self) noexcept
+    cdef bint cut(self) noexcept
+    cdef object ask(self, str method, tuple arguments)
+    cdef int wait(self, short events, int64_t *deadline) except -1
+    cdef Py_ssize_t receive(self, char *buffer, Py_ssize_t length, int flags) except -1
+    cdef Py_ssize_t transmit(
+        self, const char *buffer, Py_ssize_t length, int flags, int64_t *deadline) except -1
+
+
+cdef Connection new_connection(
+    port_socket fd, const port_address *address, int length, state_t *state, double timeout)
+cdef object standard_socket(port_socket fd, int family, int type, int protocol)
+cdef object address_object(const port_address *address, int length)
+cdef int raise_error(int code) except -1
+cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1

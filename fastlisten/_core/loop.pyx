@@ -1,0 +1,338 @@
+"""The loop of one serve(): take a client, hand it to the handler; until it ends."""
+
+import signal
+import threading
+from _thread import allocate_lock, start_new_thread
+
+cimport cython
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stdint cimport int64_t
+
+from fastlisten._core.accept cimport Shortage, client_t, default_timeout, log
+from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
+from fastlisten._core.connection cimport Connection, new_connection, raise_error
+from fastlisten._core.overload cimport Overload
+from fastlisten._core.port cimport *
+from fastlisten._core.state cimport (
+    State,
+    client_handed,
+    client_out,
+    give_back_all,
+    state_hold,
+    state_t,
+    take_all,
+    waker_t,
+)
+from fastlisten._core.threads cimport Dispatcher, Threads, Worker
+
+# How long a loop that Ctrl-C ends waits for the wake-up of that signal; it may have come before.
+cdef int64_t LATE_WAKE_UP = 50_000_000  # nanoseconds
+
+
+@cython.final
+cdef class Loop(Dispatcher):
+    """One serve(): its handler, and how it ends.
+
+    listeners: (descriptor, State) of each; the caller keeps them open.  handler: called with each Connection;
+    None when the caller takes them with next().  options: threads, max_connections, pending, busy, exhausted,
+    on_error, leave, daemon and tick, checked.
+    """
+
+    activity = "serve() runs already on"
+
+    cdef object handler, on_error
+    cdef Acceptor acceptor
+    cdef Overload overload          # with busy=; the clients come through it then
+    cdef readonly Threads threads
+    cdef unsigned long caller       # the thread of run()
+    cdef bint opened                # close() has something to undo
+    cdef object failure             # what ends the loop and comes out of run()
+    cdef int64_t finished, was_cut  # of the stop: handlers that ended, connections that were closed
+    cdef object done                # a lock: held until the loop is over
+    cdef list reapers
+
+    # --- set-up and end -------------------------------------------------------------------------------
+
+    def __cinit__(self, listeners, handler, options):
+        cdef int64_t most = options.max_connections or 0
+        busy = options.busy or b""
+        self.handler = handler
+        self.on_error = options.on_error
+        self.caller = threading.get_ident()
+        self.reapers = []
+        self.done = allocate_lock()
+        self.done.acquire()
+        self.threads = Threads(self, *options.threads, options.daemon, options.leave, options.tick)
+        self.acceptor = Acceptor(listeners, default_timeout(), 0 if options.busy is not None else most,
+                                 Shortage(options.exhausted, busy))
+        if options.busy is not None:
+            self.overload = Overload(
+                self.acceptor, options.pending or 0, max(self.threads.most, 1), most, busy)
+
+    def run(self):
+        """Serve until stopped; returns how many clients a drain let finish and how many it cut.
+
+        Whatever ends the loop otherwise comes out: KeyboardInterrupt, SystemExit, an error of the listener;
+        RuntimeError when somebody else takes the clients of one.
+        """
+        signals = None
+        try:
+            self.open()
+            signals = wake_on_signals(self.caller_waker().writer)
+            PyErr_CheckSignals()  # one that came before woke nobody
+            self.threads.run()
+            if self.failure is not None:
+                raise self.failure
+        except KeyboardInterrupt:
+            if signals is not None and PORT_SIGNALS_APART:
+                self.await_wake_up()
+            raise
+        finally:
+            if signals is not None:
+                signal.set_wakeup_fd(-1)
+            self.close()
+        return self.finished, self.was_cut
+
+    def open(self):
+        """Take the listeners' clients, and begin to accept; close() is to follow in any case.
+
+        Raises RuntimeError when somebody else takes them.
+        """
+        take_all(self, self.acceptor.states)
+        self.opened = True
+        self.threads.open()
+        self.acceptor.open(self.descriptors())
+        if self.overload is not None:
+            self.overload.open()
+
+    def close(self):
+        """Undo what open() did; clients still waiting are closed."""
+        try:
+            if self.opened:
+                self.finish()
+        finally:
+            give_back_all(self, self.acceptor.states)
+
+    cdef int finish(self) except -1:
+        """End what open() and the run have begun."""
+        self.opened = False
+        port_swap(&self.over, 1)
+        if self.overload is not None:
+            port_add(&self.was_cut, self.overload.close())
+        self.acceptor.close()
+        self.done.release()
+        while self.reapers:
+            self.reapers.pop().acquire()
+        self.threads.close()
+        return self.acceptor.shortage.tell()
+
+    cdef int64_t descriptors(self):
+        """For how many clients there is to be room in the table of descriptors."""
+        cdef int64_t held = max(self.threads.most, 1)
+        if self.overload is not None:
+            held = max(held, self.overload.most) + self.overload.pending
+        return max(held, self.acceptor.most)
+
+    cdef waker_t *caller_waker(self):
+        """What wakes the caller of run()."""
+        if self.threads.most:
+            return &self.threads.waker
+        if self.overload is not None:
+            return &self.overload.waker
+        return &self.acceptor.sources[0].state.waker
+
+    cdef void await_wake_up(self) noexcept:
+        """The thread in which a signal comes notes it, then wakes us: not when the waker is closed by then."""
+        cdef port_pollfd poll
+        poll.fd = self.caller_waker().reader
+        poll.events = POLLIN
+        with nogil:
+            port_poll_ns(&poll, 1, LATE_WAKE_UP)
+
+    # --- dispatch -------------------------------------------------------------------------------------
+
+    cdef outcome_t take(self, client_t *client) noexcept nogil:
+        """Wait for the next client and take it; for one thread at a time, the leader."""
+        cdef outcome_t outcome
+        if port_get(&self.over):
+            return ENDED
+        if self.overload is not None:
+            outcome = self.overload.take(client)
+        else:
+            outcome = self.acceptor.take(client)
+            if outcome == TAKEN:
+                client_handed(client.state)
+        if outcome == ENDED or outcome == FAILED:
+            port_swap(&self.over, 1)
+        return outcome
+
+    def next(self):
+        """The next Connection, the caller's to close; None when the loop is over."""
+        cdef client_t client
+        cdef outcome_t outcome = LOOK
+        while outcome == LOOK or outcome == NOBODY:
+            with nogil:
+                outcome = self.take(&client)
+            if outcome == LOOK:
+                PyErr_CheckSignals()
+            self.look_up()
+        if outcome == FAILED:
+            self.raise_failure()
+        return self.connection(&client) if outcome == TAKEN else None
+
+    cdef int look_up(self) except -1:
+        if port_get(&self.acceptor.shortage.to_tell):
+            self.acceptor.shortage.tell()
+        return 0
+
+    cdef int raise_failure(self) except -1:
+        return raise_error(self.acceptor.code)
+
+    cdef Connection connection(self, client_t *client):
+        try:
+            return new_connection(
+                client.fd, &client.address, client.length, client.state, self.acceptor.timeout)
+        except BaseException:
+            port_close(client.fd)
+            state_hold(client.state)
+            client_out(client.state)
+            raise
+
+    cdef int handle(self, Worker worker, client_t *client) except -1:
+        """Hand a client to the handler; it is closed after that, whatever happened."""
+        cdef Connection connection = self.connection(client)
+        worker.takes(connection)
+        try:
+            if self.acceptor.overdue():
+                self.cut(connection)
+            else:
+                self.handler(connection)
+        except Exception as error:
+            self.report(client.state, error, connection)
+        finally:
+            worker.takes(None)
+            connection.end()
+            if self.overload is not None:
+                self.overload.handled()
+            if self.acceptor.asked_to_stop() is not NULL and not connection.was_cut:
+                port_add(&self.finished, 1)
+        return 0
+
+    cdef int report(self, state_t *state, error, Connection connection) except -1:
+        """A handler raised: count it and tell `on_error`, or the log.  The client is told nothing."""
+        port_add(&state.handler_errors, 1)
+        try:
+            if self.on_error is not None:
+                self.on_error(error, connection)
+                return 0
+        except Exception:
+            log().exception("on_error itself failed")
+        log().error("the handler of %r failed", connection, exc_info=error)
+        return 0
+
+    # --- stopping: by any thread, by handlers and by signal handlers ----------------------------------
+
+    cdef void fail(self, error) noexcept:
+        """A thread ends the loop, and run() raises why."""
+        if self.failure is None:
+            self.failure = error
+        self.end()
+
+    cdef void end(self) noexcept:
+        """Take nobody more."""
+        port_swap(&self.over, 1)
+        self.acceptor.end()
+
+    cdef bint stop_asked(self) noexcept:
+        return self.acceptor.asked_to_stop() is not NULL
+
+    cdef void stop_now(self) noexcept:
+        self.end()
+        self.cut_all()
+
+    def stop(self, drain):
+        """After the state was told: cut the handlers' connections when their time is over."""
+        if self.threads.leave:
+            self.threads.wake()  # all threads may be with handlers: run() itself looks up
+        elif drain == 0:
+            self.cut_all()
+        elif drain is not None:
+            reaped = allocate_lock()
+            reaped.acquire()
+            self.reapers.append(reaped)
+            # not threading.Thread: its locks may be held by the code that a signal interrupted
+            try:
+                start_new_thread(self.reap, (drain, reaped))
+            except BaseException:
+                self.reapers.remove(reaped)
+                raise
+
+    def reap(self, drain, reaped):
+        """Wait for the end of the loop or of the drain's time, and cut what is still there then."""
+        try:
+            if self.done.acquire(timeout=min(drain, threading.TIMEOUT_MAX)):
+                self.done.release()
+            else:
+                self.cut_all()
+        finally:
+            reaped.release()
+
+    cdef void cut_all(self) noexcept:
+        """End the connections of all running handlers; their threads come back from recv and send."""
+        cdef Worker worker
+        cdef Connection connection
+        for worker in list(self.threads.workers):
+            connection = worker.has()
+            if connection is not None:
+                self.cut(connection)
+        self.cut_at = port_now()
+        self.threads.wake()
+
+    cdef void cut(self, Connection connection) noexcept:
+        if connection.cut():
+            port_add(&self.was_cut, 1)
+
+    def leave(self, State state):
+        """Have no thread touch the listener of this state any more, and end."""
+        state.stop(0)
+        self.acceptor.release(state)
+
+    def after_fork(self):
+        """In a child that was just forked: whether the loop goes on there.  It does in the one thread that
+        is left, if that is all it needs; else the child has a loop that is over."""
+        cdef Worker worker
+        for worker in self.threads.workers:
+            worker.takes(None)  # the parent has the connection too, and a cut of ours would end it there
+        if not self.threads.most and self.overload is None and self.caller == threading.get_ident():
+            return True
+        port_swap(&self.over, 1)
+        self.reapers.clear()
+        self.threads.after_fork()
+        self.acceptor.after_fork()
+        if self.overload is not None:
+            self.overload.after_fork()
+        return False
+
+    def threads_now(self):
+        """How many threads serve, and how many of them are idle."""
+        return port_get(&self.threads.alive), port_get(&self.threads.idle)
+
+    def join(self):
+        """Wait for the handlers that run() has left at work."""
+        self.threads.join()
+
+
+def wake_on_signals(fd):
+    """Have the interpreter write to `fd` when a signal comes, if this is the thread that runs signal handlers.
+
+    Without it a signal that comes just before poll() would wait for the next client, and Winsock's poll is
+    not interrupted at all.  Returns None when nothing was set: not the main thread, or somebody (asyncio)
+    has a wake-up there already.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    other = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    if other != -1:
+        signal.set_wakeup_fd(other, warn_on_full_buffer=False)
+        return None
+    return fd

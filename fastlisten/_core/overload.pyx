@@ -1,0 +1,184 @@
+"""pending= and busy=: a bounded queue before the handlers, and a thread that refuses who finds no place."""
+
+from _thread import allocate_lock, start_new_thread
+
+cimport cython
+from cpython.pythread cimport (
+    PyThread_acquire_lock,
+    PyThread_allocate_lock,
+    PyThread_free_lock,
+    PyThread_release_lock,
+    WAIT_LOCK,
+)
+from libc.stdint cimport int64_t
+from libc.stdlib cimport calloc, free
+
+from fastlisten._core.accept cimport client_t, drop, refuse
+from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
+from fastlisten._core.port cimport *
+from fastlisten._core.state cimport client_handed, waker_close, waker_drain, waker_open, waker_wake
+
+# How many clients may be with handlers when their number is hardly a limit.
+HANDLERS_AT_MOST = 4096
+
+
+@cython.final
+cdef class Overload:
+    """Between an acceptor and the handlers: clients wait here, and the one over the bound is told at once.
+
+    acceptor: has no limit of its own.  pending: how many clients may wait for a handler.  handlers: how many may
+    be with one at a time.  most: connections that may be open at a time; 0: any number.  busy: what a refused
+    client is told; b"" for a reset.
+
+    A thread accepts without the GIL from its first to its last instruction, puts clients into the queue while
+    there is a place and refuses the others, so that the answer comes at once also while a handler computes.
+    """
+
+    def __cinit__(self, Acceptor acceptor not None, int64_t pending, int64_t handlers, int64_t most,
+                  bytes busy not None):
+        self.acceptor = acceptor
+        self.pending = pending
+        self.handlers = min(handlers, <int64_t>HANDLERS_AT_MOST)
+        self.most = most
+        self.busy = busy
+        self.text, self.length = busy, len(busy)
+        self.room = pending + (min(self.handlers, most) if most else self.handlers)
+        self.queue = <client_t *>calloc(self.room, sizeof(client_t))
+        self.lock = PyThread_allocate_lock()
+        if self.queue is NULL or self.lock is NULL:
+            raise MemoryError
+
+    def __dealloc__(self):
+        waker_close(&self.waker)
+        if self.lock is not NULL:
+            PyThread_free_lock(self.lock)
+        free(self.queue)
+
+    cdef int open(self) except -1:
+        """Begin to accept and to refuse; the acceptor is open."""
+        waker_open(&self.waker)
+        self.acceptor.always = self.most != 0  # a place that comes free is for who waits here
+        ended = allocate_lock()
+        ended.acquire()
+        self.refuser_ended = ended
+        try:
+            start_new_thread(self.refuse_over_pending, ())
+        except BaseException:
+            self.refuser_ended = None  # nobody to wait for
+            raise
+        return 0
+
+    cdef int close(self) noexcept:
+        """Accept nobody any more, and close who still waits; returns how many they were."""
+        cdef client_t client
+        cdef int dropped = 0
+        self.acceptor.end()
+        if self.refuser_ended is not None:
+            self.refuser_ended.acquire()
+            self.refuser_ended = None
+        while self.pop_front(&client):
+            drop(&client)
+            dropped += 1
+        return dropped
+
+    cdef void after_fork(self) noexcept:
+        """In a child without the threads of its parent: who waits here is the parent's client."""
+        cdef int i
+        self.refuser_ended = None
+        self.lock = PyThread_allocate_lock()
+        for i in range(self.waiting):
+            port_close(self.queue[(self.first + i) % self.room].fd)
+        self.waiting = 0
+
+    # --- for who takes the clients --------------------------------------------------------------------
+
+    cdef outcome_t take(self, client_t *client) noexcept nogil:
+        """Wait for the next client that may be handled, and take it; for one thread at a time."""
+        cdef port_pollfd poll
+        if self.pop(client):
+            return TAKEN
+        if port_get(&self.refuser_gone):  # nobody else hears connections close
+            return self.acceptor.wait(-1) if self.waiting else self.refuser_outcome
+        poll.fd = self.waker.reader
+        poll.events = POLLIN
+        if port_poll_ns(&poll, 1, -1) > 0:
+            waker_drain(&self.waker)
+        return LOOK
+
+    cdef bint pop(self, client_t *client) noexcept nogil:
+        """Take who has waited longest, if it may be handled now; if not, have the other thread wake us."""
+        cdef bint some
+        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        some = self.waiting > 0 and (
+            self.most == 0 or self.acceptor.open_connections() < self.most or self.acceptor.overdue())
+        if some:
+            self.take_front(client)
+            self.handling += 1
+            client_handed(client.state)
+        self.awaited = not some
+        PyThread_release_lock(self.lock)
+        return some
+
+    cdef void handled(self) noexcept nogil:
+        """A client that was taken is through with its handler."""
+        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        self.handling -= 1
+        PyThread_release_lock(self.lock)
+
+    # --- the queue ------------------------------------------------------------------------------------
+
+    cdef void take_front(self, client_t *client) noexcept nogil:
+        client[0] = self.queue[self.first]
+        self.first = (self.first + 1) % self.room
+        self.waiting -= 1
+
+    cdef bint pop_front(self, client_t *client) noexcept nogil:
+        cdef bint some
+        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        some = self.waiting > 0
+        if some:
+            self.take_front(client)
+        PyThread_release_lock(self.lock)
+        return some
+
+    cdef int64_t places(self) noexcept nogil:
+        """How many clients there is a place for: with a handler that is free, or among the pending."""
+        cdef int64_t free = self.handlers - self.handling
+        if self.most:
+            free = min(free, self.most - self.acceptor.open_connections())
+        return min(self.pending + max(free, 0), <int64_t>self.room)
+
+    cdef void put(self, client_t *client) noexcept nogil:
+        """Have a client wait for its handler, or refuse it when there is no place."""
+        cdef bint place
+        cdef bint awaited = False
+        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        place = self.waiting < self.places()
+        if place:
+            self.queue[(self.first + self.waiting) % self.room] = client[0]
+            self.waiting += 1
+            awaited = self.awaited
+            self.awaited = False
+        PyThread_release_lock(self.lock)
+        if not place:
+            refuse(client, self.text, self.length)
+        elif awaited:
+            waker_wake(&self.waker)
+
+    # --- the thread that refuses ----------------------------------------------------------------------
+
+    def refuse_over_pending(self):
+        """Accept, and refuse who is too many, without the GIL, so that nothing Python does delays an answer."""
+        cdef outcome_t outcome = NOBODY
+        cdef client_t client
+        with nogil:
+            while outcome != ENDED and outcome != FAILED:
+                outcome = self.acceptor.take(&client)
+                if outcome == TAKEN:
+                    self.put(&client)
+                if outcome == LOOK or port_get(&self.acceptor.shortage.to_tell):
+                    waker_wake(&self.waker)  # for the log, or a place that came free
+            self.refuser_outcome = outcome
+            port_swap(&self.refuser_gone, 1)
+            waker_wake(&self.waker)
+        self.refuser_ended.release()

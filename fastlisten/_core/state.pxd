@@ -1,0 +1,74 @@
+from libc.stdint cimport int64_t
+
+from fastlisten._core.port cimport port_socket
+
+# How many failed accepts are told apart by their code; the error table knows fewer.
+cdef enum:
+    CODES = 32
+
+
+cdef struct waker_t:            # all zeros: not open
+    port_socket reader          # whoever waits polls this end
+    port_socket writer          # waker_wake() writes to this one
+    int64_t open
+    int64_t waking              # how many are in waker_wake(): the ends must not be closed under them
+
+
+cdef int waker_open(waker_t *waker) except -1
+cdef bint waker_wake(waker_t *waker) noexcept nogil
+cdef void waker_drain(waker_t *waker) noexcept nogil
+cdef void waker_close(waker_t *waker) noexcept nogil
+cdef int waker_renew(waker_t *waker) except -1
+
+
+# What a listening socket, whoever takes its clients and its Connections share.  It is plain C, counted, and
+# outlives the socket while a Connection is open, so that a Connection needs no Python reference to anything.
+cdef struct state_t:
+    int64_t holders             # the State, and each connection that is not yet closed
+    int family
+    int type
+    int protocol
+
+    waker_t waker               # wakes who takes the clients; open while somebody does
+    int64_t wake_on_close       # it waits for a connection to close: wake it when one does
+
+    int64_t stopping            # stop() was called and whoever takes the clients has not ended yet
+    int64_t draining            # ... with a drain: what the kernel has queued is still taken
+    int64_t deadline            # ... and until when (port_now(); 0: handlers have all the time)
+    int64_t paused
+
+    # These only grow, so that each can be read by itself.  A client that was accepted and is in none of the
+    # last three is active; one that was handed out and not handled is an open connection.
+    int64_t accepted            # taken from the kernel
+    int64_t handed              # handed out: to a handler, or to whoever asked for a client
+    int64_t handled             # ... and closed since, or taken over
+    int64_t refused             # told that there is no place
+    int64_t dropped             # closed before anybody got it
+    int64_t handler_errors
+    int64_t codes[CODES]        # failed accepts: the code, and how often (0: an unused place)
+    int64_t counts[CODES]
+
+
+cdef void state_hold(state_t *state) noexcept nogil
+cdef void state_release(state_t *state) noexcept nogil
+cdef void client_in(state_t *state) noexcept nogil
+cdef void client_handed(state_t *state) noexcept nogil
+cdef void client_out(state_t *state) noexcept nogil
+cdef void client_refused(state_t *state) noexcept nogil
+cdef void client_dropped(state_t *state) noexcept nogil
+cdef void accept_failed(state_t *state, int code) noexcept nogil
+cdef int64_t open_connections(state_t *state) noexcept nogil
+
+
+cdef class Taker:
+    pass
+
+
+cdef class State:
+    cdef state_t *at
+    cdef readonly Taker taker   # who takes the clients; None: nobody
+    cdef object sock            # a weak reference
+
+
+cdef int take_all(Taker taker, tuple states) except -1
+cdef int give_back_all(Taker taker, tuple states) except -1

@@ -1,0 +1,336 @@
+"""One state a listener: its counters, what it was asked, a waker, and who takes its clients."""
+
+import errno
+import os
+
+try:
+    from _socket import socketpair  # not Python code, in which a signal's exception would leave descriptors
+except ImportError:  # Windows
+    from socket import socketpair
+
+cimport cython
+from cpython.weakref cimport PyWeakref_NewRef
+from libc.stdint cimport int64_t
+from libc.stdlib cimport calloc, free
+
+from fastlisten._core.port cimport *
+
+cdef object _dup2 = getattr(os, "dup2", None)
+
+
+# --- A waker ------------------------------------------------------------------------------------------------
+# Two connected sockets: whoever waits polls one end, and anybody may write to the other, with the GIL or
+# without, also from a signal handler.  A full pipe is a wake-up too.
+
+cdef int waker_open(waker_t *waker) except -1:
+    """Make the two ends, non-blocking and not inheritable; nothing happens when it is open."""
+    if port_get(&waker.open):
+        return 0
+    a, b = socketpair()
+    a.setblocking(False)
+    b.setblocking(False)
+    waker.reader = a.detach()
+    waker.writer = b.detach()
+    port_swap(&waker.open, 1)
+    return 0
+
+
+cdef bint waker_wake(waker_t *waker) noexcept nogil:
+    """Wake whoever waits; nothing happens when it is closed.  Whether that is sure to be heard."""
+    cdef bint sent = True
+    port_add(&waker.waking, 1)
+    if port_get(&waker.open):
+        sent = port_send(waker.writer, "", 1, PORT_NO_SIGPIPE) >= 0 or port_would_block(port_error())
+    port_add(&waker.waking, -1)
+    return sent
+
+
+cdef void waker_drain(waker_t *waker) noexcept nogil:
+    """Take out what was written; one poll stands for all of it."""
+    cdef char scrap[64]
+    while port_recv(waker.reader, scrap, sizeof(scrap), 0) == sizeof(scrap):
+        pass
+
+
+cdef void waker_close(waker_t *waker) noexcept nogil:
+    """Close both ends.  Nobody may poll it any more; whoever is waking it is let finish, for its number may be
+    a stranger's the moment it is closed."""
+    if port_swap(&waker.open, 0):
+        while port_get(&waker.waking):
+            pass
+        port_close(waker.reader)
+        port_close(waker.writer)
+
+
+cdef int waker_renew(waker_t *waker) except -1:
+    """In a forked child: have ends of its own under the same numbers, for its parent has these, too."""
+    waker.waking = 0  # whoever was waking is not here
+    if not port_get(&waker.open):
+        return 0
+    for old, new in zip((waker.reader, waker.writer), socketpair()):
+        new.setblocking(False)
+        _dup2(new.fileno(), old, inheritable=False)
+        new.close()
+    return 0
+
+
+# --- The counters, and who holds them -----------------------------------------------------------------------
+
+cdef void state_hold(state_t *state) noexcept nogil:
+    port_add(&state.holders, 1)
+
+
+cdef void state_release(state_t *state) noexcept nogil:
+    """Give one hold on the state back; the last one frees it and its waker."""
+    if port_add(&state.holders, -1) == 0:
+        waker_close(&state.waker)
+        free(state)
+
+
+cdef void client_in(state_t *state) noexcept nogil:
+    """A client was taken from the kernel."""
+    port_add(&state.accepted, 1)
+
+
+cdef void client_handed(state_t *state) noexcept nogil:
+    """It goes to a handler, or to whoever asked for it."""
+    port_add(&state.handed, 1)
+
+
+cdef void client_out(state_t *state) noexcept nogil:
+    """Its connection was closed or taken over: tell who waits for that, and give the connection's hold back."""
+    port_add(&state.handled, 1)
+    if port_get(&state.wake_on_close):  # asked after the count, so that whoever waits for it sees it
+        waker_wake(&state.waker)
+    state_release(state)
+
+
+cdef void client_refused(state_t *state) noexcept nogil:
+    """There was no place for it."""
+    port_add(&state.refused, 1)
+
+
+cdef void client_dropped(state_t *state) noexcept nogil:
+    """It was closed before anybody got it."""
+    port_add(&state.dropped, 1)
+
+
+cdef void accept_failed(state_t *state, int code) noexcept nogil:
+    """Count a failed accept by its code; several threads may."""
+    cdef int i = 0
+    while i < CODES - 1 and port_get(&state.codes[i]) != code and not (
+            port_replace(&state.codes[i], 0, code) or port_get(&state.codes[i]) == code):
+        i += 1
+    port_add(&state.counts[i], 1)
+
+
+cdef int64_t open_connections(state_t *state) noexcept nogil:
+    """Clients handed out whose connections are neither closed nor taken over."""
+    cdef int64_t handled = port_get(&state.handled)
+    return port_get(&state.handed) - handled
+
+
+# --- Who takes the clients ----------------------------------------------------------------------------------
+
+cdef class Taker:
+    """Who takes a listener's clients: a serve(), a server or a waiter of an event loop.
+
+    One at a time does; State.take() says who.  `activity` begins the sentence that tells a second one why it
+    may not.  The other methods are what the State tells its taker.
+    """
+
+    activity = "somebody takes the clients of"
+
+    def stop(self, drain):
+        """stop(drain) was called.  Any thread, and any signal handler, may be in here."""
+
+    def leave(self, State state):
+        """The listener of this state is about to be closed or detached: touch its descriptor no more."""
+
+    def after_fork(self):
+        """In a child that was just forked: whether it goes on there."""
+        return False
+
+    def threads_now(self):
+        """How many threads handle clients, and how many of them are idle."""
+        return 0, 0
+
+
+@cython.final
+cdef class State:
+    """What a listening socket shares with whoever takes its clients and with its Connections.
+
+    sock: the socket.socket; its repr() is in what a second taker is told.
+    """
+
+    def __cinit__(self, sock):
+        self.at = <state_t *>calloc(1, sizeof(state_t))
+        if self.at is NULL:
+            raise MemoryError
+        self.at.holders = 1
+        self.at.family, self.at.type, self.at.protocol = int(sock.family), int(sock.type), sock.proto
+        self.sock = PyWeakref_NewRef(sock, None)
+
+    def __dealloc__(self):
+        if self.at is not NULL:
+            state_release(self.at)
+
+    # No Python code runs inside the next two, and so no signal handler; nothing comes between a look and
+    # what follows from it.
+
+    def take(self, Taker taker not None):
+        """Have `taker` take the clients from now on; RuntimeError when somebody else does already."""
+        cdef Taker other
+        with cython.critical_section(self):
+            if self.taker is None:
+                self.taker = taker
+            other = self.taker
+        self.check(taker, other)
+
+    def check(self, Taker taker, Taker other):
+        """RuntimeError when `other`, who takes the clients, is neither None nor this taker."""
+        if other is not None and other is not taker:
+            raise RuntimeError(f"{other.activity} {self.sock()!r}")
+
+    def give_back(self, Taker taker not None, bint takes_again=False):
+        """Undo take(), if it was this taker's.
+
+        A stop is answered with it, so that another may follow.  takes_again: the taker will be back, and neither
+        answers for now nor has the waker closed.
+        """
+        with cython.critical_section(self):
+            if self.taker is not taker:
+                return
+            if not takes_again:
+                waker_close(&self.at.waker)
+            self.taker = None
+        if port_get(&self.at.stopping) and not takes_again:
+            self.answered()
+
+    def stop(self, drain):
+        """Ask whoever takes the clients to end; `drain` as Listener.stop() says.  Takes no lock: signal
+        handlers call it."""
+        cdef int64_t deadline = 0
+        cdef Taker taker
+        if drain is not None:
+            deadline = port_now() + <int64_t>(min(<double>drain, 1e9) * 1e9)
+            if self.at.deadline == 0 or deadline < self.at.deadline:
+                port_swap(&self.at.deadline, deadline)
+            if not port_get(&self.at.stopping) and drain > 0:
+                port_swap(&self.at.draining, 1)
+            elif drain == 0:
+                port_swap(&self.at.draining, 0)
+        port_swap(&self.at.stopping, 1)
+        waker_wake(&self.at.waker)
+        taker = self.taker
+        if taker is not None:
+            taker.stop(drain)
+
+    def answered(self):
+        """The stop was carried out: another taker may follow."""
+        self.at.stopping = self.at.draining = self.at.deadline = 0
+
+    def leave(self):
+        """The listener is about to be closed or detached: whoever takes its clients ends."""
+        cdef Taker taker = self.taker
+        if taker is not None:
+            taker.leave(self)
+        if self.taker is None:
+            waker_close(&self.at.waker)
+
+    def after_fork(self):
+        """In a child: have a waker of its own, and no taker that has no thread here."""
+        cdef Taker taker = self.taker
+        waker_renew(&self.at.waker)
+        if taker is not None and not taker.after_fork():
+            self.give_back(taker)
+
+    def threads_now(self):
+        """How many threads handle clients, and how many of them are idle."""
+        return (0, 0) if self.taker is None else self.taker.threads_now()
+
+    # The waker, for a taker that waits with an event loop.
+
+    def open_waker(self):
+        """Make the waker, if it is not there; returns the descriptor to poll."""
+        waker_open(&self.at.waker)
+        return self.at.waker.reader
+
+    def drain_waker(self):
+        """It was heard: have it poll as quiet again."""
+        if port_get(&self.at.waker.open):
+            waker_drain(&self.at.waker)
+
+    def wake(self):
+        """Wake whoever waits."""
+        waker_wake(&self.at.waker)
+
+    def wake_on_close(self, bint wake):
+        """Have connections wake whoever waits when they close, or no longer."""
+        port_swap(&self.at.wake_on_close, wake)
+
+    @property
+    def stopping(self):
+        """Whether stop() was called and is not answered."""
+        return bool(port_get(&self.at.stopping))
+
+    @property
+    def draining(self):
+        """Whether stop() asked for a drain whose time is not over."""
+        return bool(port_get(&self.at.draining)) and port_now() < port_get(&self.at.deadline)
+
+    @property
+    def paused(self):
+        """Whether nobody is to be accepted."""
+        return bool(port_get(&self.at.paused))
+
+    @paused.setter
+    def paused(self, bint value):
+        port_swap(&self.at.paused, value)
+        waker_wake(&self.at.waker)
+
+    def counts(self):
+        """The counters by name; what failed accepts is under `accept_errors`, as {errno name: count}."""
+        cdef int64_t handled = port_get(&self.at.handled)
+        cdef int64_t refused = port_get(&self.at.refused)
+        cdef int64_t dropped = port_get(&self.at.dropped)
+        cdef int64_t accepted = port_get(&self.at.accepted)  # last: it grows first
+        errors = {}
+        for i in range(CODES):
+            if self.at.counts[i]:
+                name = errno.errorcode.get(self.at.codes[i], str(self.at.codes[i]))
+                errors[name] = errors.get(name, 0) + self.at.counts[i]
+        return {
+            "accepted": accepted,
+            "handled": handled,
+            "active": accepted - handled - refused - dropped,
+            "handler_errors": self.at.handler_errors,
+            "accept_errors": errors,
+            "refused": refused,
+            "dropped": dropped,
+        }
+
+
+cdef int take_all(Taker taker, tuple states) except -1:
+    """Have the taker take all these; when one refuses, give_back_all() is still to come."""
+    cdef State state
+    for state in sorted(states, key=id):  # of two that want the same, one gets them all
+        state.take(taker)
+    return 0
+
+
+cdef int give_back_all(Taker taker, tuple states) except -1:
+    """Let others take those of them that the taker has taken."""
+    cdef State state
+    for state in states:
+        state.give_back(taker)
+    return 0
+
+
+def queue(port_socket fd):
+    """How many clients the kernel has queued for this TCP listener and how many it would: (None, None) if
+    the system does not tell."""
+    cdef int depth, limit
+    if port_queue(fd, &depth, &limit) != 0:
+        return None, None
+    return depth, limit

@@ -1,0 +1,23 @@
+from typing import Any, Self, final
+
+from fastlisten._core.state import Taker
+
+__pyx_capi__: dict[str, object]
+
+@final
+class Worker: ...
+
+class Dispatcher(Taker): ...
+
+@final
+class Lead:
+    def __new__(cls, tick: int = 0) -> Self: ...
+
+@final
+class Threads:
+    def __new__(
+        cls, dispatcher: Dispatcher, least: int, most: int, daemon: bool, leave: bool, tick: int
+    ) -> Self: ...
+    def start_threads(self) -> None: ...
+    def join(self) -> None: ...
+    def work(self) -> None: ...

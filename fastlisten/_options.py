@@ -1,0 +1,170 @@
+"""The options of bind() and serve(), each declared once: name, type, default, check, and which systems have it."""
+
+import socket
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple, TypedDict
+
+
+class Option(NamedTuple):
+    """What an option is beside its name and type.
+
+    check(name, value) returns the value as it is kept; TypeError or ValueError names the option.  constant:
+    of the `socket` module, on whose absence the option is refused.  level: that of setsockopt(); None for an
+    option that is set otherwise.
+    """
+
+    default: Any
+    check: Callable[[str, Any], Any]
+    constant: str | None = None
+    level: str | None = None
+
+
+def whole(name: str, value: object, least: int) -> int:
+    """An int of at least `least`; what is too large for C is as good as without end."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    return min(value, 2**31 - 1)
+
+
+def _any(name: str, value: Any) -> Any:
+    return value
+
+
+def _whole(least: int) -> Callable[[str, Any], Any]:
+    def check(name: str, value: Any) -> Any:
+        return None if value is None else whole(name, value, least)
+
+    return check
+
+
+def _flag(name: str, value: Any) -> int | None:
+    return 1 if value else None
+
+
+def _thread_range(name: str, threads: Any) -> tuple[int, int]:
+    if not isinstance(threads, tuple):
+        number = whole(name, threads, 0)
+        return number, number
+    if len(threads) != 2:
+        raise ValueError(f"{name} must be a number or (least, most), not {threads!r}")
+    least, most = (whole(name, number, 1) for number in threads)
+    if least > most:
+        raise ValueError(f"{name}: the least, {least}, is above the most, {most}")
+    return least, most
+
+
+def _busy(name: str, value: Any) -> bytes | None:
+    if value == "reset":
+        return b""
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be 'reset' or bytes, not {value!r}")
+    if value is not None and not isinstance(value, bytes):
+        raise TypeError(f"{name} must be 'reset' or bytes, not {type(value).__name__}")
+    return value
+
+
+def _exhausted(name: str, value: Any) -> Any:
+    if not callable(value) and value not in ("pause", "shed"):
+        raise ValueError(f"{name} must be 'pause', 'shed' or callable, not {value!r}")
+    return value
+
+
+def _callable(name: str, value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be callable, not {type(value).__name__}")
+    return value
+
+
+class BindOptions(TypedDict, total=False):
+    """What bind() takes beside the endpoint; its docstring says what each means."""
+
+    backlog: Annotated[int | None, Option(None, _any)]
+    reuse_port: Annotated[bool, Option(False, _flag, "SO_REUSEPORT", "SOL_SOCKET")]
+    dualstack_ipv6: Annotated[bool, Option(False, _any)]
+    exclusive: Annotated[bool, Option(False, _flag, "SO_EXCLUSIVEADDRUSE", "SOL_SOCKET")]
+    defer_accept: Annotated[int | None, Option(None, _whole(0), "TCP_DEFER_ACCEPT", "IPPROTO_TCP")]
+    fast_open: Annotated[int | None, Option(None, _whole(0), "TCP_FASTOPEN", "IPPROTO_TCP")]
+    no_delay: Annotated[bool, Option(False, _flag, "TCP_NODELAY", "IPPROTO_TCP")]
+    keep_alive: Annotated[bool, Option(False, _flag, "SO_KEEPALIVE", "SOL_SOCKET")]
+    mode: Annotated[int | None, Option(None, _any)]
+
+
+class ServeOptions(TypedDict, total=False):
+    """What serve() takes beside the handler; the docstring of Listener.serve() says what each means."""
+
+    threads: Annotated[int | tuple[int, int], Option(0, _thread_range)]
+    max_connections: Annotated[int | None, Option(None, _whole(1))]
+    pending: Annotated[int | None, Option(None, _whole(0))]
+    busy: Annotated[str | bytes | None, Option(None, _busy)]
+    exhausted: Annotated[str | Callable[[OSError, int], float], Option("pause", _exhausted)]
+    on_error: Annotated[Callable[[Exception, Any], object] | None, Option(None, _callable)]
+
+
+class AllOptions(BindOptions, ServeOptions, total=False):
+    """What fastlisten.serve() takes."""
+
+
+class InnerOptions(ServeOptions, total=False):
+    """And what the drop-in socketserver asks of the loop.
+
+    leave: serve() returns without waiting for the handlers of its threads.  daemon: those are daemon threads.
+    tick: for how many microseconds a handler keeps others from being accepted before another thread does that;
+    0 for the loop's own answer.
+    """
+
+    leave: Annotated[bool, Option(False, _any)]
+    daemon: Annotated[bool, Option(True, _any)]
+    tick: Annotated[int, Option(0, _any)]
+
+
+class Checked:
+    """Options that were checked, as attributes; they do not change any more."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        vars(self).update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no option {name!r}")
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"option {name!r} does not change any more")
+
+
+def declared(family: type) -> dict[str, Option]:
+    """The options of BindOptions, ServeOptions or InnerOptions, by name."""
+    found: dict[str, Option] = {}
+    for base in (*getattr(family, "__orig_bases__", ()), family):
+        hints = getattr(base, "__annotations__", {})
+        found.update({name: hint.__metadata__[0] for name, hint in hints.items()})
+    return found
+
+
+def checked(family: type, given: Mapping[str, Any], caller: str = "serve") -> Checked:
+    """The options of a family: those given, which are checked, and the defaults of the others.
+
+    Raises TypeError for an unknown name, as a call does, and for a value of another type; ValueError for one that
+    cannot be meant or that this system lacks.
+    """
+    options = declared(family)
+    for name in given:
+        if name not in options:
+            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
+    values = {}
+    for name, option in options.items():
+        value = option.check(name, given.get(name, option.default))
+        if value is not None and option.constant is not None and not hasattr(socket, option.constant):
+            raise ValueError(f"{name}: {option.constant} not supported on this platform")
+        values[name] = value
+    return Checked(values)
+
+
+def socket_options(options: Checked) -> list[tuple[str, int, int, int]]:
+    """The options of bind() that are set with setsockopt(): (name, level, option, value) of each."""
+    found = []
+    for name, option in declared(BindOptions).items():
+        value = getattr(options, name)
+        if option.level is not None and option.constant is not None and value is not None:
+            found.append((name, getattr(socket, option.level), getattr(socket, option.constant), value))
+    return found

@@ -1,0 +1,48 @@
+cimport cython
+from libc.stdint cimport int64_t
+
+from fastlisten._core.accept cimport Shortage, client_t, source_t, verdict_t
+from fastlisten._core.overload cimport Overload
+from fastlisten._core.state cimport State
+from fastlisten.aio._hub cimport Watched
+from fastlisten.aio._transport cimport Connections, Owner
+
+
+@cython.final
+cdef class ListenerWatch(Watched):
+    cdef Accepting accepting
+    cdef object sock
+    cdef State state            # held for what `source` points to
+    cdef source_t source
+    cdef bint failed
+
+    cdef int answer(self, verdict_t answer, int taken) except -1
+
+
+@cython.final
+cdef class QueueWatch(Watched):
+    cdef Accepting accepting
+    cdef Overload overload
+    cdef bint failed
+
+    cdef int look_up(self) except -1
+
+
+@cython.final
+cdef class Accepting(Owner):
+    cdef Connections connections
+    cdef int64_t most           # connections that may be open; 0 for any number
+    cdef list listeners
+    cdef QueueWatch queue
+    cdef bint serving, paused, stopped
+    cdef readonly Shortage shortage
+    cdef object retry           # the handle of what ends a pause
+    cdef object idle            # called when the last connection is gone
+
+    cdef int arrange(self) except -1
+    cdef int places(self, int most) noexcept
+    cdef bint full(self) noexcept
+    cdef int ran_out(self, int code) except -1
+    cdef bint shed_queued(self) noexcept
+    cdef int accept_failed(self, int code, sock) except -1
+    cdef int rest(self) except -1

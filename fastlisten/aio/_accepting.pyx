@@ -1,0 +1,294 @@
+"""What accepts for an asyncio server: its listeners, or the queue of clients behind a thread that refuses.
+
+One wake takes a batch of clients, and begins with each.
+"""
+
+from asyncio import trsock
+
+cimport cython
+from libc.stdint cimport int64_t
+
+from fastlisten._core.accept cimport (
+    ACCEPTED,
+    AGAIN,
+    INTERRUPTED,
+    LOST,
+    RESOURCES,
+    Shortage,
+    accept_batch,
+    client_t,
+    verdict_t,
+)
+from fastlisten._core.acceptor cimport FAILED
+from fastlisten._core.connection cimport raise_error
+from fastlisten._core.overload cimport Overload
+from fastlisten._core.port cimport *
+from fastlisten._core.state cimport State, client_handed, client_out, state_hold, waker_drain
+from fastlisten.aio._hub cimport Watched
+from fastlisten.aio._transport cimport Connections, Owner, Transport, new_transport
+
+# How many clients one wake accepts: enough to make the cost of the wake small, little enough that other tasks
+# of the loop run in between.
+cdef enum:
+    ACCEPTS = 32
+
+
+cdef list begin_with(Connections connections, client_t *clients, int count):
+    """A Transport for each of these clients, which were handed out."""
+    cdef list arrived = []
+    cdef int i = 0
+    try:
+        while i < count:
+            arrived.append(new_transport(connections, clients[i].state, clients[i].fd,
+                                         &clients[i].address, clients[i].length))
+            i += 1
+    finally:
+        while i < count:  # no memory
+            port_close(clients[i].fd)
+            state_hold(clients[i].state)
+            client_out(clients[i].state)
+            i += 1
+    return arrived
+
+
+@cython.final
+cdef class ListenerWatch(Watched):
+    """A listening socket of the server; the Server keeps it open.
+
+    sock: the socket.socket.  state: its counters.
+    """
+
+    def __cinit__(self, Accepting accepting not None, sock, State state not None):
+        self.accepting = accepting
+        self.hub = accepting.connections.hub
+        self.sock = sock
+        self.state = state
+        self.fd = self.source.fd = sock.fileno()
+        self.source.state = state.at
+        self.source.nonblocking = 1
+
+    cdef int ready(self, short events) except -1:
+        """Take a batch of clients, and begin with each."""
+        cdef client_t clients[ACCEPTS]
+        cdef int taken, i
+        cdef verdict_t answer
+        cdef list arrived
+        if not self.watched_for:
+            return 0  # this look was scheduled, and something has changed since
+        answer = accept_batch(&self.source, clients, self.accepting.places(ACCEPTS), &taken)
+        for i in range(taken):
+            client_handed(clients[i].state)
+        arrived = begin_with(self.accepting.connections, clients, taken)
+        if self.accepting.full():
+            self.accepting.arrange()
+        self.answer(answer, taken)
+        self.hub.give_turns(arrived)
+        return 0
+
+    cdef int answer(self, verdict_t answer, int taken) except -1:
+        """Do what the end of a batch asks for."""
+        cdef Shortage shortage = self.accepting.shortage
+        if shortage.failures and (taken or answer == AGAIN) and shortage.worked(taken, answer == AGAIN):
+            shortage.tell()
+        if answer == RESOURCES:
+            self.accepting.ran_out(self.source.code)
+        elif answer not in (ACCEPTED, AGAIN, INTERRUPTED, LOST):
+            self.failed = True  # an accept that goes on failing would spin
+            self.accepting.arrange()
+            self.accepting.accept_failed(self.source.code, self.sock)
+        return 0
+
+
+@cython.final
+cdef class QueueWatch(Watched):
+    """The queue of an Overload; its waker says that somebody is in it."""
+
+    def __cinit__(self, Accepting accepting not None, Overload overload not None):
+        self.accepting = accepting
+        self.hub = accepting.connections.hub
+        self.overload = overload
+        self.fd = overload.waker.reader
+
+    cdef int ready(self, short events) except -1:
+        cdef client_t clients[ACCEPTS]
+        cdef int taken = 0
+        if not self.accepting.serving:
+            return 0  # it is over, and the waker closed
+        waker_drain(&self.overload.waker)
+        while taken < ACCEPTS and not self.accepting.paused and self.overload.pop(&clients[taken]):
+            self.overload.handled()  # no handler of an event loop is waited for
+            taken += 1
+        if taken == ACCEPTS:
+            self.hub.loop.call_soon(self._readable)  # more may wait than one wake takes
+        self.look_up()
+        self.hub.give_turns(begin_with(self.accepting.connections, clients, taken))
+        return 0
+
+    cdef int look_up(self) except -1:
+        """Tell what the thread that refuses has noted."""
+        cdef Overload overload = self.overload
+        overload.acceptor.shortage.tell()
+        if port_get(&overload.refuser_gone) and overload.refuser_outcome == FAILED and not self.failed:
+            self.failed = True
+            self.accepting.accept_failed(overload.acceptor.code, None)
+        return 0
+
+
+@cython.final
+cdef class Accepting(Owner):
+    """Whether a server accepts now: its limit, pauses, and what is done without descriptors or memory.
+
+    connections: those of the server.  most: how many may be open, 0 for any number.  shortage: what is done
+    without descriptors or memory, when there is no queue.
+    """
+
+    def __cinit__(self, Connections connections not None, int64_t most, Shortage shortage not None):
+        self.connections = connections
+        self.most = most
+        self.listeners = []
+        self.shortage = shortage
+        connections.owner = self
+
+    def add_listener(self, sock, State state not None):
+        """A listening socket to accept from, once serving."""
+        self.shortage.open()
+        self.listeners.append(ListenerWatch(self, sock, state))
+        if self.most:
+            port_make_room(sock.fileno(), self.most)
+
+    def add_queue(self, Overload overload not None):
+        """A queue to take clients from: its thread begins to accept; stop() ends it."""
+        overload.acceptor.open(overload.pending + max(overload.most, 1))
+        overload.open()
+        self.queue = QueueWatch(self, overload)
+        self.queue.watch(POLLIN)
+        # The waker only wakes whoever has looked and found nobody.
+        self.connections.hub.loop.call_soon(self.queue._readable)
+
+    def serve(self):
+        """Accept from now on."""
+        self.connections.begin()
+        self.serving = True
+        self.arrange()
+
+    def hold(self, bint paused):
+        """Accept nobody, or again."""
+        self.paused = paused
+        self.arrange()
+        if self.queue is not None and not paused:
+            self.connections.hub.loop.call_soon(self.queue._readable)
+
+    def stop(self):
+        """Accept nobody any more; the listening sockets may be closed then."""
+        self.serving = False
+        if self.retry is not None:
+            self.retry.cancel()
+            self.retry = None
+        self.arrange()
+        self.listeners.clear()
+        if self.queue is not None:
+            self.queue.watch(0)
+            self.queue.overload.close()
+            self.queue.overload.acceptor.close()
+            self.queue.overload.acceptor.shortage.tell()
+            self.queue = None
+        self.shortage.close()
+        self.stopped = True
+        self.rest()
+
+    def when_idle(self, idle):
+        """Call `idle` each time the last connection is gone."""
+        self.idle = idle
+
+    cdef int arrange(self) except -1:
+        """Watch the listeners if clients are to be accepted now."""
+        cdef ListenerWatch listener
+        cdef bint open = (self.serving and not self.paused and self.retry is None and not self.full()
+                          and not self.connections.hub.loop.is_closed())
+        for listener in self.listeners:
+            listener.watch(POLLIN if open and not listener.failed else 0)
+        return 0
+
+    cdef bint full(self) noexcept:
+        """Whether there may be no more connections."""
+        return self.most != 0 and self.connections.active >= self.most
+
+    cdef int places(self, int most) noexcept:
+        """How many more connections there may be, at most `most`."""
+        if self.most == 0:
+            return most
+        return <int>min(<int64_t>most, max(self.most - self.connections.active, 0))
+
+    cdef int connection_gone(self) except -1:
+        cdef bint was_full = self.most != 0 and self.connections.active + 1 >= self.most
+        if self.retry is not None:
+            self._again()  # a descriptor came free
+        elif was_full and self.serving:
+            self.arrange()
+        if self.connections.active == 0:
+            idle = self.idle
+            self.rest()
+            if idle is not None:
+                idle()
+        return 0
+
+    cdef int rest(self) except -1:
+        """Let go of a server that is over when its last connection is gone."""
+        if self.stopped and self.connections.active == 0:
+            self.idle = None
+            self.connections.owner = None
+            self.connections.hub.close()
+        return 0
+
+    # --- failed accepts ----------------------------------------------------------------------------
+
+    cdef int ran_out(self, int code) except -1:
+        """No descriptors or no memory, or lost clients without end: shed the clients, or pause."""
+        self.shortage.failed(code)
+        if not self.shed_queued():
+            self.shortage.pause()
+            if self.retry is None and self.serving:
+                self.retry = self.connections.hub.loop.call_later(self.shortage.left() / 1e9, self._again)
+            self.arrange()
+        return self.shortage.tell()
+
+    cdef bint shed_queued(self) noexcept:
+        """Reset who is queued, through the descriptor kept for that; False if that cannot be done now."""
+        cdef ListenerWatch listener
+        for listener in self.listeners:
+            if not self.shortage.shed_queued(&listener.source, 1):
+                return False
+        return True
+
+    def _again(self):
+        """The pause is over, or a descriptor came free."""
+        cdef ListenerWatch listener
+        if self.retry is not None:
+            self.retry.cancel()
+            self.retry = None
+        self.shortage.cut_short()
+        if self.serving:
+            self.shortage.retake_spare()
+        self.arrange()
+        for listener in self.listeners:  # that nobody is queued any more tells of no event
+            if listener.watched_for:
+                self.connections.hub.loop.call_soon(listener._readable)
+
+    cdef int accept_failed(self, int code, sock) except -1:
+        """Tell, once, that a listener cannot be accepted from any more."""
+        try:
+            raise_error(code)
+        except OSError as error:
+            context = {
+                "message": "accept() failed, the server takes no more clients from this socket",
+                "exception": error,
+            }
+            if sock is not None:
+                context["socket"] = trsock.TransportSocket(sock)
+            self.connections.hub.loop.call_exception_handler(context)
+        return 0
+
+    def after_fork(self):
+        """In a forked child: who waits in the queue is the parent's."""
+        if self.queue is not None:
+            self.queue.overload.after_fork()

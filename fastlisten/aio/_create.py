@@ -1,0 +1,312 @@
+"""create_server() and create_unix_server(): what is bound, by asyncio's own functions, and TLS on it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import socket
+import ssl as _ssl
+import sys
+from asyncio import sslproto
+from collections.abc import Iterable
+from typing import Any, Literal, cast
+
+from fastlisten._bind import bind
+from fastlisten._options import BindOptions, Checked, checked, socket_options
+from fastlisten._unix_path import OwnPath, permissions
+from fastlisten.aio._server import Factory, Server, checked_limits
+
+# asyncio's own functions, from before anybody puts ours in their place.
+_bind_tcp = asyncio.BaseEventLoop.create_server
+_bind_unix = asyncio.SelectorEventLoop.create_unix_server
+_Proactor: Any = getattr(asyncio, "ProactorEventLoop", ())
+
+# Whether asyncio's server unlinks its path, too.
+_UNLINKS = sys.version_info >= (3, 13)
+
+
+class _Binder(asyncio.BaseEventLoop):
+    """Runs asyncio's create_server() for its checks, its resolving and its binding, and serves nothing.
+
+    So the errors are those of the Python that runs, on uvloop too.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self._debug = loop.get_debug()
+        self._running = loop
+        self.sockets: list[socket.socket] = []
+        self._unix_server_sockets: dict[socket.socket, int] = {}  # asyncio's unix servers keep it since 3.13
+
+    async def getaddrinfo(self, *args: Any, **options: Any) -> Any:
+        return await self._running.getaddrinfo(*args, **options)
+
+    def _stop_serving(self, sock: socket.socket) -> None:
+        self.sockets.append(sock)  # asyncio's Server gives them up here
+
+
+async def _bound(how: Any, *args: Any, **options: Any) -> list[socket.socket]:
+    """The sockets that asyncio's function `how` binds, not yet listening."""
+    binder = _Binder(asyncio.get_running_loop())
+    try:
+        server = await how(binder, None, *args, start_serving=False, **options)
+        server.close()
+        return binder.sockets
+    finally:
+        binder.close()
+
+
+def _set_options(sockets: Iterable[socket.socket], options: Iterable[tuple[str, int, int, int]]) -> None:
+    """Set the listeners' options; accepted connections inherit those that are for them."""
+    for sock in sockets:
+        tcp = sock.family in (socket.AF_INET, socket.AF_INET6)
+        for name, level, number, value in options:
+            if tcp or level != socket.IPPROTO_TCP:
+                sock.setsockopt(level, number, value)
+            elif name != "no_delay":  # which nobody has to ask for
+                raise ValueError(f"{name} is for TCP, not for {sock!r}")
+
+
+def _over_tls(
+    loop: asyncio.AbstractEventLoop,
+    factory: Factory,
+    context: _ssl.SSLContext,
+    handshake_timeout: float | None,
+    shutdown_timeout: float | None,
+) -> asyncio.BaseProtocol:
+    """A protocol that speaks TLS with the client and has the factory's protocol behind it."""
+    return sslproto.SSLProtocol(
+        cast(asyncio.BaseEventLoop, loop),
+        factory(),
+        context,
+        cast(Any, None),  # nobody waits for the handshake
+        server_side=True,
+        ssl_handshake_timeout=cast(Any, handshake_timeout),
+        ssl_shutdown_timeout=cast(Any, shutdown_timeout),
+    )
+
+
+async def _serve(
+    sockets: list[socket.socket],
+    factory: Factory,
+    backlog: int,
+    start_serving: bool,
+    limits: Checked,
+    *,
+    ssl: _ssl.SSLContext | None,
+    ssl_handshake_timeout: float | None,
+    ssl_shutdown_timeout: float | None,
+    options: Iterable[tuple[str, int, int, int]] = (),
+    path: OwnPath | None = None,
+) -> Server:
+    """A Server on bound sockets, which it owns; on failure they are closed."""
+    loop = asyncio.get_running_loop()
+    if ssl:  # as asyncio asks
+        factory = functools.partial(
+            _over_tls, loop, factory, ssl, ssl_handshake_timeout, ssl_shutdown_timeout
+        )
+    try:
+        _set_options(sockets, options)
+        server = Server(loop, sockets, factory, backlog, limits, path)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    if start_serving:
+        try:
+            server._start()
+        except BaseException:
+            server.close()
+            raise
+        await asyncio.sleep(0)
+    return server
+
+
+async def _bind_specially(
+    host: Any,
+    port: Any,
+    *,
+    family: int,
+    flags: int,
+    sock: socket.socket | None,
+    backlog: int,
+    tls: dict[str, Any],
+    dualstack_ipv6: bool,
+    exclusive: bool,
+    reuse_address: bool | None = None,
+    reuse_port: bool = False,
+) -> list[socket.socket]:
+    """Sockets with options that have to be set before bind(), which asyncio does not know."""
+    loop = asyncio.get_running_loop()
+    if sock is not None:
+        raise ValueError("dualstack_ipv6 and exclusive are set before bind(), which sock has behind it")
+    if reuse_address is not None and bool(reuse_address) != (os.name == "posix"):
+        raise ValueError("reuse_address is the system's own with dualstack_ipv6 and exclusive")
+    with socket.socket() as unbound:  # for asyncio's checks
+        await _bound(_bind_tcp, sock=unbound, backlog=backlog, **tls)
+    if dualstack_ipv6:
+        host, family = host or "::", socket.AF_INET6
+    hosts = [host] if host is None or isinstance(host, str) else list(host)
+    addresses: dict[Any, None] = {}
+    for name in hosts:
+        for answer in await loop.getaddrinfo(
+            name or None, port, family=family, type=socket.SOCK_STREAM, flags=flags
+        ):
+            addresses[answer[4]] = None
+    sockets: list[socket.socket] = []
+    try:
+        for address in addresses:
+            sockets.append(
+                bind(
+                    address,
+                    backlog=backlog,
+                    reuse_port=bool(reuse_port),
+                    dualstack_ipv6=dualstack_ipv6,
+                    exclusive=exclusive,
+                )
+            )
+            sockets[-1].setblocking(False)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
+
+
+def _tls(
+    context: _ssl.SSLContext | None, handshake_timeout: float | None, shutdown_timeout: float | None
+) -> dict[str, Any]:
+    """The keywords by which asyncio's functions take what belongs to TLS."""
+    return {
+        "ssl": context,
+        "ssl_handshake_timeout": handshake_timeout,
+        "ssl_shutdown_timeout": shutdown_timeout,
+    }
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that are not None: asyncio tells None from nothing in some of its options."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _path_made(sock: socket.socket) -> OwnPath | None:
+    """The path of a unix socket; None when it is on no path."""
+    name = sock.getsockname()
+    if name and name[0] not in (0, "\0"):
+        with contextlib.suppress(FileNotFoundError):
+            return OwnPath(name)
+    return None
+
+
+def _refuse(**asked: bool) -> None:
+    """ValueError for what asyncio's own server, on a proactor, does not have."""
+    for name, given in asked.items():
+        if given:
+            raise ValueError(f"{name} needs a selector event loop, and this is a proactor")
+
+
+async def create_server(
+    protocol_factory: Factory,
+    host: Any = None,
+    port: Any = None,
+    *,
+    family: int = socket.AF_UNSPEC,
+    flags: int = socket.AI_PASSIVE,
+    sock: socket.socket | None = None,
+    backlog: int = 100,
+    ssl: _ssl.SSLContext | None = None,
+    reuse_address: bool | None = None,
+    reuse_port: bool | None = None,
+    keep_alive: bool | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+    start_serving: bool = True,
+    dualstack_ipv6: bool = False,
+    exclusive: bool = False,
+    defer_accept: int | None = None,
+    fast_open: int | None = None,
+    no_delay: bool = True,
+    max_connections: int | None = None,
+    pending: int | None = None,
+    busy: str | bytes | None = None,
+    exhausted: Literal["pause", "shed"] = "pause",
+) -> Server:
+    """loop.create_server() of the running loop, with its arguments; returns a Server, the caller's to close.
+
+    dualstack_ipv6, exclusive, defer_accept, fast_open: as fastlisten.bind().  no_delay: TCP_NODELAY on the
+    connections, which asyncio always sets.
+    max_connections, pending, busy, exhausted: as Listener.serve(); `busy` is answered while the event loop is
+    blocked, too, and `pending` clients may then wait.  A connection that speaks TLS counts from its
+    handshake on.
+
+    Raises what asyncio's own raises for the same mistakes, ValueError for options this system lacks.
+    """
+    limits = checked_limits(
+        max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted
+    )
+    binding = {
+        "defer_accept": defer_accept,
+        "fast_open": fast_open,
+        "no_delay": no_delay,
+        "keep_alive": keep_alive,
+    }
+    options = socket_options(checked(BindOptions, binding))
+    tls = _tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+    asked: dict[str, Any] = {"family": family, "flags": flags, "sock": sock, "backlog": backlog}
+    asked |= _given(reuse_address=reuse_address, reuse_port=reuse_port)
+    loop = asyncio.get_running_loop()
+    if isinstance(loop, _Proactor):
+        _refuse(
+            dualstack_ipv6=dualstack_ipv6,
+            exclusive=exclusive,
+            defer_accept=defer_accept is not None,
+            fast_open=fast_open is not None,
+            max_connections=max_connections is not None,
+            busy=busy is not None,
+            exhausted=exhausted != "pause",
+        )
+        own = await _bind_tcp(loop, protocol_factory, host, port, start_serving=start_serving, **asked, **tls)
+        return cast(Server, own)
+    if dualstack_ipv6 or exclusive:
+        sockets = await _bind_specially(
+            host, port, tls=tls, dualstack_ipv6=dualstack_ipv6, exclusive=exclusive, **asked
+        )
+    else:
+        sockets = await _bound(_bind_tcp, host, port, **asked, **tls)
+    return await _serve(sockets, protocol_factory, backlog, start_serving, limits, options=options, **tls)
+
+
+async def create_unix_server(
+    protocol_factory: Factory,
+    path: str | bytes | os.PathLike[str] | None = None,
+    *,
+    sock: socket.socket | None = None,
+    backlog: int = 100,
+    ssl: _ssl.SSLContext | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+    start_serving: bool = True,
+    cleanup_socket: bool = _UNLINKS,
+    mode: int | None = None,
+    max_connections: int | None = None,
+    pending: int | None = None,
+    busy: str | bytes | None = None,
+    exhausted: Literal["pause", "shed"] = "pause",
+) -> Server:
+    """loop.create_unix_server() of the running loop, with its arguments; returns a Server.
+
+    cleanup_socket: unlink the path on close, if it is still the socket that was made; asyncio's default,
+    which is True since Python 3.13.  mode: permission bits of the path, as fastlisten.bind().
+    max_connections, pending, busy, exhausted: as create_server().
+    """
+    limits = checked_limits(
+        max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted
+    )
+    tls = _tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+    more = {"cleanup_socket": False} if _UNLINKS else {}  # what it unlinks, the Server does
+    with permissions(mode):  # no other task runs inside: asyncio's function waits for nothing
+        sockets = await _bound(_bind_unix, path, sock=sock, backlog=backlog, **more, **tls)
+    made = _path_made(sockets[0]) if cleanup_socket else None
+    return await _serve(sockets, protocol_factory, backlog, start_serving, limits, path=made, **tls)

@@ -1,0 +1,218 @@
+"""The hub: what an event loop's wakes are spent on.
+
+One wake of the event loop does as much as it can for many descriptors, because a wake is what costs.  The hub
+watches them with a poller of its own, which is one descriptor to the event loop.  Each is registered with the
+event loop itself where the system has no poller (_port.h), and what is watched all the time everywhere: that
+is done once, and its wakes need no look at the poller.
+
+The hub knows three methods of what it watches: ready(), turn() and end().
+
+Nothing here gives the GIL up: all calls are non-blocking and take about as long as giving it up does, and in
+a process with busy threads it would take up to a switch interval (5 ms) to get it back.
+"""
+
+import gc
+from collections import deque
+
+cimport cython
+
+from fastlisten._core.connection cimport raise_error
+from fastlisten._core.port cimport *
+
+# How many watched descriptors one wake serves: enough to make the cost of the wake small, little enough that
+# other tasks of the loop run in between.
+cdef enum:
+    READY = 64
+
+
+cdef class Watched:
+    """Something with a descriptor that the hub can watch."""
+
+    def __cinit__(self):
+        self.fd = PORT_NO_SOCKET
+
+    cdef int ready(self, short events) except -1:
+        """The kernel has said so."""
+        raise NotImplementedError
+
+    cdef int turn(self) except -1:
+        """Do what was left for this turn of the loop: give_turns() or turn_soon() was asked for it."""
+        raise NotImplementedError
+
+    cdef int end(self) except -1:
+        """Come to the end that end_soon() was asked for."""
+        raise NotImplementedError
+
+    cdef int watch(self, short events) except -1:
+        """Be watched for these events from now on; POLLIN, POLLOUT, both or 0."""
+        if events != self.watched_for:
+            self.hub.watch(self, events)
+        return 0
+
+    def _readable(self):
+        self.hub.dispatch(self, POLLIN)
+
+    def _writable(self):
+        self.hub.dispatch(self, POLLOUT)
+
+
+def _ready_queue(loop):
+    """Where the loop keeps what it was given by call_soon(): a deque, asyncio's `_ready`, which uvloop hides;
+    None when it cannot be found."""
+    handle = loop.call_soon(id, None)
+    handle.cancel()
+    for found in (getattr(loop, "_ready", None), *gc.get_referents(loop)):
+        if type(found) is deque and handle in found:
+            return found
+    return None
+
+
+@cython.final
+cdef class Hub:
+    """The wakes of one event loop, for those that share a poller.
+
+    loop: the event loop that runs.  polled: False to register each descriptor with the event loop, as it is
+    where the system has no poller.
+    """
+
+    def __cinit__(self, loop, bint polled=True):
+        self.poller = PORT_NO_SOCKET
+        self.loop = loop
+        self.watched = {}
+        self.queue = _ready_queue(loop)
+        self.due = []
+        self.ending = []
+        if polled:
+            self.poller = port_poller()
+
+    def __dealloc__(self):
+        self.close()
+
+    cdef void close(self) noexcept:
+        """Close the poller, which nobody needs any more; somebody may hold on to a Watched for long."""
+        if self.poller != PORT_NO_SOCKET:
+            port_close(self.poller)
+            self.poller = PORT_NO_SOCKET
+
+    # --- watching ----------------------------------------------------------------------------------
+
+    cdef int watch(self, Watched what, short events) except -1:
+        """Watch what.fd for other events than before."""
+        cdef short before = what.watched_for
+        if what.polled:
+            if port_poller_set(self.poller, what.fd, before, events) != 0:
+                raise_error(port_error())
+            what.watched_for = events
+            if not before:
+                if not self.watched:
+                    self.loop.add_reader(self.poller, self._ready)
+                self.watched[what.fd] = what
+            elif not events:
+                del self.watched[what.fd]
+                if not self.watched:
+                    self.loop.remove_reader(self.poller)
+            return 0
+        what.watched_for = events
+        if events & ~before & POLLIN:
+            self.loop.add_reader(what.fd, what._readable)
+        elif before & ~events & POLLIN:
+            self.loop.remove_reader(what.fd)
+        if events & ~before & POLLOUT:
+            self.loop.add_writer(what.fd, what._writable)
+        elif before & ~events & POLLOUT:
+            self.loop.remove_writer(what.fd)
+        return 0
+
+    # --- wakes and turns ---------------------------------------------------------------------------
+    # asyncio gives first turns and ends by call_soon().  Here they are given in the wake that brings them
+    # about, when nothing was scheduled that would come before: nobody can tell.
+
+    def _ready(self):
+        """Serve what the poller says is ready.  It is level-triggered: the rest is told on the next wake."""
+        cdef port_pollfd polls[READY]
+        cdef int i
+        cdef int found = port_poller_ready(self.poller, polls, READY)
+        self.awake = True
+        try:
+            for i in range(found):
+                what = self.watched.get(polls[i].fd)
+                if what is not None:  # one before it may have ended it
+                    (<Watched>what).ready(polls[i].revents)
+            self.give_ends()
+        finally:
+            self.sleep()
+
+    cdef int dispatch(self, Watched what, short events) except -1:
+        """Serve one descriptor, which the event loop itself watches."""
+        self.awake = True
+        try:
+            what.ready(events)
+            self.give_ends()
+        finally:
+            self.sleep()
+        return 0
+
+    def _turn(self, list watched):
+        """What was left for the loop's next turn."""
+        self.awake = True
+        try:
+            self.give_turns(watched)
+            self.give_ends()
+        finally:
+            self.sleep()
+
+    def _end(self, list watched):
+        """The ends, where asyncio would give them."""
+        self.awake = True
+        try:
+            self.ending[:0] = watched
+            self.give_ends()
+        finally:
+            self.sleep()
+
+    cdef int give_turns(self, list watched) except -1:
+        """Give each its turn; when one raises (SystemExit), the rest has it on the loop's next turn."""
+        cdef Py_ssize_t i = 0
+        try:
+            while i < len(watched):
+                what = watched[i]
+                i += 1
+                (<Watched>what).turn()
+        except BaseException:
+            self.due = watched[i:] + self.due
+            raise
+        return 0
+
+    cdef int give_ends(self) except -1:
+        """End those that were closed in this wake."""
+        while self.ending:
+            what = self.ending.pop(0)
+            (<Watched>what).end()
+        return 0
+
+    cdef int sleep(self) except -1:
+        """The wake is over; have the loop come back for what is left."""
+        self.awake = False
+        if self.ending:
+            ending, self.ending = self.ending, []
+            self.loop.call_soon(self._end, ending)
+        if self.due:
+            due, self.due = self.due, []
+            self.loop.call_soon(self._turn, due)
+        return 0
+
+    cdef int turn_soon(self, Watched what) except -1:
+        """Have what.turn() called after all that is scheduled."""
+        if self.awake:
+            self.due.append(what)
+        else:
+            self.loop.call_soon(self._turn, [what])
+        return 0
+
+    cdef int end_soon(self, Watched what) except -1:
+        """Have what.end() called after all that is scheduled, and before what is not yet."""
+        if self.awake and self.scheduled() == 0:
+            self.ending.append(what)
+        else:
+            self.loop.call_soon(self._end, [what])
+        return 0

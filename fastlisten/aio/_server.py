@@ -1,0 +1,269 @@
+"""Server: what asyncio.Server is, on our accept loop and transports."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+import time
+from asyncio import trsock
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from fastlisten._core.accept import Shortage
+from fastlisten._core.acceptor import Acceptor
+from fastlisten._core.overload import HANDLERS_AT_MOST, Overload
+from fastlisten._core.state import State, Taker, queue
+from fastlisten._listener import Listener, ListenerStats
+from fastlisten._options import Checked, ServeOptions, checked
+from fastlisten._unix_path import OwnPath
+from fastlisten.aio._accepting import Accepting
+from fastlisten.aio._hub import Hub
+from fastlisten.aio._transport import Connections
+
+Factory = Callable[[], asyncio.BaseProtocol]
+
+_log = logging.getLogger("fastlisten")
+
+# What asyncio's Server can do and since when; before 3.12.1 wait_closed() does not wait for connections.
+_CLOSES_CLIENTS = sys.version_info >= (3, 13)
+_WAITS_FOR_CLIENTS = sys.version_info >= (3, 12)
+# What cancelling serve_forever() does to the clients has changed in a bugfix release: cpython's gh-123720.
+_CUTS_CLIENTS = "close_clients" in asyncio.Server.serve_forever.__code__.co_names
+
+
+class Server(asyncio.AbstractServer):
+    """A server as asyncio.Server is one, with stats(), pause() and resume(); create_server() makes it."""
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sockets: list[socket.socket],
+        factory: Factory,
+        backlog: int,
+        limits: Checked,
+        path: OwnPath | None = None,
+    ) -> None:
+        self._loop = loop
+        self._sockets: list[socket.socket] | None = sockets
+        self._backlog = backlog
+        self._limits = limits
+        self._connections = Connections(Hub(loop), factory)
+        shortage = Shortage("pause" if limits.busy is not None else limits.exhausted)
+        self._accepting = Accepting(self._connections, limits.max_connections or 0, shortage)
+        self._accepting.when_idle(self._client_gone)
+        self._states = [_state_of(sock) for sock in sockets]
+        self._taker = ServerTaker(self._accepting)
+        self._path = path
+        self._since = time.time()
+        self._paused = False
+        self._serving = False
+        self._forever: asyncio.Future[None] | None = None
+        self._waiters: list[asyncio.Future[None]] | None = []
+        self._attached = 0
+
+    def __repr__(self) -> str:
+        return f"<{self.__class__.__name__} sockets={self.sockets!r}>"
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop it serves on."""
+        return self._loop
+
+    def is_serving(self) -> bool:
+        """Whether it takes clients."""
+        return self._serving
+
+    @property
+    def sockets(self) -> tuple[trsock.TransportSocket, ...]:
+        """The listening sockets, for a look at them; none after close()."""
+        return tuple(trsock.TransportSocket(sock) for sock in self._sockets or ())
+
+    def _start(self) -> None:
+        if self._serving:
+            return
+        if self._sockets is None:
+            raise RuntimeError(f"server {self!r} is closed")
+        try:
+            for state in self._states:
+                state.take(self._taker)
+            for sock in self._sockets:
+                sock.listen(self._backlog)
+            if self._limits.busy is None:
+                for sock, state in zip(self._sockets, self._states, strict=True):
+                    self._accepting.add_listener(sock, state)
+            else:
+                self._accepting.add_queue(self._overload(self._sockets))
+        except BaseException:
+            self._give_back()
+            raise
+        self._serving = True
+        self._accepting.serve()
+
+    def _overload(self, sockets: list[socket.socket]) -> Overload:
+        """A thread that refuses who finds no place, also while the event loop is busy."""
+        limits = self._limits
+        most, pending = limits.max_connections or 0, limits.pending or 0
+        # An event loop has as many handlers as there may be connections; who is not with it yet waits.
+        handlers = HANDLERS_AT_MOST if most else 0 if pending else 1
+        listeners = [(sock.fileno(), state) for sock, state in zip(sockets, self._states, strict=True)]
+        acceptor = Acceptor(listeners, 0.0, 0, Shortage(limits.exhausted, limits.busy))
+        return Overload(acceptor, pending, handlers, most, limits.busy)
+
+    def _give_back(self) -> None:
+        for state in self._states:
+            state.give_back(self._taker)
+
+    async def start_serving(self) -> None:
+        """Take clients from now on; nothing happens when it does already."""
+        self._start()
+        await asyncio.sleep(0)
+
+    async def serve_forever(self) -> None:
+        """Serve until cancelled or closed; cancelling closes the server, and since 3.14 its clients."""
+        if self._forever is not None:
+            raise RuntimeError(f"server {self!r} is already being awaited on serve_forever()")
+        if self._sockets is None:
+            raise RuntimeError(f"server {self!r} is closed")
+        self._start()
+        self._forever = self._loop.create_future()
+        try:
+            await self._forever
+        except asyncio.CancelledError:
+            try:
+                self.close()
+                if _CUTS_CLIENTS:
+                    self.close_clients()
+                await self.wait_closed()
+            finally:
+                raise
+        finally:
+            self._forever = None
+
+    def close(self) -> None:
+        """Take no more clients and close the listening sockets; open connections go on."""
+        sockets = self._sockets
+        if sockets is None:
+            return
+        self._sockets = None
+        self._accepting.stop()
+        self._give_back()
+        for sock in sockets:
+            sock.close()
+        if self._path is not None:
+            _remove(self._path)
+        self._serving = False
+        if self._forever is not None and not self._forever.done():
+            self._forever.cancel()
+            self._forever = None
+        self._client_gone()
+
+    def _client_gone(self) -> None:
+        if self._sockets is None and self._connections.active == 0 and not self._attached:
+            self._wake_up()
+
+    # asyncio's own transports tell their server so that they are there; one may be given ours.
+
+    def _attach(self, *transport: object) -> None:
+        self._attached += 1
+
+    def _detach(self, *transport: object) -> None:
+        self._attached -= 1
+        self._client_gone()
+
+    def _wake_up(self) -> None:
+        waiters, self._waiters = self._waiters, None
+        for waiter in waiters or ():
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait_closed(self) -> None:
+        """Wait until the server is closed and its connections are gone; before Python 3.12, as asyncio's
+        own, for nothing once it is closed."""
+        if self._waiters is None or (self._sockets is None and not _WAITS_FOR_CLIENTS):
+            return
+        waiter = self._loop.create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    if _CLOSES_CLIENTS:
+
+        def close_clients(self) -> None:
+            """Close all connections, each when what was written to it is sent."""
+            for transport in self._connections.clients():
+                transport.close()
+
+        def abort_clients(self) -> None:
+            """Close all connections at once."""
+            for transport in self._connections.clients():
+                transport.abort()
+
+    def pause(self) -> None:
+        """Accept nobody until resume(); clients wait in the kernel's queue, connections go on."""
+        self._hold(True)
+
+    def resume(self) -> None:
+        """Accept again after pause()."""
+        self._hold(False)
+
+    def _hold(self, paused: bool) -> None:
+        self._paused = paused
+        for state in self._states:
+            state.paused = paused
+        self._accepting.hold(paused)
+
+    def stats(self) -> ListenerStats:
+        """The counters of all its listening sockets together; `handled` counts connections that have ended,
+        `handler_errors` what factories and protocols raised."""
+        totals: Counter[str] = Counter()
+        accept_errors: Counter[str] = Counter()
+        for state in self._states:
+            counts: dict[str, Any] = {**state.counts()}
+            accept_errors.update(counts.pop("accept_errors"))
+            totals.update(counts)
+        queues = [queue(sock.fileno()) for sock in self._sockets or ()]
+        depths = [depth for depth, _ in queues if depth is not None]
+        limits = [limit for _, limit in queues if limit is not None]
+        return ListenerStats(
+            **totals,
+            accept_errors=dict(accept_errors),
+            paused=self._paused,
+            threads=0,
+            idle_threads=0,
+            queue_depth=sum(depths) if depths else None,
+            queue_limit=sum(limits) if limits else None,
+            since=self._since,
+        )
+
+
+class ServerTaker(Taker):
+    """A Server, as its listeners' states know it."""
+
+    activity = "an asyncio server accepts from"
+
+    def __init__(self, accepting: Accepting) -> None:
+        self._accepting = accepting
+
+    def after_fork(self) -> bool:
+        """The server is the child's as much as its parent's; who waits in the queue is the parent's."""
+        self._accepting.after_fork()
+        return True
+
+
+def checked_limits(*, exhausted: Any, **limits: Any) -> Checked:
+    """What a server may take on: max_connections, pending, busy and exhausted, checked as serve() does."""
+    if exhausted not in ("pause", "shed"):
+        raise ValueError(f"exhausted must be 'pause' or 'shed', not {exhausted!r}")
+    return checked(ServeOptions, {"exhausted": exhausted, **limits})
+
+
+def _state_of(sock: socket.socket) -> State:
+    return sock._state if isinstance(sock, Listener) else State(sock)
+
+
+def _remove(path: OwnPath) -> None:
+    try:
+        path.remove()
+    except OSError as error:
+        _log.error("a unix socket's path stays: %s", error)

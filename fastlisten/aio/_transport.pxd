@@ -1,0 +1,118 @@
+cimport cython
+from libc.stdint cimport int64_t
+
+from fastlisten._core.connection cimport SHORT_ADDRESS
+from fastlisten._core.port cimport port_address, port_socket
+from fastlisten._core.state cimport state_t
+from fastlisten.aio._hub cimport Hub, Watched
+
+
+cdef class Owner:
+    cdef int connection_gone(self) except -1
+
+
+@cython.final
+cdef class Connections:
+    cdef Hub hub
+    cdef Owner owner            # who has accepted them; None once the server is over
+    cdef object factory
+    cdef object context         # what each connection's own is a copy of
+    cdef object __weakref__
+    cdef readonly int64_t active
+    cdef dict transports        # weak references to the open ones, by descriptor
+    cdef object kind            # the class of the last protocol, and whether that is a BufferedProtocol
+    cdef bint buffered
+    cdef char *scratch
+
+    cdef int begin(self) except -1
+    cdef int leave(self) except -1
+    cdef int release_held(self) except -1
+
+
+cdef struct short_address_t:    # an address that fits; few do not
+    int length                  # 0: there is none
+    char bytes[SHORT_ADDRESS]
+
+
+@cython.final
+cdef class WriteBuffer:
+    cdef object pieces          # deque of bytes
+    cdef Py_ssize_t sent        # how much of the first is gone
+    cdef Py_ssize_t size        # how much there is
+    cdef Py_ssize_t low, high   # below and above which the protocol is told to go on and to pause
+    cdef bint paused            # it was told to
+
+    cdef int add(self, bytes data, Py_ssize_t sent) except -1
+    cdef bytes front(self)
+    cdef int send(self, port_socket fd) except -1
+    cdef int clear(self) except -1
+
+
+cdef enum due_t:
+    NOTHING
+    BEGIN       # make the protocol
+    MEET        # tell the protocol
+    READ        # try recv()
+
+
+@cython.final
+cdef class Transport(Watched):
+    cdef object __weakref__
+    cdef Connections connections
+    cdef state_t *state             # the listener's, in which it is counted until it is closed
+    cdef short_address_t address    # the peer's, until somebody asks and gets `peer`
+    cdef object peer, sockname
+    cdef object sock                # the socket.socket that owns the descriptor, once somebody asked for one
+    cdef object protocol
+    cdef object context             # contextvars.Context in which the protocol is called
+    cdef list held                  # bytes written in our call to the protocol, to be sent after it; or None
+    cdef Py_ssize_t held_size
+    cdef WriteBuffer buffer         # None until something has to be kept
+    cdef object emptied             # a Future while a file is sent: nothing is kept any more
+    cdef object error               # what connection_lost() gets
+    cdef int lost                   # connection_lost() is due or done; counts the writes after that
+    cdef due_t due                  # at its next turn
+    cdef bint buffered              # the protocol is a BufferedProtocol
+    cdef bint connected             # there is a protocol
+    cdef bint holding               # the protocol is being called by us
+    cdef bint closing, paused, ended, eof_sent
+
+    cdef int again(self, due_t due) except -1
+    cdef int begin(self) except -1
+    cdef int meet(self) except -1
+    cdef int read(self) except -1
+    cdef int read_on(self) except -1
+    cdef int hand_over(self, Py_ssize_t got, bint buffered) except -1
+    cdef int received_eof(self) except -1
+    cdef int watch_or_end(self, short events) except -1
+    cdef int report(self, error, str message) except -1
+    cdef int fail(self, int code, str message) except -1
+    cdef int fatal(self, error, str message) except -1
+    cdef int force_close(self, error) except -1
+    cdef int lose(self) except -1
+    cdef int release(self) except -1
+    cdef int shut(self) except -1
+    cdef int check_writable(self, name) except -1
+    cdef int transmit(self, data, const char *start, Py_ssize_t length) except -1
+    cdef int hold(self, data, const char *start, Py_ssize_t length) except -1
+    cdef int send_held(self, int flags) except -1
+    cdef int enter_call(self, context) except -1
+    cdef int leave_call(self, context) except -1
+    cdef int release_held(self) except -1
+    cdef int send(self, data, const char *start, Py_ssize_t length, int flags) except -1
+    cdef int keep(self, data, const char *start, Py_ssize_t length, Py_ssize_t sent) except -1
+    cdef int flush(self) except -1
+    cdef Py_ssize_t unsent(self) noexcept
+    cdef WriteBuffer write_buffer(self)
+    cdef int maybe_pause(self) except -1
+    cdef int maybe_resume(self) except -1
+    cdef int tell_protocol(self, str name) except -1
+    cdef int attach(self, protocol) except -1
+    cdef object peer_address(self)
+    cdef object own_address(self)
+    cdef object own_socket(self)
+    cdef int close_socket(self, port_socket fd) except -1
+
+
+cdef Transport new_transport(
+    Connections connections, state_t *state, port_socket fd, const port_address *address, int length)

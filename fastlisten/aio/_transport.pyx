@@ -1,0 +1,898 @@
+"""Transports of asyncio servers, and what the connections of one server share.
+
+A transport reads as soon as it is made.  It is watched (_hub.pyx) only when the kernel says it would block.
+"""
+
+import asyncio
+import logging
+import os
+import socket as _socket
+import sys
+import warnings
+import weakref
+from asyncio import constants, trsock
+from collections import deque
+
+cimport cython
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.contextvars cimport (
+    PyContext_Copy,
+    PyContext_CopyCurrent,
+    PyContext_Enter,
+    PyContext_Exit,
+)
+from cpython.weakref cimport PyWeakref_NewRef
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from fastlisten._core.connection cimport (
+    SHORT_ADDRESS,
+    address_object,
+    raise_error,
+)
+from fastlisten._core.port cimport *
+from fastlisten._core.state cimport client_out, state_hold, state_t
+from fastlisten.aio._hub cimport Hub, Watched
+
+# How much one recv() takes at most, and how much one wake sends on one connection; asyncio's own size.
+cdef enum:
+    CHUNK = 256 * 1024
+
+# What is kept to be sent is joined when the pieces are smaller than this.
+cdef enum:
+    SMALL = 64 * 1024
+
+# Between these many kept bytes the protocol may write or has to pause; asyncio's own marks.
+cdef enum:
+    LOW = 16 * 1024
+    HIGH = 64 * 1024
+
+# The Connections of every server there is.
+cdef object _all_connections = weakref.WeakSet()
+
+cdef object _asyncio_log = logging.getLogger("asyncio")
+cdef object _StandardSocket = _socket.socket
+cdef object _BufferedProtocol = asyncio.BufferedProtocol
+cdef int _warn_from = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
+cdef object _SendfileMode = constants._SendfileMode
+# Its words have changed between two bugfix releases of 3.13, so the running one has to say them.
+cdef object _asyncio_write = asyncio.selector_events._SelectorSocketTransport.write
+# Connections begin in the context of create_server() there, of start_serving() before.
+cdef bint _context_of_creation = sys.version_info >= (3, 15)
+cdef object _writelines_name = "writelines" if sys.version_info >= (3, 12) else "write"
+
+
+class SocketTransport(asyncio.transports._FlowControlMixin):
+    """What isinstance() is told that a Transport is: an asyncio.Transport with flow control.
+
+    asyncio.BaseTransport has an instance slot, so that no extension type can inherit from it.
+    """
+
+    __slots__ = ()
+
+
+def _before_fork():
+    """What is held leaves now: after it two would send it, and the end that goes with it is for both."""
+    cdef Connections connections
+    loop = asyncio._get_running_loop()
+    for connections in list(_all_connections):
+        if connections.hub.loop is loop:
+            connections.release_held()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork)
+
+
+# --- What the connections of one server share --------------------------------------------------------------
+
+cdef class Owner:
+    """Who has accepted the connections."""
+
+    cdef int connection_gone(self) except -1:
+        """One is closed: its descriptor is free, and there may be room for another."""
+        raise NotImplementedError
+
+
+@cython.final
+cdef class Connections:
+    """What the connections of one server share: the hub, the protocols' factory, the memory to receive into.
+
+    hub: the Hub that watches them.  factory: makes a protocol for each connection.
+    """
+
+    def __cinit__(self, Hub hub not None, factory):
+        self.scratch = <char *>malloc(CHUNK)
+        if self.scratch is NULL:
+            raise MemoryError
+        self.hub = hub
+        self.factory = factory
+        self.transports = {}
+        if _context_of_creation:
+            self.context = PyContext_CopyCurrent()
+        _all_connections.add(self)
+
+    def __dealloc__(self):
+        free(self.scratch)
+
+    cdef int begin(self) except -1:
+        """The server starts; the connections' context is the one it starts in."""
+        if self.context is None:
+            self.context = PyContext_CopyCurrent()
+        return 0
+
+    cdef int leave(self) except -1:
+        """A connection is closed; tell who has accepted it."""
+        cdef Owner owner = self.owner  # held: it may let go of us, and we of it
+        self.active -= 1
+        if owner is not None:
+            owner.connection_gone()
+        return 0
+
+    cdef int release_held(self) except -1:
+        """No Transport holds back what is written any longer."""
+        for transport in self.clients():
+            (<Transport>transport).release_held()
+        return 0
+
+    def clients(self):
+        """The open Transports."""
+        return [transport for weak in list(self.transports.values())
+                if (transport := weak()) is not None]
+
+
+# --- A connection -------------------------------------------------------------------------------------------
+
+cdef Transport new_transport(
+        Connections connections, state_t *state, port_socket fd, const port_address *address, int length):
+    """A Transport that owns `fd` and a hold on the state; on failure the descriptor stays the caller's."""
+    cdef Transport transport = Transport.__new__(Transport)
+    transport.connections = connections
+    transport.hub = connections.hub
+    transport.polled = connections.hub.poller != PORT_NO_SOCKET
+    transport.due = BEGIN
+    if length > SHORT_ADDRESS:
+        transport.peer = address_object(address, length)
+    else:
+        memcpy(transport.address.bytes, address, length)
+        transport.address.length = length
+    connections.transports[fd] = PyWeakref_NewRef(transport, None)
+    connections.active += 1
+    state_hold(state)
+    transport.state = state
+    transport.fd = fd
+    return transport
+
+
+@cython.final
+cdef class WriteBuffer:
+    """What was written and the kernel has not taken yet."""
+
+    def __cinit__(self):
+        self.pieces = deque()
+        self.low = LOW
+        self.high = HIGH
+
+    cdef int add(self, bytes data, Py_ssize_t sent) except -1:
+        """Keep it.  sent: how much of it is gone; not 0 only when nothing else is kept."""
+        self.pieces.append(data)
+        if self.size == 0:
+            self.sent = sent
+        self.size += PyBytes_GET_SIZE(data) - sent
+        return 0
+
+    cdef bytes front(self):
+        """The first piece, joined with what follows while that is small."""
+        cdef Py_ssize_t joined
+        cdef bytes first = self.pieces[0]
+        cdef bytes piece
+        if len(self.pieces) == 1 or PyBytes_GET_SIZE(first) - self.sent >= SMALL:
+            return first
+        parts = [first[self.sent:]]
+        joined = PyBytes_GET_SIZE(first) - self.sent
+        self.pieces.popleft()
+        while self.pieces and joined < SMALL:
+            piece = self.pieces.popleft()
+            joined += PyBytes_GET_SIZE(piece)
+            parts.append(piece)
+        first = b"".join(parts)
+        self.pieces.appendleft(first)
+        self.sent = 0
+        return first
+
+    cdef int send(self, port_socket fd) except -1:
+        """Send as much as one wake may; returns the code of the send() that failed, or 0."""
+        cdef bytes first
+        cdef Py_ssize_t gone
+        cdef Py_ssize_t room = CHUNK
+        while self.size and room > 0:
+            first = self.front()
+            gone = port_send(fd, PyBytes_AS_STRING(first) + self.sent, PyBytes_GET_SIZE(first) - self.sent, 0)
+            if gone < 0:
+                return port_error()
+            self.sent += gone
+            self.size -= gone
+            room -= gone
+            if self.sent == PyBytes_GET_SIZE(first):
+                self.pieces.popleft()
+                self.sent = 0
+        return 0
+
+    cdef int clear(self) except -1:
+        """Keep nothing any more; the marks stay."""
+        self.pieces.clear()
+        self.size = self.sent = 0
+        return 0
+
+
+@cython.final
+cdef class Transport(Watched):
+    """An asyncio.Transport of one accepted client.
+
+    Made by the servers of fastlisten.aio.  It owns its descriptor and closes it after connection_lost().
+    """
+
+    _start_tls_compatible = True
+    max_size = CHUNK
+
+    def __init__(self, *args):
+        if self.hub is None:
+            raise TypeError("a Transport comes from a server")
+
+    @property
+    def __class__(self):
+        return SocketTransport
+
+    def __del__(self):
+        if self.fd != PORT_NO_SOCKET:
+            if self.protocol is not None:  # else it was never begun
+                warnings.warn(f"unclosed transport {self!r}", ResourceWarning, stacklevel=1, source=self)
+            # A forked child shares the poller with its parent, who goes on: fork(2), epoll(7).  Who is
+            # watched is held by its watcher, so that one ends with the other.
+            self.watched_for = 0
+            self.release()
+
+    def __repr__(self):
+        state = "closed" if self.fd == PORT_NO_SOCKET else "closing" if self.closing else "open"
+        fd = "" if self.fd == PORT_NO_SOCKET else f" fd={self.fd}"
+        reading = "reading" if self.is_reading() else "not reading"
+        return f"<fastlisten.Transport {state}{fd} {reading} unsent={self.unsent()}>"
+
+    # --- its turns ---------------------------------------------------------------------------------
+
+    cdef int turn(self) except -1:
+        """What was due."""
+        cdef due_t due = self.due
+        cdef object context
+        self.due = NOTHING
+        if self.fd == PORT_NO_SOCKET:
+            return 0
+        if due == BEGIN:
+            self.context = PyContext_Copy(self.connections.context)
+        context = self.context
+        self.enter_call(context)
+        try:
+            if due == BEGIN:
+                self.begin()
+            elif due == MEET:
+                self.meet()
+            else:
+                self.read()
+        finally:
+            self.leave_call(context)
+        return 0
+
+    cdef int again(self, due_t due) except -1:
+        """Have this done later: never inside the call that asks for it, which may be the protocol's."""
+        if self.due == NOTHING:
+            self.hub.turn_soon(self)
+            self.due = due
+        return 0
+
+    cdef int end(self) except -1:
+        """connection_lost(), and the end."""
+        cdef object context = self.context
+        if self.fd == PORT_NO_SOCKET:
+            return 0
+        if context is None:  # closed before its first turn
+            return self.release()
+        PyContext_Enter(context)
+        try:
+            if self.due == MEET:  # somebody else has closed it before that turn
+                self.due = NOTHING
+                self.meet()
+        finally:
+            try:
+                self.lose()
+            finally:
+                PyContext_Exit(context)
+        return 0
+
+    cdef int ready(self, short events) except -1:
+        cdef object context = self.context
+        self.enter_call(context)
+        try:
+            # A hang-up or an error is told to whoever waits, as asyncio's selectors do.
+            if events & ~POLLOUT and self.watched_for & POLLIN:
+                self.read()
+            if events & ~POLLIN and self.watched_for & POLLOUT:
+                self.flush()
+        finally:
+            self.leave_call(context)
+        return 0
+
+    cdef int begin(self) except -1:
+        """Make the protocol; go on at once, unless something was scheduled that comes first."""
+        cdef Py_ssize_t scheduled = self.hub.scheduled()
+        if self.closing:
+            return 0  # its end is due
+        try:
+            self.attach(self.connections.factory())
+        except (SystemExit, KeyboardInterrupt):
+            self.release()
+            raise
+        except BaseException as error:
+            port_add(&self.state.handler_errors, 1)
+            loop = self.hub.loop
+            self.release()
+            loop.call_exception_handler({
+                "message": "Error on transport creation for incoming connection",
+                "exception": error,
+                "transport": self,
+            })
+            return 0
+        if self.hub.scheduled() != scheduled:
+            return self.again(MEET)
+        return self.meet()
+
+    cdef int meet(self) except -1:
+        """Tell the protocol; and read what the client has sent already, unless something was scheduled that
+        comes first: a stream's task may start TLS or set a protocol in its first step."""
+        cdef Py_ssize_t scheduled = self.hub.scheduled()
+        try:
+            self.protocol.connection_made(self)
+        except (SystemExit, KeyboardInterrupt):
+            self.force_close(None)
+            raise
+        except BaseException as error:
+            self.report(error, "Fatal error: protocol.connection_made() call failed.")
+            self.force_close(error)
+            return 0
+        self.send_held(0)  # a greeting comes before the question
+        if self.hub.scheduled() != scheduled:
+            return self.again(READ)
+        return self.read()
+
+    cdef int read(self) except -1:
+        """One recv(), and what it brings to the protocol; be watched if it would block."""
+        cdef Py_ssize_t got
+        cdef int code = 0
+        cdef Py_buffer view
+        cdef bint buffered = self.buffered  # get_buffer() may set another protocol
+        if self.closing or self.paused or self.ended:
+            return 0
+        if not buffered:
+            got = port_recv(self.fd, self.connections.scratch, CHUNK, 0)
+            if got < 0:
+                code = port_error()
+        else:
+            try:
+                buffer = self.protocol.get_buffer(-1)
+                if not len(buffer):
+                    raise RuntimeError("get_buffer() returned an empty buffer")
+            except (SystemExit, KeyboardInterrupt):
+                self.read_on()
+                raise
+            except BaseException as error:
+                return self.fatal(error, "Fatal error: protocol.get_buffer() call failed.")
+            try:
+                PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
+            except Exception as error:
+                return self.fatal(error, "Fatal read error on socket transport")
+            got = port_recv(self.fd, view.buf, view.len, 0)
+            if got < 0:
+                code = port_error()
+            PyBuffer_Release(&view)
+            buffer = None
+        if got > 0:
+            try:
+                self.hand_over(got, buffered)
+            finally:
+                self.read_on()
+            return 0
+        if got == 0:
+            return self.received_eof()
+        if port_would_block(code):
+            return self.watch_or_end(self.watched_for | POLLIN)
+        if code == PORT_EINTR:
+            return self.again(READ)
+        return self.fail(code, "Fatal read error on socket transport")
+
+    cdef int read_on(self) except -1:
+        """Read once more, after SystemExit, too: the loop may run again."""
+        if not self.watched_for & POLLIN and not self.closing:
+            return self.again(READ)
+        return 0
+
+    cdef int hand_over(self, Py_ssize_t got, bint buffered) except -1:
+        """Give the protocol what recv() brought, into its own buffer or the scratch that all share."""
+        try:
+            if buffered:
+                self.protocol.buffer_updated(got)
+            else:
+                self.protocol.data_received(PyBytes_FromStringAndSize(self.connections.scratch, got))
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            name = "buffer_updated" if buffered else "data_received"
+            self.fatal(error, f"Fatal error: protocol.{name}() call failed.")
+        return 0
+
+    cdef int received_eof(self) except -1:
+        """The client has sent all it will."""
+        try:
+            keep = self.protocol.eof_received()
+        except (SystemExit, KeyboardInterrupt):
+            self.read_on()  # and be told again, as with asyncio's own
+            raise
+        except BaseException as error:
+            return self.fatal(error, "Fatal error: protocol.eof_received() call failed.")
+        self.ended = True
+        if keep:
+            return self.watch_or_end(self.watched_for & ~POLLIN)
+        return self.shut()
+
+    cdef int watch_or_end(self, short events) except -1:
+        """watch(), and a failure of it ends the connection."""
+        try:
+            self.watch(events)
+        except OSError as error:
+            self.fatal(error, "Fatal error on transport")
+        return 0
+
+    # --- the end -----------------------------------------------------------------------------------
+
+    cdef int report(self, error, str message) except -1:
+        port_add(&self.state.handler_errors, 1)
+        self.hub.loop.call_exception_handler({
+            "message": message,
+            "exception": error,
+            "transport": self,
+            "protocol": self.protocol,
+        })
+        return 0
+
+    cdef int fail(self, int code, str message) except -1:
+        try:
+            raise_error(code)
+        except OSError as error:
+            self.fatal(error, message)
+        return 0
+
+    cdef int fatal(self, error, str message) except -1:
+        """An error ends the connection; what a client can cause (OSError) is not reported, as in asyncio."""
+        if self.fd == PORT_NO_SOCKET:
+            return 0
+        if not isinstance(error, OSError):
+            self.report(error, message)
+        elif self.hub.loop.get_debug():
+            _asyncio_log.debug("%r: %s", self, message, exc_info=error)
+        return self.force_close(error)
+
+    cdef int force_close(self, error) except -1:
+        self.send_held(0)
+        if self.lost or self.fd == PORT_NO_SOCKET:
+            return 0
+        if self.buffer is not None:
+            self.buffer.clear()
+        self.closing = True
+        self.watch(0)
+        self.lost = 1
+        self.error = error
+        return self.hub.end_soon(self)
+
+    cdef int lose(self) except -1:
+        """Tell the protocol that the connection is gone; then it is."""
+        try:
+            if self.connected:
+                self.protocol.connection_lost(self.error)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self.report(error, "Fatal error: protocol.connection_lost() call failed.")
+        finally:
+            self.release()
+        return 0
+
+    cdef int release(self) except -1:
+        """Close the descriptor and forget everything."""
+        cdef port_socket fd = self.fd
+        cdef Connections connections = self.connections
+        if fd == PORT_NO_SOCKET:
+            return 0
+        try:
+            self.watch(0)
+        finally:
+            self.closing = True
+            self.lost = max(self.lost, 1)
+            if self.buffer is not None:
+                self.buffer.clear()
+            self.fd = PORT_NO_SOCKET
+            if self.emptied is not None and not self.emptied.done():
+                self.emptied.set_exception(self.error or ConnectionError("Connection is closed by peer"))
+            self.protocol = self.context = self.error = None
+            connections.transports.pop(fd, None)
+            self.close_socket(fd)
+            connections.leave()
+        return 0
+
+    def close(self):
+        """Close when all that was written is sent; connection_lost() follows.  Nothing more is read."""
+        self.shut()
+
+    cdef int shut(self) except -1:
+        if self.closing:
+            return 0
+        if self.held is not None:
+            # With the end of the stream in the same segment.  Closing alone does not send what is held back
+            # when the client has said more than was read; shutdown() does.
+            self.send_held(PORT_MORE)
+            if self.lost:
+                return 0
+            if not self.unsent():
+                port_shutdown(self.fd, PORT_SHUT_WRITE)  # fails when the client is gone; it is closed anyway
+        self.closing = True
+        self.watch(self.watched_for & ~POLLIN)
+        if self.unsent():
+            return 0
+        self.lost = 1
+        return self.hub.end_soon(self)
+
+    def abort(self):
+        """Close at once; what is not sent yet is lost."""
+        self.force_close(None)
+
+    def _force_close(self, error):  # asyncio's TLS protocol calls it
+        self.force_close(error)
+
+    def is_closing(self):
+        """Whether it is closed or will be."""
+        return self.closing
+
+    # --- reading -----------------------------------------------------------------------------------
+
+    def is_reading(self):
+        """Whether what the client sends is being read."""
+        return not self.closing and not self.paused
+
+    def pause_reading(self):
+        """Read nothing until resume_reading(); the client is slowed down by TCP."""
+        if self.closing or self.paused:
+            return
+        self.paused = True
+        self.watch(self.watched_for & ~POLLIN)
+
+    def resume_reading(self):
+        """Read again after pause_reading()."""
+        if self.closing or not self.paused:
+            return
+        self.paused = False
+        self.again(READ)
+
+    # --- writing -----------------------------------------------------------------------------------
+
+    def write(self, data):
+        """Send bytes; what the kernel does not take now is kept and sent when it does."""
+        cdef Py_buffer view
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            return _asyncio_write(self, data)  # raises TypeError
+        self.check_writable("write")
+        if type(data) is bytes:
+            self.transmit(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+            return
+        try:
+            PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+        except BufferError as error:  # it is not contiguous
+            self.fatal(error, "Fatal write error on socket transport")
+            return
+        try:
+            self.transmit(None, <const char *>view.buf, view.len)
+        finally:
+            PyBuffer_Release(&view)
+
+    def writelines(self, list_of_data):
+        """Send the pieces as one."""
+        self.check_writable(_writelines_name)
+        if _writelines_name == "writelines":  # since 3.12 asyncio looks at each piece by itself
+            if not list_of_data:
+                return
+            list_of_data = [memoryview(piece) for piece in list_of_data]
+            for piece in list_of_data:
+                if not piece.c_contiguous:
+                    return self.write(piece)  # which ends it
+        data = b"".join(list_of_data)
+        self.transmit(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
+
+    cdef int check_writable(self, name) except -1:
+        if self.eof_sent:
+            raise RuntimeError(f"Cannot call {name}() after write_eof()")
+        if self.emptied is not None:
+            raise RuntimeError(f"unable to {name}; sendfile is in progress")
+        return 0
+
+    cdef int transmit(self, data, const char *start, Py_ssize_t length) except -1:
+        """Send, and keep the rest.  data: the bytes object that `start` points into, or None."""
+        if length == 0:
+            return 0
+        if self.held_size + length > SMALL:
+            self.send_held(PORT_MORE)
+        if self.holding and length <= SMALL and not self.unsent() and not self.lost and self.sock is None:
+            return self.hold(data, start, length)
+        return self.send(data, start, length, 0)
+
+    # What a protocol writes while we call it leaves when it returns: all of it in one send(), and with
+    # the end of the stream in the same segment if it closes, too; that is one way through the stack less.
+    # Who has asked for the socket may use it between two writes, so there nothing is held.
+
+    cdef int hold(self, data, const char *start, Py_ssize_t length) except -1:
+        """Have it sent at the end of our call."""
+        if self.held is None:
+            self.held = []
+        self.held.append(PyBytes_FromStringAndSize(start, length) if data is None else data)
+        self.held_size += length
+        return 0
+
+    cdef int send_held(self, int flags) except -1:
+        """Send what is held, if anything.  flags: PORT_MORE when more, or the end, follows at once."""
+        cdef bytes data
+        if self.held is None:
+            return 0
+        data = b"".join(self.held)  # one alone is not copied
+        self.held = None
+        self.held_size = 0
+        return self.send(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), flags)
+
+    cdef int enter_call(self, context) except -1:
+        PyContext_Enter(context)
+        self.holding = True
+        return 0
+
+    cdef int leave_call(self, context) except -1:
+        try:
+            return self.release_held()
+        finally:
+            PyContext_Exit(context)
+
+    cdef int release_held(self) except -1:
+        """Hold nothing any longer."""
+        self.holding = False
+        return self.send_held(0)
+
+    cdef int send(self, data, const char *start, Py_ssize_t length, int flags) except -1:
+        """Send now, and keep the rest."""
+        cdef Py_ssize_t sent = 0
+        cdef int code
+        if self.lost:
+            if self.lost >= _warn_from:
+                _asyncio_log.warning("socket.send() raised exception.")
+            self.lost += 1
+            return 0
+        if self.unsent() == 0:
+            sent = port_send(self.fd, start, length, flags)
+            if sent == length:
+                return 0
+            if sent < 0:
+                code = port_error()
+                if not port_would_block(code) and code != PORT_EINTR:
+                    return self.fail(code, "Fatal write error on socket transport")
+                sent = 0
+        return self.keep(data, start, length, sent)
+
+    cdef int keep(self, data, const char *start, Py_ssize_t length, Py_ssize_t sent) except -1:
+        """Have the rest sent when the kernel takes it.  What the caller may change is copied."""
+        cdef WriteBuffer buffer = self.write_buffer()
+        if buffer.size == 0:
+            self.watch_or_end(self.watched_for | POLLOUT)
+            if self.lost:
+                return 0
+        if data is None:
+            data = PyBytes_FromStringAndSize(start + sent, length - sent)
+            sent = 0
+        buffer.add(data, sent)
+        return self.maybe_pause()
+
+    cdef int flush(self) except -1:
+        """The kernel takes more: send what is kept, as much as one wake may."""
+        cdef int code = self.buffer.send(self.fd)
+        if code != 0 and not port_would_block(code) and code != PORT_EINTR:
+            return self.fail(code, "Fatal write error on socket transport")
+        self.maybe_resume()
+        self.send_held(0)  # a last word, before the end that may follow now
+        if self.buffer.size == 0 and self.fd != PORT_NO_SOCKET and not self.lost:
+            self.watch(self.watched_for & ~POLLOUT)
+            if self.emptied is not None and not self.emptied.done():
+                self.emptied.set_result(None)
+            if self.closing:
+                self.lost = 1
+                return self.lose()
+            if self.eof_sent and port_shutdown(self.fd, PORT_SHUT_WRITE) != 0:
+                return self.fail(port_error(), "Fatal write error on socket transport")
+        return 0
+
+    cdef Py_ssize_t unsent(self) noexcept:
+        """How much is kept to be sent."""
+        return 0 if self.buffer is None else self.buffer.size
+
+    cdef WriteBuffer write_buffer(self):
+        """The write buffer, made when the first needs it: most connections never do."""
+        if self.buffer is None:
+            self.buffer = WriteBuffer()
+        return self.buffer
+
+    def can_write_eof(self):
+        """True."""
+        return True
+
+    def write_eof(self):
+        """End the sending side when all that was written is sent; reading goes on."""
+        if self.closing or self.eof_sent:
+            return
+        self.send_held(PORT_MORE)
+        if self.closing:
+            return
+        self.eof_sent = True
+        if not self.unsent() and port_shutdown(self.fd, PORT_SHUT_WRITE) != 0:
+            raise_error(port_error())
+
+    # --- flow control ------------------------------------------------------------------------------
+
+    def get_write_buffer_size(self):
+        """How many bytes are kept to be sent."""
+        self.send_held(0)  # what the kernel takes is not kept
+        return self.unsent()
+
+    def get_write_buffer_limits(self):
+        """The marks below and above which the protocol is told to go on and to pause: (low, high)."""
+        if self.buffer is None:
+            return LOW, HIGH
+        return self.buffer.low, self.buffer.high
+
+    def set_write_buffer_limits(self, high=None, low=None):
+        """Set the marks, in bytes, between which the protocol may write or has to pause."""
+        cdef WriteBuffer buffer
+        if high is None:
+            high = HIGH if low is None else 4 * low
+        if low is None:
+            low = high // 4
+        if not high >= low >= 0:
+            raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+        buffer = self.write_buffer()
+        buffer.low, buffer.high = min(low, sys.maxsize), min(high, sys.maxsize)
+        self.maybe_pause()
+
+    cdef int maybe_pause(self) except -1:
+        if self.buffer.size <= self.buffer.high or self.buffer.paused:
+            return 0
+        self.buffer.paused = True
+        return self.tell_protocol("pause_writing")
+
+    cdef int maybe_resume(self) except -1:
+        if not self.buffer.paused or self.buffer.size > self.buffer.low:
+            return 0
+        self.buffer.paused = False
+        return self.tell_protocol("resume_writing")
+
+    cdef int tell_protocol(self, str name) except -1:
+        try:
+            getattr(self.protocol, name)()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            self.report(error, f"protocol.{name}() failed")
+        return 0
+
+    # --- what asyncio's sendfile() asks ------------------------------------------------------------
+
+    @property
+    def _protocol_paused(self):
+        return self.buffer is not None and bool(self.buffer.paused)
+
+    @property
+    def _sendfile_compatible(self):
+        # A selector loop takes the transport out of its table while the kernel sends the file, and puts it
+        # back.  There it stands under no descriptor, which the loop would refuse to watch for us then.
+        transports = getattr(self.hub.loop, "_transports", None)
+        if transports is None:
+            return _SendfileMode.FALLBACK
+        transports[self._sock_fd] = self
+        return _SendfileMode.TRY_NATIVE
+
+    @property
+    def _sock_fd(self):
+        return -id(self)
+
+    @property
+    def _sock(self):
+        return self.own_socket()
+
+    def _make_empty_waiter(self):
+        if self.emptied is not None:
+            raise RuntimeError("Empty waiter is already set")
+        self.send_held(0)
+        self.emptied = self.hub.loop.create_future()
+        if not self.unsent():
+            self.emptied.set_result(None)
+        return self.emptied
+
+    def _reset_empty_waiter(self):
+        self.emptied = None
+
+    # --- the protocol and the socket ---------------------------------------------------------------
+
+    def set_protocol(self, protocol):
+        """Have another protocol called from now on."""
+        self.attach(protocol)
+
+    cdef int attach(self, protocol) except -1:
+        self.protocol = protocol
+        kind = protocol.__class__  # type() would not see through a proxy
+        if kind is not self.connections.kind:
+            self.connections.buffered = isinstance(protocol, _BufferedProtocol)
+            self.connections.kind = kind
+        self.buffered = self.connections.buffered
+        self.connected = True
+        return 0
+
+    def get_protocol(self):
+        """The protocol; None after connection_lost()."""
+        return self.protocol
+
+    def get_extra_info(self, name, default=None):
+        """'peername', 'sockname' and 'socket', as asyncio's own; `default` for anything else."""
+        if name == "peername":
+            return self.peer_address()
+        if name == "socket":
+            sock = self.own_socket()
+            return default if sock is None else trsock.TransportSocket(sock)
+        if name == "sockname":
+            return self.own_address()
+        return default
+
+    cdef object peer_address(self):
+        if self.address.length:
+            self.peer = address_object(<const port_address *>self.address.bytes, self.address.length)
+            self.address.length = 0
+        return self.peer
+
+    cdef object own_address(self):
+        """The address that the client has connected to; None when it cannot be told any more."""
+        if self.sockname is None and self.fd != PORT_NO_SOCKET:
+            try:
+                self.sockname = self.own_socket().getsockname()
+            except OSError:
+                pass  # asyncio says None, too
+        return self.sockname
+
+    cdef object own_socket(self):
+        """The socket.socket of the connection, made when somebody asks; from then on it owns the descriptor.
+        None when nobody asked before the end."""
+        self.send_held(0)  # may call the protocol, which may ask, too
+        if self.sock is None:
+            if self.fd == PORT_NO_SOCKET:
+                return None
+            self.sock = _StandardSocket(
+                self.state.family, self.state.type, self.state.protocol, fileno=self.fd)
+            self.sock.setblocking(False)
+        return self.sock
+
+    cdef int close_socket(self, port_socket fd) except -1:
+        """Close the descriptor, which was self.fd, and count the client out."""
+        cdef state_t *state = self.state
+        if self.sock is not None:
+            self.sock.close()
+        else:
+            port_close(fd)  # what a failed close could tell, nobody is left to do anything about
+        self.state = NULL
+        client_out(state)
+        return 0

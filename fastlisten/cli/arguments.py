@@ -1,0 +1,213 @@
+"""The arguments: the parser, and the readers that turn their texts into values."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import fastlisten
+from fastlisten.cli.errors import MISUSED, CommandError
+
+DEFAULT_ENDPOINT = "127.0.0.1:11000"
+# A client that is slow, or a person who types, must not hold up the next one.
+DEFAULT_THREADS = (1, 64)
+DEFAULT_DRAIN = 5.0
+
+# The options of bind() and of serve() by name. One that has no argument here is never given.
+BIND_OPTIONS = (
+    "backlog",
+    "reuse_port",
+    "dualstack_ipv6",
+    "exclusive",
+    "defer_accept",
+    "fast_open",
+    "no_delay",
+    "keep_alive",
+    "mode",
+)
+SERVE_OPTIONS = ("threads", "max_connections", "pending", "busy", "exhausted", "on_error")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(f"{message} (see {self.prog} --help)", MISUSED)
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """Parse, and tell of what is unknown here: the parser of all commands would name its own help."""
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return options, unknown
+
+
+def _number(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
+        return int(text)
+
+    return read
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= threading.TIMEOUT_MAX:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds")
+    return seconds
+
+
+def _threads(text: str) -> int | tuple[int, int]:
+    try:
+        numbers = [_number(0)(part) for part in text.split(",", 1)]
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither N nor MIN,MAX") from None
+    if len(numbers) == 1:
+        return numbers[0]
+    least, most = numbers
+    if least < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} has a minimum below 1; 0 for no threads stands alone")
+    if least > most:
+        raise argparse.ArgumentTypeError(f"{text!r} has its minimum above its maximum")
+    return least, most
+
+
+def _mode(text: str) -> int:
+    if not text or not set(text) <= set("01234567") or int(text, 8) > 0o777:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an octal mode such as 600")
+    return int(text, 8)
+
+
+def _busy(text: str) -> str | bytes:
+    if text == "reset":
+        return text
+    try:
+        # What Latin-1 lacks becomes an escape too, so that one decoding reads everything.
+        return text.encode("latin-1", "backslashreplace").decode("unicode_escape").encode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} has a broken escape") from None
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    top = Parser(prog="fastlisten", description="Serve connections, or ask the resolver.")
+    top.add_argument("--version", action="version", version=f"%(prog)s {fastlisten.__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
+
+    _add_serve(commands)
+    _add_hosts(commands)
+    return top
+
+
+def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
+    serve = commands.add_parser(
+        "serve",
+        help="listen at an endpoint and hand each client to a handler",
+        description="Listen at an endpoint and hand each client to a handler. SIGTERM drains: it "
+        "lets the clients that are here finish. Ctrl-C ends at once.",
+    )
+    serve.add_argument(
+        "endpoint",
+        metavar="ENDPOINT",
+        nargs="?",
+        default=DEFAULT_ENDPOINT,
+        help="host:port, [IPv6 address]:port, :port, unix:/path, unix:@name or fd:number; port 0 "
+        "lets the system choose (default %(default)s)",
+    )
+    serve.add_argument(
+        "handler",
+        metavar="HANDLER",
+        nargs="?",
+        default="echo",
+        help="module:function, called with each connection, or a built-in one: echo, or http, "
+        "which answers any request with a small 200 (default %(default)s)",
+    )
+    serve.add_argument("--json", action="store_true", help="print one JSON object a line")
+    serve.add_argument(
+        "--drain",
+        metavar="SECONDS",
+        type=_seconds,
+        default=DEFAULT_DRAIN,
+        help="how long SIGTERM lets handlers finish (default %(default)g)",
+    )
+    _add_binding(serve)
+    _add_serving(serve)
+
+
+def _add_binding(serve: Parser) -> None:
+    binding = serve.add_argument_group("the listening socket")
+    value = binding.add_argument
+    flag = functools.partial(value, action="store_true", default=None)
+    value("--backlog", metavar="N", type=_number(0), help="how many clients the kernel queues")
+    flag("--reuse-port", help="share the port with other processes (SO_REUSEPORT)")
+    flag("--dualstack-ipv6", help="take IPv4 clients at an IPv6 endpoint too")
+    flag("--exclusive", help="let no other process take the port (SO_EXCLUSIVEADDRUSE)")
+    value(
+        "--defer-accept",
+        metavar="SECONDS",
+        type=_number(0),
+        help="take a client when its first bytes are here (TCP_DEFER_ACCEPT)",
+    )
+    value(
+        "--fast-open",
+        metavar="N",
+        type=_number(0),
+        help="let N clients send with their first packet (TCP_FASTOPEN)",
+    )
+    flag("--no-delay", help="send small pieces at once (TCP_NODELAY)")
+    flag("--keep-alive", help="ask silent clients whether they are there (SO_KEEPALIVE)")
+    value("--mode", metavar="OCTAL", type=_mode, help="the unix socket's file mode, such as 600")
+
+
+def _add_serving(serve: Parser) -> None:
+    serving = serve.add_argument_group("serving")
+    serving.add_argument(
+        "--threads",
+        metavar="N|MIN,MAX",
+        type=_threads,
+        default=DEFAULT_THREADS,
+        help="threads for the handler; 0 calls it in the main thread, one client at a time, which "
+        "is the fastest for handlers that never wait (default {},{})".format(*DEFAULT_THREADS),
+    )
+    serving.add_argument("--max-connections", metavar="N", type=_number(1), help="clients served at one time")
+    serving.add_argument(
+        "--pending", metavar="N", type=_number(0), help="clients that wait before others are busy"
+    )
+    serving.add_argument(
+        "--busy",
+        metavar="reset|TEXT",
+        type=_busy,
+        help=r"what clients beyond --pending get: a reset, or TEXT, in which \r and \n are escapes",
+    )
+    serving.add_argument(
+        "--exhausted",
+        choices=("pause", "shed"),
+        help="without descriptors or memory: wait, or refuse who waits",
+    )
+
+
+def _add_hosts(commands: argparse._SubParsersAction[Parser]) -> None:
+    hosts = commands.add_parser(
+        "hosts",
+        help="print a host's names and addresses",
+        description="Print what the system's resolver knows about a host.",
+    )
+    hosts.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        help="a host name or an address (default: this machine)",
+    )
+    hosts.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Return the options that were given; for the others the library's defaults hold."""
+    return {name: value for name in names if (value := getattr(options, name, None)) is not None}

@@ -1,0 +1,34 @@
+"""The command from its arguments to its exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from fastlisten.cli import output
+from fastlisten.cli.arguments import parser
+from fastlisten.cli.errors import INTERRUPTED, CommandError
+from fastlisten.cli.hosts import hosts_command
+from fastlisten.cli.serve import serve_command
+
+COMMANDS = {"serve": serve_command, "hosts": hosts_command}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 1 failed, 2 misused, 130 Ctrl-C."""
+    output.open_closed_streams()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # odd paths
+    try:
+        options = parser().parse_args(arguments)
+        return COMMANDS[options.command](options)
+    except CommandError as error:
+        line = " ".join(str(error).split())
+        print(f"fastlisten: {line}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # told already
+            output.discard()

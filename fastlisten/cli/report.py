@@ -1,0 +1,174 @@
+"""What a running `fastlisten serve` tells: how it began, its counters, how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from fastlisten import Listener, ListenerStats, ServeResult
+from fastlisten.cli import output
+
+LIVE_INTERVAL = 0.5  # seconds between two states of the live line: readable, and seen to move
+LINE_INTERVAL = 2.0  # seconds between two lines of a log, at least
+
+
+class Report:
+    """Tells what a listener does: a live line on a terminal, lines or JSON objects elsewhere.
+
+    Used with `with`: the counters are told by a thread until the block ends.
+    """
+
+    def __init__(self, listener: Listener, as_json: bool) -> None:
+        self._listener = listener
+        self._json = as_json
+        self._live = sys.stdout.isatty() and not as_json
+        # What the thread is to tell now, None to end. A SimpleQueue and no Event, as a signal
+        # handler puts here too: its put() is reentrant.
+        self._news: queue.SimpleQueue[tuple[str, float] | None] = queue.SimpleQueue()
+        self._output = threading.Lock()
+        self._drawn = 0  # columns of the live line that are on the screen
+        self._failed = False  # to write to stdout
+        # A daemon, because Ctrl-C can come between its start and the block that would end it.
+        self._thread = threading.Thread(target=self._tell, name="report", daemon=True)
+
+    def __enter__(self) -> Report:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._news.put(None)
+        self._thread.join()
+        with self._output:
+            if self._drawn:
+                self._write("\n")
+                self._drawn = 0
+
+    def _write(self, text: str) -> None:
+        """Say it; a service does not end because its log is full. The first failure is told on stderr."""
+        try:
+            output.write(text)
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                with contextlib.suppress(OSError):  # then nothing is left to tell it by
+                    print(f"fastlisten: stdout: {error.strerror}; serving goes on", file=sys.stderr)
+
+    def started(self, handler: str) -> None:
+        """Tell the endpoint that was really bound."""
+        endpoint = str(self._listener.endpoint)
+        self._event(
+            f"listening on {endpoint}",
+            "started",
+            endpoint=endpoint,
+            handler=handler,
+            process=os.getpid(),
+        )
+
+    def draining(self, why: str, seconds: float) -> None:
+        """Tell that the drain has begun; for signal handlers: the thread does the telling."""
+        self._news.put((why, seconds))
+
+    def stopped(self, why: str | None, result: ServeResult | None) -> None:
+        """Tell how it ended: why is the signal's name, result is None when it was interrupted."""
+        stats = self._listener.stats()
+        how = "stopped" if why is None else f"stopped by {why}"
+        drain: dict[str, int] = {}
+        if result is not None:
+            how += f": {_connections(result.finished)} finished, {result.cut} cut"
+            drain = {"finished": result.finished, "cut": result.cut}
+        text = f"{how}; {stats.accepted} accepted, {stats.handled} handled"
+        self._event(text, "stopped", signal=why, **drain, **_plain(stats))
+
+    @contextlib.contextmanager
+    def cleared(self) -> Iterator[None]:
+        """Take the live line off the screen while something else writes there."""
+        with self._output:
+            if self._drawn:
+                self._write(f"\r{' ' * self._drawn}\r")
+                self._drawn = 0
+            yield
+
+    def _event(self, text: str, event: str, **values: object) -> None:
+        if self._json:
+            text = json.dumps({"event": event, **values}, default=str)
+        with self.cleared():
+            self._write(f"{text}\n")
+
+    def _tell(self) -> None:
+        interval = LIVE_INTERVAL if self._live else LINE_INTERVAL
+        before, then = self._listener.stats(), time.monotonic()
+        told = before
+        while True:
+            try:
+                news = self._news.get(timeout=max(then + interval - time.monotonic(), 0))
+            except queue.Empty:
+                stats, now = self._listener.stats(), time.monotonic()
+                rate = (stats.accepted - before.accepted) / (now - then)
+                before, then = stats, now
+                if self._live:
+                    self._draw(_counters(stats, rate))
+                elif stats != told:
+                    self._counted(stats, rate)
+                    told = stats
+                continue
+            if news is None:
+                return
+            why, seconds = news
+            text = f"{why}: draining for at most {seconds:g} s"
+            self._event(text, "draining", signal=why, seconds=seconds)
+
+    def _counted(self, stats: ListenerStats, rate: float) -> None:
+        text = f"{time.strftime('%H:%M:%S')} {_counters(stats, rate)}"
+        self._event(text, "stats", per_second=round(rate, 1), **_plain(stats))
+
+    def _draw(self, line: str) -> None:
+        # One column less than there are: some terminals wrap when the last one is written.
+        line = line[: max(shutil.get_terminal_size().columns - 1, 1)]
+        with self._output:
+            self._write(f"\r{line.ljust(self._drawn)}")
+            self._drawn = len(line)
+
+
+class LogLines(logging.StreamHandler[Any]):
+    """Writes log records to stderr, beside the live line and not into it."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self._report.cleared():
+            super().emit(record)
+
+
+def _counters(stats: ListenerStats, rate: float) -> str:
+    parts = [f"accepted {stats.accepted}", f"{rate:.0f}/s", f"active {stats.active}"]
+    if stats.queue_depth is not None:
+        parts.append(f"queue {stats.queue_depth}/{stats.queue_limit}")
+    if stats.refused:
+        parts.append(f"refused {stats.refused}")
+    if stats.handler_errors:
+        parts.append(f"handler errors {stats.handler_errors}")
+    parts += [f"{name} {count}" for name, count in sorted(stats.accept_errors.items())]
+    if stats.paused:
+        parts.append("paused")
+    return "  ".join(parts)
+
+
+def _plain(stats: ListenerStats) -> dict[str, object]:
+    """Return the stats as JSON can hold them."""
+    values = stats._asdict()
+    return {**values, "accept_errors": dict(stats.accept_errors)}
+
+
+def _connections(count: int) -> str:
+    return f"{count} connection" if count == 1 else f"{count} connections"

@@ -1,0 +1,86 @@
+"""`fastlisten serve`: bind, serve until a signal."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import fastlisten
+from fastlisten import Connection, Endpoint, Listener
+from fastlisten._listener import serve_options
+from fastlisten.cli.arguments import BIND_OPTIONS, DEFAULT_ENDPOINT, SERVE_OPTIONS, given
+from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
+from fastlisten.cli.failures import as_option, bind_failure, endpoint_hint
+from fastlisten.cli.handlers import BUILT_IN, load_handler
+from fastlisten.cli.report import LogLines, Report
+
+
+def serve_command(options: argparse.Namespace) -> int:
+    """Bind, tell where, serve until a signal, tell how it ended; returns the exit status."""
+    if options.endpoint in BUILT_IN:
+        text = f"{options.endpoint} is a handler and needs an endpoint before it"
+        raise CommandError(f"{text}: {DEFAULT_ENDPOINT} {options.endpoint}", MISUSED)
+    try:
+        endpoint = Endpoint.parse(options.endpoint)
+    except ValueError as error:
+        raise CommandError(f"{error}{endpoint_hint(options.endpoint)}", MISUSED) from error
+    handler = load_handler(options.handler)
+    serving = given(options, SERVE_OPTIONS)
+    if "pending" in serving and "busy" not in serving:
+        text = "--pending needs --busy, which says what clients beyond it get"
+        raise CommandError(f"cannot serve {endpoint}: {text}", MISUSED)
+    try:
+        serve_options(handler, **serving)  # what is wrong with them is told before a socket opens
+    except (TypeError, ValueError) as error:
+        raise CommandError(f"cannot serve {endpoint}: {as_option(error)}", MISUSED) from error
+    try:
+        listener = fastlisten.bind(endpoint, **given(options, BIND_OPTIONS))
+    except OSError as error:
+        raise CommandError(bind_failure(endpoint, error), FAILED) from error
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        # An option that does not fit the endpoint, or that this system does not have.
+        raise CommandError(f"cannot listen on {endpoint}: {as_option(error)}", MISUSED) from error
+    with listener:
+        return _serve(listener, handler, serving, options)
+
+
+def _serve(
+    listener: Listener,
+    handler: Callable[[Connection], object],
+    serving: dict[str, Any],
+    options: argparse.Namespace,
+) -> int:
+    report = Report(listener, options.json)
+    signals = _drain_on_signals(listener, options.drain, report)
+    # Without effect when the handler's module has set logging up for itself.
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[LogLines(report)])
+    result, status, why = None, 0, None
+    try:
+        report.started(options.handler)
+        with report:
+            result = listener.serve(handler, **serving)
+    except KeyboardInterrupt:
+        status, why = INTERRUPTED, "SIGINT"
+    except OSError as error:
+        raise CommandError(f"serving {listener.endpoint} failed: {error}", FAILED) from error
+    report.stopped(why or (signals[-1] if signals else None), result)
+    return status
+
+
+def _drain_on_signals(listener: Listener, seconds: float, report: Report) -> list[str]:
+    """Let SIGTERM, and Ctrl-Break on Windows, drain; the names that came are in the result."""
+    names: list[str] = []
+
+    def stop(number: int, _: object) -> None:
+        name, drain = signal.Signals(number).name, 0 if names else seconds
+        listener.stop(drain=drain)  # the second time means now
+        report.draining(name, drain)
+        names.append(name)
+
+    for name in ("SIGTERM", "SIGBREAK"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+    return names

@@ -1,0 +1,123 @@
+"""What a test may need of the system, and the marks that skip it where that is missing."""
+
+import functools
+import os
+import shutil
+import socket
+import sys
+import sysconfig
+from collections.abc import Callable
+
+import pytest
+
+from helpers.addresses import NOBODYS
+
+# Descriptors, and places in a listener's queue, for a test with two thousand clients.
+THOUSANDS = 2500
+
+
+def has_ipv6() -> bool:
+    """Tell whether ::1 can be bound; containers often have the family and not the address."""
+    if not socket.has_ipv6:
+        return False
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def has_descriptors() -> bool:
+    """Tell whether a process may have so many as a test with thousands of clients needs."""
+    if os.name != "posix":
+        return False
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return hard == resource.RLIM_INFINITY or hard >= THOUSANDS
+
+
+def has_backlog() -> bool:
+    """Tell whether thousands may wait in a listener's queue; listen(2): 128 before Linux 5.4."""
+    try:
+        with open("/proc/sys/net/core/somaxconn") as setting:
+            return int(setting.read()) >= THOUSANDS
+    except FileNotFoundError:
+        return False
+
+
+def nobodys_fails() -> bool:
+    """Tell whether an address of no machine cannot be bound; ip(7), ip_nonlocal_bind."""
+    with socket.socket() as probe:
+        try:
+            probe.bind((NOBODYS, 0))
+        except OSError:
+            return True
+    return False
+
+
+def knows_services() -> bool:
+    """Tell whether ports have names: /etc/services, which Debian keeps in a package of its own, netbase."""
+    try:
+        return socket.getservbyname("http", "tcp") == 80
+    except OSError:
+        return False
+
+
+@functools.cache
+def tells_the_queue() -> bool:
+    """Tell whether TCP_INFO describes a listener's queue: qemu's user mode gives four bytes and no more."""
+    if sys.platform != "linux":
+        return False
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return len(probe.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)) == 32
+
+
+def compiler() -> str:
+    """Return the command of the C compiler for the system that Python runs on."""
+    return os.environ.get("CC", "cc")
+
+
+def under_wine() -> bool:
+    """Tell whether this is Windows Python on Wine."""
+    if os.name != "nt":
+        return False
+    import ctypes
+
+    return hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
+
+
+# What a test may need of the system, by the name that its skip shows.
+PROBES: dict[str, Callable[[], bool]] = {
+    "Linux": lambda: sys.platform == "linux",
+    "the IPv6 loopback address": has_ipv6,
+    "unix sockets": lambda: hasattr(socket, "AF_UNIX"),
+    "fork": lambda: hasattr(os, "fork"),
+    "signals between processes": lambda: os.name == "posix",
+    "SO_REUSEPORT": lambda: hasattr(socket, "SO_REUSEPORT"),
+    "TCP_INFO of a listener": tells_the_queue,
+    "the openssl command": lambda: shutil.which("openssl") is not None,
+    "a free-threaded interpreter": lambda: bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    "2,500 descriptors": has_descriptors,
+    "a backlog of 2,500": has_backlog,
+    "addresses of others that cannot be bound": nobodys_fails,
+    "names of services": knows_services,
+    "a C compiler": lambda: shutil.which(compiler()) is not None,
+}
+
+
+def needs(*names: str) -> pytest.MarkDecorator:
+    """Mark a test that is skipped, by name, where the system lacks one of PROBES."""
+    missing = [name for name in names if not PROBES[name]()]
+    return pytest.mark.skipif(bool(missing), reason="needs " + " and ".join(missing or names))
+
+
+def posix_only(reason: str) -> pytest.MarkDecorator:
+    """Mark a test that has no meaning on Windows, with the reason."""
+    return pytest.mark.skipif(os.name == "nt", reason=f"POSIX only: {reason}")
+
+
+def not_under_wine(reason: str) -> pytest.MarkDecorator:
+    """Mark a test that Wine cannot carry, with the reason; it runs on Windows itself."""
+    return pytest.mark.skipif(under_wine(), reason=f"not under Wine: {reason}")

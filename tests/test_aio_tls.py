@@ -1,0 +1,126 @@
+"""TLS on fastlisten.aio's servers."""
+
+import asyncio
+import contextlib
+import os
+import ssl
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastlisten import aio
+from helpers import connect, needs, read_all
+from helpers.aio import Echo, Run, in_thread, run, server
+
+__all__ = ["run"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    folder: Path = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"),
+            *("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"),
+            *("-keyout", "key.pem", "-out", "cert.pem"),
+        ],
+        cwd=folder,
+        check=True,
+        capture_output=True,
+    )
+    ours = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    ours.load_cert_chain(folder / "cert.pem", folder / "key.pem")
+    theirs = ssl.create_default_context(cafile=str(folder / "cert.pem"))
+    return ours, theirs
+
+
+@needs("the openssl command")
+def test_tls(run: Run, tls: Any) -> None:
+    async def main() -> None:
+        async with server(Echo, ssl=tls[0]) as serving:
+            reader, writer = await asyncio.open_connection(
+                *serving.address, ssl=tls[1], server_hostname="localhost"
+            )
+            data = os.urandom(3 << 20)
+            writer.write(data)
+            assert await reader.readexactly(len(data)) == data
+            transport = serving.made[0].transport
+            assert transport.get_extra_info("cipher")
+            assert transport.get_extra_info("peername") == writer.get_extra_info("sockname")
+            writer.close()
+            await writer.wait_closed()
+            assert await serving.made[0].lost is None
+
+    run(main())
+
+
+@needs("the openssl command")
+def test_tls_streams_and_start_tls(run: Run, tls: Any) -> None:
+    async def main() -> None:
+        async def upgrade(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            assert await reader.readline() == b"STARTTLS\n"
+            writer.write(b"GO\n")
+            await writer.drain()
+            await writer.start_tls(tls[0])
+            writer.write((await reader.readline()).upper())
+            await writer.drain()
+            writer.close()
+
+        async with await aio.start_server(upgrade, "127.0.0.1", 0) as running:
+            reader, writer = await asyncio.open_connection(*running.sockets[0].getsockname())
+            writer.write(b"STARTTLS\n")
+            assert await reader.readline() == b"GO\n"
+            await writer.start_tls(tls[1], server_hostname="localhost")
+            writer.write(b"secret\n")
+            assert await reader.readline() == b"SECRET\n"
+            assert await reader.read() == b""
+            writer.close()
+            with contextlib.suppress(ssl.SSLError, ConnectionError):
+                await writer.wait_closed()
+
+    run(main())
+
+
+@needs("the openssl command")
+def test_start_tls_gets_the_hello_that_came_before_the_accept(run: Run, tls: Any) -> None:
+    async def main() -> None:
+        async def upgrade(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(ConnectionError):  # the client leaves in the middle
+                await writer.start_tls(tls[0])
+
+        outgoing = ssl.MemoryBIO()
+        hello = tls[1].wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
+        with pytest.raises(ssl.SSLWantReadError):
+            hello.do_handshake()
+        async with await aio.start_server(upgrade, "127.0.0.1", 0) as running:
+            with connect(running.sockets[0].getsockname()) as client:
+                client.sendall(outgoing.read())
+                assert await in_thread(client.recv, 1) == b"\x16"  # a handshake's record: RFC 8446, 5.1
+
+    run(main())
+
+
+@needs("the openssl command")
+def test_a_client_that_stalls_in_the_handshake_hurts_nobody(run: Run, tls: Any) -> None:
+    async def main() -> None:
+        async with server(Echo, ssl=tls[0], ssl_handshake_timeout=0.2) as serving:
+            with connect(serving.address) as stalled:
+                with connect(serving.address) as wrong:
+                    wrong.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                    reader, writer = await asyncio.open_connection(
+                        *serving.address, ssl=tls[1], server_hostname="localhost"
+                    )
+                    writer.write(b"hello")
+                    assert await reader.readexactly(5) == b"hello"
+                    with contextlib.suppress(ConnectionError):
+                        await in_thread(read_all, wrong)
+                with contextlib.suppress(ConnectionError):
+                    assert await in_thread(stalled.recv, 1) == b""
+                writer.close()
+                await writer.wait_closed()
+            while serving.server.stats().active:
+                await asyncio.sleep(0)
+
+    run(main())

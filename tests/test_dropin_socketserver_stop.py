@@ -1,0 +1,230 @@
+"""fastlisten.socketserver: shutdown, server_close and the end of the process."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from fastlisten import socketserver as dropin
+from helpers import LIMIT, LOOPBACK, connect, exchange, posix_only, wait_until
+from helpers.socketservers import BOTH, THREADING, Echo, Served, server_class
+
+
+@BOTH
+@THREADING
+def test_serve_again_after_shutdown(module, threading_):
+    with server_class(module, threading_)(LOOPBACK, Echo) as server:
+        for _ in range(3):
+            served = Served(server)
+            assert exchange(server.server_address, b"x\n") == b"x\n"
+            server.shutdown()
+            assert served.wait() is None
+
+
+@BOTH
+@THREADING
+def test_shutdown_before_serve_forever(module, threading_):
+    with server_class(module, threading_)(LOOPBACK, Echo) as server:
+        stopper = threading.Thread(target=server.shutdown)
+        stopper.start()
+        wait_until(lambda: server._BaseServer__shutdown_request)
+        assert Served(server).wait() is None
+        stopper.join(LIMIT)
+        assert not stopper.is_alive()
+        served = Served(server)  # the request was answered
+        assert exchange(server.server_address, b"x\n") == b"x\n"
+        server.shutdown()
+        served.wait()
+
+
+@THREADING
+@pytest.mark.parametrize("by_hand", [False, True], ids=["serve_forever", "handle_request"])
+def test_shutdown_in_a_handler(threading_, by_hand):
+    returned = threading.Event()
+
+    class Handler(dropin.BaseRequestHandler):
+        def handle(self):
+            self.server.shutdown()
+            returned.set()
+
+    with server_class(dropin, threading_)(LOOPBACK, Handler) as server:
+        if by_hand:
+            with connect(server.server_address):
+                server.handle_request()
+                assert returned.wait(LIMIT)
+        else:
+            served = Served(server)
+            exchange(server.server_address, b"")
+            assert served.wait() is None
+            assert returned.wait(LIMIT)
+
+
+@posix_only("a signal that a test sends itself")
+@THREADING
+def test_shutdown_in_a_signal_handler(threading_):
+    with server_class(dropin, threading_)(LOOPBACK, Echo) as server:
+        before = signal.signal(signal.SIGUSR1, lambda *_: server.shutdown())
+        try:
+
+            def client():
+                exchange(server.server_address, b"x\n")
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+            thread = threading.Thread(target=client)
+            thread.start()
+            server.serve_forever()
+            thread.join(LIMIT)
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+
+
+@BOTH
+def test_shutdown_leaves_handlers_at_work(module):
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    class Handler(module.BaseRequestHandler):
+        def handle(self):
+            begun.set()
+            go_on.wait(LIMIT)
+            self.request.sendall(b"done")
+            done.set()
+
+    with module.ThreadingTCPServer(LOOPBACK, Handler) as server:
+        served = Served(server)
+        with connect(server.server_address) as client:
+            assert begun.wait(LIMIT)
+            server.shutdown()
+            assert served.wait() is None
+            assert not done.is_set()
+            closer = threading.Thread(target=server.server_close)
+            closer.start()
+            closer.join(0.05)
+            assert closer.is_alive()  # it waits for the handler
+            go_on.set()
+            closer.join(LIMIT)
+            assert not closer.is_alive()
+            assert done.is_set()
+            assert client.recv(9) == b"done"
+
+
+@BOTH
+@pytest.mark.parametrize("attribute", ["block_on_close", "daemon_threads"])
+def test_server_close_that_does_not_wait(module, attribute):
+    begun, go_on, done = threading.Event(), threading.Event(), threading.Event()
+
+    class Handler(module.BaseRequestHandler):
+        def handle(self):
+            begun.set()
+            go_on.wait(LIMIT)
+
+        def finish(self):
+            self.request.close()  # not later, in a thread that nobody joins
+            done.set()
+
+    server = type("Server", (module.ThreadingTCPServer,), {attribute: attribute == "daemon_threads"})(
+        LOOPBACK, Handler
+    )
+    served = Served(server)
+    with connect(server.server_address):
+        assert begun.wait(LIMIT)
+        server.shutdown()
+        served.wait()
+        server.server_close()
+        assert not done.is_set()
+        go_on.set()
+        assert done.wait(LIMIT)
+
+
+@THREADING
+def test_server_close_ends_serve_forever(threading_):
+    """The original goes on with a descriptor that is closed."""
+    server = server_class(dropin, threading_)(LOOPBACK, Echo)
+    served = Served(server)
+    assert exchange(server.server_address, b"x\n") == b"x\n"
+    server.server_close()
+    assert served.wait() is None
+
+
+@BOTH
+def test_several_threads_serve(module):
+    class Server(module.TCPServer):
+        timeout = None
+
+    with Server(LOOPBACK, Echo) as server:
+        several = [threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True) for _ in range(3)]
+        for thread in several:
+            thread.start()
+        for _ in range(10):
+            assert exchange(server.server_address, b"x\n") == b"x\n"
+        for thread in several:  # each loop's end is one shutdown's, and one may wait for a client
+            while thread.is_alive():
+                server._BaseServer__shutdown_request = True
+                if module is dropin and server._listener is not None:
+                    server.shutdown()
+                with contextlib.suppress(OSError):
+                    connect(server.server_address).close()
+                thread.join(0.02)
+
+
+AT_EXIT = """
+import sys, threading, time
+from {module} import ThreadingTCPServer, BaseRequestHandler
+from socket import create_connection
+begun = threading.Event()
+class Handler(BaseRequestHandler):
+    def handle(self):
+        begun.set()
+        while self.request.recv(1):
+            pass
+        print("handler done", flush=True)
+server = ThreadingTCPServer(("127.0.0.1", 0), Handler)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+client = create_connection(server.server_address)
+begun.wait(10)
+threading.Timer(0.05, client.close).start()
+print("main done", flush=True)
+"""
+
+
+@pytest.mark.parametrize("module", ["socketserver", "fastlisten.socketserver"])
+def test_exit_waits_for_handlers_and_not_for_idle_threads(module):
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", AT_EXIT.format(module=module)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.stdout.split("\n"), done.stderr) == (["main done", "handler done", ""], "")
+
+
+# A thread that is started early: from Python 3.12 on none can be when the main thread has ended.
+STOPPER = """
+handled = threading.Event()
+def stop():
+    handled.wait(10)
+    print("handler done", flush=True)
+    server.shutdown()
+threading.Thread(target=stop).start()
+begun.wait(10)
+"""
+
+
+@pytest.mark.parametrize("module", ["socketserver", "fastlisten.socketserver"])
+def test_a_process_lives_while_a_thread_serves(module):
+    """serve_forever() in a thread that is no daemon outlives the main thread."""
+    program = AT_EXIT.format(module=module).replace(", daemon=True", "")
+    program = program.replace('print("handler done", flush=True)', "handled.set()")
+    program = program.replace("begun.wait(10)", STOPPER)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.stdout.split("\n"), done.stderr) == (["main done", "handler done", ""], "")
