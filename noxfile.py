@@ -175,15 +175,18 @@ def instructions(session: nox.Session) -> None:
 def coverage(session: nox.Session) -> None:
     """Which lines the suite runs, Python and Cython, in subprocesses too; arguments are pytest's.
 
-    Tracing takes time, and the GIL for each line, so tests of speed may fail: that is no failure here. On
-    3.11, where Cython's line events still reach the tracer that has plugins.
+    Tracing takes time, and the GIL for each line, so tests of speed may fail: that is no failure here. What a
+    signal handler raises gets lost in a traced line that runs without the GIL, so tests of that would wait
+    without end. On 3.11, where Cython's line events still reach the tracer that has plugins.
     """
     tree = copy_tree(session, package=True)
     session.install(*PROJECT["build-system"]["requires"], *INSTALL_TESTS, "coverage>=7.10")
     session.chdir(tree)
     install = ("pip", "install", "-q", "--no-build-isolation", "--no-deps", "-e", ".")
     session.run(*install, env={"FASTLISTEN_TRACE": "1"})
-    session.run("coverage", "run", "-m", *PYTEST[2:], "--timeout=240", *session.posargs, success_codes=[0, 1])
+    left_out = "signal or handler_raises or ctrl_c or control_c or interrupt"
+    suite = (*PYTEST[2:], "--timeout=240", "-k", f"not ({left_out})")
+    session.run("coverage", "run", "-m", *suite, *session.posargs, success_codes=[0, 1])
     session.run("coverage", "combine", "-q")
     for title, suffixes in (("Python", "*.py"), ("Cython", "*.pyx,*.pxd")):
         session.log(title)
