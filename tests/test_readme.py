@@ -56,8 +56,8 @@ class Block(NamedTuple):
 
 def blocks() -> list[Block]:
     found = []
-    for document in ("README.md", "DESIGN.md", "CONTRIBUTING.md"):
-        path = ROOT / document
+    for path in sorted(ROOT.glob("*.md")):
+        document = path.name
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         for fence in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             line = text.count("\n", 0, fence.start()) + 1
