@@ -242,11 +242,24 @@ class Listener(StandardSocket):
         return super().detach()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """multiprocessing sends it to another process, as it does a socket; nothing else copies it."""
+        """multiprocessing sends it to another process, as it does a socket; nothing else copies one.
+
+        It finds its reducers by the exact class, and is too much to import for being told of ours.
+        """
         reduction: Any = sys.modules.get("multiprocessing.reduction")
-        if reduction is None:
+        if reduction is None or sys._getframe(1).f_globals is not vars(
+            reduction
+        ):  # pickle itself has no frame
             return super().__reduce_ex__(protocol)
-        return _rebuild, (type(self), *reduction._reduce_socket(self))
+        return self._rebuild, reduction._reduce_socket(self)
+
+    @classmethod
+    def _rebuild(cls, rebuild: Callable[..., socket.socket], arguments: tuple[Any, ...]) -> Listener:
+        with rebuild(*arguments) as sock:
+            timeout = sock.gettimeout()
+            listener = cls(sock.family, sock.type, sock.proto, fileno=sock.detach())
+        listener.settimeout(timeout)
+        return listener
 
     def settimeout(self, value: float | None, /) -> None:
         """As socket.settimeout(): how long accept() waits, in seconds."""
@@ -258,14 +271,6 @@ class Listener(StandardSocket):
         """As socket.setblocking()."""
         super().setblocking(flag)
         self.settimeout(self.gettimeout())
-
-
-def _rebuild(kind: type[Listener], rebuild: Callable[..., socket.socket], arguments: tuple[Any, ...]) -> Any:
-    with rebuild(*arguments) as sock:
-        timeout = sock.gettimeout()
-        listener = kind(sock.family, sock.type, sock.proto, fileno=sock.detach())
-    listener.settimeout(timeout)
-    return listener
 
 
 # --- serving --------------------------------------------------------------------------------------

@@ -39,6 +39,14 @@ class _SocketClass(type):
     Where a library has made the standard sockets green, calling it makes one of those.
     """
 
+    @property
+    def __signature__(cls) -> Any:
+        """The arguments, as inspect and help() show them; __call__() would hide them."""
+        import inspect
+
+        made_by = inspect.signature(cls.__init__)  # type: ignore[misc]
+        return made_by.replace(parameters=list(made_by.parameters.values())[1:])
+
     def __call__(cls, *args: Any, **options: Any) -> Any:
         if _stands_for_all(cls) and _green_library():
             return _original.socket(*args, **options)
@@ -61,14 +69,10 @@ class socket(_Listener, metaclass=_SocketClass):  # noqa: N801
     __module__ = _original.__name__  # its repr() is the original's
     _stands_for_all = True
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """As a Listener's; the class itself would be looked for by the original's name."""
-        rebuild, (_, *arguments) = super().__reduce_ex__(protocol)
-        return _rebuild, (rebuild, *arguments)
-
-
-def _rebuild(rebuild: Any, *arguments: Any) -> Any:
-    return rebuild(socket, *arguments)
+    @staticmethod
+    def _rebuild(rebuild: Any, arguments: Any) -> Any:
+        """By a function, for the class would be looked for by the original's name."""
+        return super(socket, socket)._rebuild(rebuild, arguments)
 
 
 def create_server(

@@ -156,7 +156,7 @@ class AcceptMixIn:
             if not asked:
                 loop.run()
         except OSError:
-            if listener.fileno() >= 0:
+            if self.socket.fileno() >= 0:
                 raise
             # server_close() was quicker than the loop's beginning
         finally:

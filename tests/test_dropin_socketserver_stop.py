@@ -217,3 +217,26 @@ def test_a_process_lives_while_a_thread_serves(module: Any) -> None:
     program = program.replace("begun.wait(10)", STOPPER)
     done = run(program, options=["-W", "ignore"])
     assert (done.stdout.split("\n"), done.stderr) == (["main done", "handler done", ""], "")
+
+
+@THREADING
+def test_server_close_comes_at_whatever_moment_of_serving(threading_: bool) -> None:
+    """Also between the start of serve_forever() and its first accept, and while a thread is being started: it
+    ends serving and waits for the handlers; it said "cannot join thread before it is started"."""
+    at_work = threading.Semaphore(0)
+
+    class Handler(dropin.BaseRequestHandler):
+        def handle(self) -> None:
+            at_work.release()
+            self.request.recv(1)
+
+    for clients in range(60):
+        server = server_class(dropin, threading_)(LOOPBACK, Handler)
+        with contextlib.ExitStack() as stack:
+            for _ in range(clients % 6):
+                stack.enter_context(connect(server.socket)).sendall(b"x")
+            served = Served(server)
+            if clients % 2 and clients % 6:
+                assert at_work.acquire(timeout=LIMIT)
+            server.server_close()
+            assert served.wait() is None

@@ -207,7 +207,8 @@ def test_a_listener_goes_to_a_process_as_a_socket_does(make: Any, method: str) -
         process.join(LIMIT)
         assert process.exitcode == 0
         process.close()
-    for helper in (forkserver._forkserver, resource_tracker._resource_tracker):  # type: ignore[attr-defined]
+    helper: Any
+    for helper in (forkserver._forkserver, resource_tracker._resource_tracker):
         helper._stop()  # they would go on, and so would their pipes
 
 

@@ -18,7 +18,7 @@ cdef class Acceptor:
     cdef int count, turn
     cdef source_t *sources
     cdef port_pollfd *polls
-    cdef int64_t touching           # take() is under way, and with it a call on one of the listeners
+    cdef int64_t touching           # somebody is in open() or take(), and may be in a call on a listener
     cdef Shortage shortage
     cdef double timeout             # of the Connections, in seconds; < 0: none
     cdef int64_t most               # connections open at a time; 0: any number

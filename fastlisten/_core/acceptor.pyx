@@ -49,7 +49,7 @@ cdef class Acceptor:
     (< 0: none).  most: connections that may be open at a time; 0: any number.  shortage: what is done without
     descriptors or memory.
 
-    Only take() touches the listening descriptors, in one thread at a time, and release() waits for it.
+    Only open() and take() touch the listening descriptors, in one thread at a time; release() waits for that.
     """
 
     def __cinit__(self, listeners, double timeout, int64_t most, Shortage shortage not None):
@@ -82,11 +82,17 @@ cdef class Acceptor:
         cdef int i
         self.shortage.open()
         for i in range(self.count):
-            set_nonblocking(self.sources[i].fd)
             state = self.states[i]
             waker_open(&state.at.waker)
         if descriptors > 1:
-            port_make_room(self.sources[0].fd, descriptors + OWN)
+            port_make_room(self.sources[0].state.waker.reader, descriptors + OWN)
+        port_swap(&self.touching, 1)
+        try:
+            for i in range(self.count):
+                if not port_get(&self.sources[i].gone):
+                    set_nonblocking(self.sources[i].fd)
+        finally:
+            port_swap(&self.touching, 0)
         return 0
 
     cdef int mend_wakers(self) except -1:

@@ -203,13 +203,20 @@ cdef class State:
     # what follows from it.
 
     def take(self, Taker taker not None):
-        """Have `taker` take the clients from now on; RuntimeError when somebody else does already."""
-        cdef Taker other
+        """Have `taker` take the clients from now on.
+
+        Raises RuntimeError when somebody else does already, OSError (EBADF) after leave().
+        """
+        cdef Taker other = None
+        cdef bint left
         with cython.critical_section(self):
-            if self.taker is None:
+            left = self.left
+            if self.taker is None and not left:
                 self.taker = taker
             other = self.taker
         self.check(taker, other)
+        if left:
+            raise_closed()
 
     def check(self, Taker taker, Taker other):
         """RuntimeError when `other`, who takes the clients, is neither None nor this taker."""
@@ -256,7 +263,10 @@ cdef class State:
 
     def leave(self):
         """The listener is about to be closed or detached: whoever takes its clients ends."""
-        cdef Taker taker = self.taker
+        cdef Taker taker
+        with cython.critical_section(self):
+            self.left = True
+            taker = self.taker
         if taker is not None:
             taker.leave(self)
         if self.taker is None:
@@ -334,6 +344,12 @@ cdef class State:
             "refused": refused,
             "dropped": dropped,
         }
+
+
+cdef int raise_closed() except -1:
+    """Raise what a call on a closed socket does."""
+    port_set_exception(PORT_CLOSED)
+    return -1
 
 
 cdef int take_all(Taker taker, tuple states) except -1:
