@@ -243,3 +243,137 @@ def test_an_accept_that_loses_every_client_pauses(faults: Faults, loop: str, exh
         "accepting pauses",
         "accepting again ",
     ]
+
+
+WATCHES_FAIL = """if True:
+    import asyncio, json, sys
+    from fastlisten import aio
+    from helpers import connect
+    from helpers.faults import change_plan
+
+    told, lost = [], []
+
+    class Echo(asyncio.Protocol):
+        def connection_made(self, transport):
+            self.transport = transport
+        def data_received(self, data):
+            self.transport.write(data)
+        def connection_lost(self, error):
+            lost.append(type(error).__name__)
+
+    async def ask(loop, address):
+        with connect(address) as client:
+            client.setblocking(False)
+            await asyncio.sleep(0.02)  # the server is there first, and has to watch
+            await loop.sock_sendall(client, b"hello")
+            return (await loop.sock_recv(client, 5)).decode()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(context["message"]))
+        server = await aio.create_server(Echo, "127.0.0.1", 0, max_connections=1)
+        address = server.sockets[0].getsockname()
+        answers = [await ask(loop, address)]
+        for call, count in json.loads(sys.argv[1]):
+            while server.stats().active:
+                await asyncio.sleep(0)
+            with connect(address) as client:  # blocking: its own loop's calls are not what fails
+                change_plan(**{call: [("ENOSPC" if call == "watch" else "ENOMEM", count)]})
+                client.sendall(b"x") if call == "ready" else None
+                await asyncio.sleep(0.05)
+                change_plan()
+                client.setblocking(False)
+                answers.append((await loop.sock_recv(client, 1)).decode())
+            answers.append(await ask(loop, address))
+        stats = server.stats()
+        server.close()
+        await server.wait_closed()
+        assert stats.accepted == stats.handled + stats.active
+        return answers
+
+    print(json.dumps([asyncio.run(main()), told, lost]))
+    """
+
+
+def test_a_connection_that_cannot_be_watched_is_ended_and_reported(faults: Faults) -> None:
+    """epoll_ctl() fails for want of watches: the client ends, the event loop is told, the place is free."""
+    answers, told, lost = faults.python(WATCHES_FAIL, json.dumps([["watch", 1]]))
+    assert answers == ["hello", "", "hello"]
+    assert told == ["Fatal error: the connection cannot be watched"]
+    assert "OSError" in lost
+
+
+def test_a_poller_that_fails_is_given_up(faults: Faults) -> None:
+    """epoll_wait() of the hub fails: the event loop watches each connection itself from then on."""
+    answers, told, _ = faults.python(WATCHES_FAIL, json.dumps([["ready", 1]]))
+    assert answers == ["hello", "x", "hello"]
+    assert told == []
+
+
+UNCLOSED = """if True:
+    import asyncio, gc, json, os, sys, warnings
+    from fastlisten import aio
+
+    async def main(options):
+        server = await aio.create_server(asyncio.Protocol, "127.0.0.1", 0, **options)
+        return server.sockets[0].getsockname()
+
+    def open_things():
+        return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
+
+    asyncio.run(main({}))
+    gc.collect()
+    before = open_things()
+    for options in ({}, {"busy": "reset", "pending": 5, "max_connections": 9}):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            address = asyncio.run(main(options))
+            gc.collect()
+        assert open_things() == before, options
+        assert any("unclosed server" in str(warning.message) for warning in told), told
+        try:
+            with __import__("socket").create_connection(address, 5):
+                raise AssertionError("the port is open")
+        except ConnectionRefusedError:
+            pass
+    print(json.dumps("done"))
+    """
+
+
+@needs("Linux")
+def test_a_server_that_is_dropped_unclosed_ends_its_thread_and_says_so() -> None:
+    """With busy= a thread and its descriptors stayed, and clients were accepted and hung."""
+    done = run_program(UNCLOSED, options=["-W", "ignore::ResourceWarning"])
+    assert done.stdout == '"done"\n'
+
+
+AT_EXIT = """if True:
+    import asyncio, sys
+    from fastlisten import aio
+
+    kept = []
+
+    class Keeps(asyncio.Protocol):
+        def connection_made(self, transport):
+            self.transport = transport
+            kept.append(self)
+
+    async def main():
+        server = await aio.create_server(Keeps, "127.0.0.1", 0)
+        streams = await asyncio.open_connection(*server.sockets[0].getsockname())
+        while not kept:
+            await asyncio.sleep(0)
+        kept.extend([server, *streams])
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(main())
+    if sys.argv[1] == "closed":
+        loop.close()
+    sys.modules["kept"] = kept  # lives as long as modules do
+    """
+
+
+@pytest.mark.parametrize("how", ["open", "closed"])
+def test_a_connection_that_is_open_when_the_interpreter_ends_makes_no_noise(how: str) -> None:
+    done = run_program(AT_EXIT, how, options=["-W", "ignore::ResourceWarning"])
+    assert done.stderr == ""

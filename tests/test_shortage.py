@@ -53,6 +53,10 @@ def answered_after(process: Any, client: Any) -> float:
 NOFILE = 40
 
 
+# A loop that spins spends the whole second. Ten tries to accept take 5 ms, on a slow machine twice as much.
+SPINNING = 0.1
+
+
 def spent_in_a_second(process: Any, client: Any) -> float:
     """Return the seconds of CPU that a server takes for one in which a client waits in vain."""
     begun = process.ask("cpu")
@@ -143,7 +147,7 @@ def test_the_same_for_what_the_whole_system_runs_out_of(
         with connect(process.address) as client:
             client.sendall(b"hello")
             wait_until(lambda: process.ask("stats")["accept_errors"])
-            assert spent_in_a_second(process, client) < 0.01
+            assert spent_in_a_second(process, client) < SPINNING
             [(found, tries)] = process.ask("stats")["accept_errors"].items()
             assert found == code
             # 10, 20, 40, 80 ms and then one try in 100 ms, or later where the machine is busy
@@ -319,7 +323,7 @@ def test_shed_without_its_descriptor_pauses(faults: Faults, tmp_path: Path) -> N
         with connect(process.address) as client:
             client.sendall(b"hello")
             wait_until(lambda: process.ask("stats")["accept_errors"])
-            assert spent_in_a_second(process, client) < 0.01
+            assert spent_in_a_second(process, client) < SPINNING
             logged(process, "WARNING")
             switch.unlink()
             answered(client)
@@ -341,7 +345,7 @@ def test_shed_gets_its_descriptor_back_from_a_stranger(faults: Faults, mode: Any
                 client.sendall(b"hello")
                 waits(client, 0.3)  # whether or not it was queued when the pause began
                 since, failed = time.monotonic(), process.ask("stats")["accept_errors"]["EMFILE"]
-                assert spent_in_a_second(process, client) < 0.01
+                assert spent_in_a_second(process, client) < SPINNING
                 tries = process.ask("stats")["accept_errors"]["EMFILE"] - failed
                 # By now the pause has its full length, 100 ms, or has had that after one or two tries more.
                 assert 5 <= tries <= (time.monotonic() - since) / 0.1 + 2

@@ -2,8 +2,9 @@
  * Makes socket calls fail on demand, from outside the code under test: LD_PRELOAD this library.
  *
  * FAULTS is a plan, "call=code*count" joined by commas; call is accept (for accept and accept4),
- * recv (also for recvfrom), send (also for sendmsg), poll, thread (for pthread_create). Entries of
- * one call are used in order, each `count` times; a code of 0 lets that many successful calls
+ * recv (also for recvfrom), send (also for sendmsg), poll, thread (for pthread_create), watch (for
+ * epoll_ctl that adds), ready (for an epoll_wait of 64 events, which is the hub's and no event
+ * loop's). Entries of one call are used in order, each `count` times; a code of 0 lets that many calls
  * through; a code of -N truncates the transfer to N bytes. For the call "signal" the code is no
  * error but the signal that comes during the next fstat(). For the call "open", of /dev/null, it is
  * none either: a stranger takes a descriptor just before, for good, and if that was the last one
@@ -26,12 +27,14 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-enum { ACCEPT, RECV, SEND, POLL, THREAD, SIGNAL, OPEN, CALLS };
-static const char *const names[CALLS] = {"accept", "recv", "send", "poll", "thread", "signal", "open"};
+enum { ACCEPT, RECV, SEND, POLL, THREAD, SIGNAL, OPEN, WATCH, READY, CALLS };
+static const char *const names[CALLS] = {"accept", "recv",   "send", "poll", "thread",
+                                         "signal", "open", "watch", "ready"};
 
 struct entry {
     int call, code;
@@ -251,6 +254,32 @@ poll(struct pollfd *fds, nfds_t count, int timeout)
     if (result >= 0)
         succeeded(used);
     return result;
+}
+
+int
+epoll_ctl(int poller, int operation, int fd, struct epoll_event *event)
+{
+    REAL(epoll_ctl);
+    struct entry *used;
+    int code = operation == EPOLL_CTL_ADD ? planned(WATCH, &used) : 0;
+    if (code > 0) {
+        errno = code;
+        return -1;
+    }
+    return real(poller, operation, fd, event);
+}
+
+int
+epoll_wait(int poller, struct epoll_event *events, int most, int timeout)
+{
+    REAL(epoll_wait);
+    struct entry *used;
+    int code = most == 64 ? planned(READY, &used) : 0;
+    if (code > 0) {
+        errno = code;
+        return -1;
+    }
+    return real(poller, events, most, timeout);
 }
 
 int
