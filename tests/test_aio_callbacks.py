@@ -62,6 +62,40 @@ def test_a_buffered_protocol(run: Run) -> None:
     assert run(main()) == b"more than five bytes"
 
 
+def test_a_protocol_is_buffered_where_the_loops_own_transport_says_so(run: Run) -> None:
+    """asyncio asks for the class, uvloop for get_buffer() of what is no asyncio.Protocol."""
+
+    class ByItsMethods(asyncio.BaseProtocol):
+        def __init__(self) -> None:
+            self.space, self.told = bytearray(100), ""
+
+        def connection_made(self, transport: Any) -> None:
+            made.append(self)
+
+        def get_buffer(self, sizehint: int) -> bytearray:
+            return self.space
+
+        def buffer_updated(self, nbytes: int) -> None:
+            self.told = f"buffer_updated {bytes(self.space[:nbytes])!r}"
+
+        def data_received(self, data: bytes) -> None:
+            self.told = f"data_received {data!r}"
+
+    async def told_by(create: Any) -> str:
+        running = await create(ByItsMethods, "127.0.0.1", 0)
+        with connect(running.sockets[0].getsockname()) as client:
+            client.sendall(b"hello")
+            while not (made and made[-1].told):
+                await asyncio.sleep(0)
+        running.close()
+        return str(made.pop().told)
+
+    made: list[ByItsMethods] = []
+    ours = run(told_by(aio.create_server))
+    theirs = run(told_by(lambda *args: asyncio.get_running_loop().create_server(*args)))
+    assert ours == theirs
+
+
 def test_a_protocol_behind_a_proxy_is_of_its_own_kind(run: Run) -> None:
     behind: list[Any] = []
 

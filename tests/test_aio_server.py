@@ -3,14 +3,17 @@
 import asyncio
 import contextlib
 import contextvars
+import errno
 import gc
 import inspect
 import os
 import socket
 import ssl
 import sys
+import warnings
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -411,6 +414,54 @@ def test_a_unix_server(run: Run, unix_path: str) -> None:
             await aio.create_unix_server(Echo, unix_path, sock=sock)
         with pytest.raises(ValueError, match="path was not specified, and no sock specified"):
             await aio.create_unix_server(Echo)
+
+    run(main())
+
+
+@needs("unix sockets")
+@posix_only("asyncio has no unix servers on Windows")
+def test_a_unix_path_on_which_somebody_answers_is_not_taken_over(run: Run, unix_path: str) -> None:
+    """asyncio unlinks it, and the other server is never reached again; a stale path is taken over."""
+
+    async def main() -> None:
+        first = await aio.create_unix_server(Echo, unix_path, cleanup_socket=False)
+        for path in (unix_path, unix_path.encode(), Path(unix_path)):
+            with pytest.raises(OSError, match="already in use") as error:
+                await aio.create_unix_server(Echo, path)
+            assert error.value.errno == errno.EADDRINUSE
+        assert await in_thread(exchange, unix_path, b"hello") == b"hello"
+        first.close()
+        second = await aio.create_unix_server(Echo, unix_path)
+        assert await in_thread(exchange, unix_path, b"hello") == b"hello"
+        second.close()
+
+    run(main())
+
+
+@needs("unix sockets")
+@posix_only("asyncio has no unix servers on Windows")
+def test_a_unix_path_is_unlinked_by_its_maker_only(run: Run, unix_path: str) -> None:
+    """Neither when the socket was given, nor by a child that was forked."""
+
+    async def main() -> None:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.bind(unix_path)
+            given = await aio.create_unix_server(Echo, sock=sock, cleanup_socket=True)
+            given.close()
+        assert os.path.exists(unix_path)
+        made = await aio.create_unix_server(Echo, unix_path, cleanup_socket=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of fork() beside threads
+            child = os.fork()
+        if child == 0:
+            try:
+                made.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        assert os.path.exists(unix_path)
+        made.close()
+        assert not os.path.exists(unix_path)
 
     run(main())
 

@@ -81,6 +81,54 @@ def test_start_tls_gets_the_hello_that_came_before_the_accept(run: Run, tls: Any
     run(main())
 
 
+def hello_of(context: ssl.SSLContext) -> tuple[ssl.SSLObject, ssl.MemoryBIO, ssl.MemoryBIO]:
+    """Begin a handshake in memory: the client's hello is in the second BIO."""
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls_client = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        tls_client.do_handshake()
+    return tls_client, incoming, outgoing
+
+
+@needs("the openssl command")
+@pytest.mark.parametrize("padding", [0, 100_000])
+def test_start_tls_gets_the_hello_that_came_with_the_line_before_it(run: Run, tls: Any, padding: int) -> None:
+    """As behind a PROXY header: line and ClientHello in one segment, also when the stream had paused."""
+
+    def talk(address: Any) -> bytes:
+        client_side, incoming, outgoing = hello_of(tls[1])
+        with connect(address) as client:
+            client.sendall(b"x" * padding + b"STARTTLS\r\n" + outgoing.read())
+            while True:
+                try:
+                    client_side.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    client.sendall(outgoing.read())
+                    incoming.write(client.recv(1 << 16))
+            client_side.write(b"hello")
+            client.sendall(outgoing.read())
+            while True:
+                try:
+                    return client_side.read(100)
+                except ssl.SSLWantReadError:
+                    incoming.write(client.recv(1 << 16))
+
+    async def main() -> None:
+        async def upgrade(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readexactly(padding)
+            assert await reader.readline() == b"STARTTLS\r\n"
+            await writer.start_tls(tls[0])
+            writer.write(await reader.read(100))
+            await writer.drain()
+            writer.close()
+
+        async with await aio.start_server(upgrade, "127.0.0.1", 0) as running:
+            assert await in_thread(talk, running.sockets[0].getsockname()) == b"hello"
+
+    run(main())
+
+
 @needs("the openssl command")
 def test_a_client_that_stalls_in_the_handshake_hurts_nobody(run: Run, tls: Any) -> None:
     async def main() -> None:

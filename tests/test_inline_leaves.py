@@ -22,10 +22,11 @@ CLIENTS = 6
 # The program under test adopts descriptor argv[1], which has the clients queued, and serves it in the way of
 # argv[2].  `handle` is the handler of each test; it counts in `seen`.
 SERVES = """
-import os, signal, socket, sys, time
+import os, signal, socket, sys, warnings
 import fastlisten
 from fastlisten import socketserver
 
+warnings.simplefilter("ignore", DeprecationWarning)  # of fork() beside threads, from 3.12 on
 fd, way = int(sys.argv[1]), sys.argv[2]
 seen = []
 

@@ -31,5 +31,6 @@ cdef class Overload:
     cdef void take_front(self, client_t *client) noexcept nogil
     cdef bint pop_front(self, client_t *client) noexcept nogil
     cdef int64_t places(self) noexcept nogil
+    cdef client_t *next_place(self) noexcept nogil
     cdef void put(self, client_t *client) noexcept nogil
     cdef outcome_t mend_acceptor(self) noexcept nogil

@@ -43,7 +43,7 @@ cdef class Overload:
         self.busy = busy
         self.text, self.length = busy, len(busy)
         self.room = pending + (min(self.handlers, most) if most else self.handlers)
-        self.queue = <client_t *>calloc(self.room, sizeof(client_t))
+        self.queue = <client_t *>calloc(self.room + 1, sizeof(client_t))
         self.lock = PyThread_allocate_lock()
         if self.queue is NULL or self.lock is NULL:
             raise MemoryError
@@ -87,7 +87,9 @@ cdef class Overload:
         self.refuser_ended = None
         self.lock = PyThread_allocate_lock()
         for i in range(self.waiting):
-            port_close(self.queue[(self.first + i) % self.room].fd)
+            drop(&self.queue[(self.first + i) % (self.room + 1)])
+        if self.next_place().fd != PORT_NO_SOCKET:
+            drop(self.next_place())  # it was about to be put there
         self.waiting = 0
 
     # --- for who takes the clients --------------------------------------------------------------------
@@ -136,7 +138,7 @@ cdef class Overload:
 
     cdef void take_front(self, client_t *client) noexcept nogil:
         client[0] = self.queue[self.first]
-        self.first = (self.first + 1) % self.room
+        self.first = (self.first + 1) % (self.room + 1)
         self.waiting -= 1
 
     cdef bint pop_front(self, client_t *client) noexcept nogil:
@@ -155,20 +157,26 @@ cdef class Overload:
             idle = min(idle, self.most - self.acceptor.open_connections())
         return min(self.pending + max(idle, 0), <int64_t>self.room)
 
+    cdef client_t *next_place(self) noexcept nogil:
+        """Where the next client is put: accepted there, so that a fork finds it whenever it comes."""
+        return &self.queue[(self.first + self.waiting) % (self.room + 1)]
+
     cdef void put(self, client_t *client) noexcept nogil:
-        """Have a client wait for its handler, or refuse it when there is no place."""
+        """Have the client in the next place wait for its handler, or refuse it when that is one too many."""
         cdef bint place
         cdef bint awaited = False
+        cdef client_t refused = client[0]
         PyThread_acquire_lock(self.lock, WAIT_LOCK)
         place = self.waiting < self.places()
         if place:
-            self.queue[(self.first + self.waiting) % self.room] = client[0]
             self.waiting += 1
             awaited = self.awaited
             self.awaited = False
+        else:
+            client.fd = PORT_NO_SOCKET
         PyThread_release_lock(self.lock)
         if not place:
-            refuse(client, self.text, self.length)
+            refuse(&refused, self.text, self.length)
         elif awaited:
             waker_wake(&self.waker)
 
@@ -177,12 +185,16 @@ cdef class Overload:
     def refuse_over_pending(self):
         """Accept, and refuse who is too many, without the GIL: nothing Python does delays an answer."""
         cdef outcome_t outcome = NOBODY
-        cdef client_t client
+        cdef client_t *client
         with nogil:
             while outcome != ENDED and outcome != FAILED:
-                outcome = self.acceptor.take(&client)
+                PyThread_acquire_lock(self.lock, WAIT_LOCK)
+                client = self.next_place()  # it stays the next until put(), whoever takes from the front
+                client.fd = PORT_NO_SOCKET
+                PyThread_release_lock(self.lock)
+                outcome = self.acceptor.take(client)
                 if outcome == TAKEN:
-                    self.put(&client)
+                    self.put(client)
                 if outcome == LOOK or port_get(&self.acceptor.shortage.to_tell):
                     waker_wake(&self.waker)  # for the log, or a place that came free
                 if self.acceptor.deaf:

@@ -65,6 +65,7 @@ cdef class Transport(Watched):
     cdef object sock                # the socket.socket that owns the descriptor, once somebody asked for one
     cdef object protocol
     cdef object context             # contextvars.Context in which the protocol is called
+    cdef bytes unread               # what was read and given back, for the next protocol; or None
     cdef list held                  # bytes written in our call to the protocol, to be sent after it; or None
     cdef Py_ssize_t held_size
     cdef WriteBuffer buffer         # None until something has to be kept
@@ -81,6 +82,7 @@ cdef class Transport(Watched):
     cdef int begin(self) except -1
     cdef int meet(self) except -1
     cdef int read(self) except -1
+    cdef Py_ssize_t receive(self, char *buffer, Py_ssize_t length, int *code) noexcept
     cdef int read_on(self) except -1
     cdef int hand_over(self, Py_ssize_t got, bint buffered) except -1
     cdef int received_eof(self) except -1

@@ -55,7 +55,10 @@ cdef object _all_connections = weakref.WeakSet()
 cdef object _warn = warnings.warn
 cdef object _asyncio_log = logging.getLogger("asyncio")
 cdef object _StandardSocket = StandardSocket
+cdef object _BaseEventLoop = asyncio.BaseEventLoop
 cdef object _BufferedProtocol = asyncio.BufferedProtocol
+cdef object _Protocol = asyncio.Protocol
+cdef object _StreamReader = asyncio.StreamReader
 cdef int _warn_from = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
 cdef object _SendfileMode = constants._SendfileMode
 # Its words have changed between two bugfix releases of 3.13, so the running one has to say them.
@@ -235,7 +238,6 @@ cdef class Transport(Watched):
     Made by the servers of fastlisten.aio.  It owns its descriptor and closes it after connection_lost().
     """
 
-    _start_tls_compatible = True
     max_size = CHUNK
 
     def __init__(self, *args):
@@ -375,9 +377,7 @@ cdef class Transport(Watched):
         if self.closing or self.paused or self.ended:
             return 0
         if not buffered:
-            got = port_recv(self.fd, self.connections.scratch, CHUNK, 0)
-            if got < 0:
-                code = port_error()
+            got = self.receive(self.connections.scratch, CHUNK, &code)
         else:
             try:
                 buffer = self.protocol.get_buffer(-1)
@@ -392,9 +392,7 @@ cdef class Transport(Watched):
                 PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
             except Exception as error:
                 return self.fatal(error, "Fatal read error on socket transport")
-            got = port_recv(self.fd, view.buf, view.len, 0)
-            if got < 0:
-                code = port_error()
+            got = self.receive(<char *>view.buf, view.len, &code)
             PyBuffer_Release(&view)
             buffer = None
         if got > 0:
@@ -411,9 +409,22 @@ cdef class Transport(Watched):
             return self.again(READ)
         return self.fail(code, "Fatal read error on socket transport")
 
+    cdef Py_ssize_t receive(self, char *buffer, Py_ssize_t length, int *code) noexcept:
+        """What was given back, else one recv(); < 0 when that failed, and why is in `code`."""
+        cdef Py_ssize_t got
+        if self.unread is not None:
+            got = min(length, PyBytes_GET_SIZE(self.unread))
+            memcpy(buffer, PyBytes_AS_STRING(self.unread), got)
+            self.unread = self.unread[got:] if got < PyBytes_GET_SIZE(self.unread) else None
+            return got
+        got = port_recv(self.fd, buffer, length, 0)
+        if got < 0:
+            code[0] = port_error()
+        return got
+
     cdef int read_on(self) except -1:
         """Read once more, after SystemExit, too: the loop may run again."""
-        if not self.watched_for & POLLIN and not self.closing:
+        if (not self.watched_for & POLLIN or self.unread is not None) and not self.closing:
             return self.again(READ)
         return 0
 
@@ -806,6 +817,20 @@ cdef class Transport(Watched):
             self.report(error, f"protocol.{name}() failed")
         return 0
 
+    # --- what asyncio's start_tls() asks ---------------------------------------------------------------
+
+    @property
+    def _start_tls_compatible(self):
+        # Asked just before another protocol is set.  What the client sent right after its last line, a
+        # ClientHello with it, is that one's.  Before 3.13.12 and 3.14.3 asyncio's streams forgot it:
+        # cpython's gh-142352.
+        reader = getattr(self.protocol, "_stream_reader", None)
+        if isinstance(reader, _StreamReader) and reader._buffer:
+            self.unread = bytes(reader._buffer) + (self.unread or b"")
+            reader._buffer.clear()
+            reader._paused = False  # start_tls() reads again
+        return True
+
     # --- what asyncio's sendfile() asks ------------------------------------------------------------
 
     @property
@@ -852,7 +877,10 @@ cdef class Transport(Watched):
         self.protocol = protocol
         kind = protocol.__class__  # type() would not see through a proxy
         if kind is not self.connections.kind:
-            self.connections.buffered = isinstance(protocol, _BufferedProtocol)
+            self.connections.buffered = isinstance(protocol, _BufferedProtocol) or (
+                # what uvloop asks for
+                not isinstance(self.hub.loop, _BaseEventLoop) and hasattr(protocol, "get_buffer")
+                and not isinstance(protocol, _Protocol))
             self.connections.kind = kind
         self.buffered = self.connections.buffered
         self.connected = True
