@@ -22,6 +22,7 @@ from fastlisten._core.state cimport (
     State,
     accept_failed,
     client_dropped,
+    client_given,
     client_handed,
     client_in,
     client_refused,
@@ -401,8 +402,7 @@ def accept(self):
     if at.family not in (AF_INET, AF_INET6, AF_UNIX):
         return _accept(self)  # an address family this module has no text for
     wait_and_accept(self, &source, &client)
-    client_handed(at)
-    port_add(&at.handled, 1)  # it is the caller's from now on
+    client_given(at)
     sock = standard_socket(client.fd, at.family, at.type, at.protocol)
     return sock, address_object(&client.address, client.length)
 

@@ -18,6 +18,7 @@ from fastlisten._core.state cimport (
     client_handed,
     client_out,
     give_back_all,
+    handler_failed,
     log,
     state_hold,
     state_t,
@@ -226,7 +227,7 @@ cdef class Loop(Dispatcher):
 
     cdef int report(self, state_t *state, error, Connection connection) except -1:
         """A handler raised: count it and tell `on_error`, or the log.  The client is told nothing."""
-        port_add(&state.handler_errors, 1)
+        handler_failed(state)
         try:
             if self.on_error is not None:
                 self.on_error(error, connection)

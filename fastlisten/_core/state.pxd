@@ -56,8 +56,10 @@ cdef void state_release(state_t *state) noexcept nogil
 cdef void client_in(state_t *state) noexcept nogil
 cdef void client_handed(state_t *state) noexcept nogil
 cdef void client_out(state_t *state) noexcept nogil
+cdef void client_given(state_t *state) noexcept nogil
 cdef void client_refused(state_t *state) noexcept nogil
 cdef void client_dropped(state_t *state) noexcept nogil
+cdef void handler_failed(state_t *state) noexcept nogil
 cdef void accept_failed(state_t *state, int code) noexcept nogil
 cdef int64_t connections_of(state_t *state) noexcept nogil
 

@@ -129,6 +129,12 @@ cdef void client_out(state_t *state) noexcept nogil:
     state_release(state)
 
 
+cdef void client_given(state_t *state) noexcept nogil:
+    """It goes to the caller of accept(), who has it from now on."""
+    port_add(&state.handed, 1)
+    port_add(&state.handled, 1)
+
+
 cdef void client_refused(state_t *state) noexcept nogil:
     """There was no place for it."""
     port_add(&state.refused, 1)
@@ -137,6 +143,11 @@ cdef void client_refused(state_t *state) noexcept nogil:
 cdef void client_dropped(state_t *state) noexcept nogil:
     """It was closed before anybody got it."""
     port_add(&state.dropped, 1)
+
+
+cdef void handler_failed(state_t *state) noexcept nogil:
+    """A handler, a factory or a protocol raised."""
+    port_add(&state.handler_errors, 1)
 
 
 cdef void accept_failed(state_t *state, int code) noexcept nogil:

@@ -32,7 +32,7 @@ from fastlisten._core.connection cimport (
 )
 from fastlisten._core.port cimport *
 from fastlisten._core.standard import StandardSocket
-from fastlisten._core.state cimport client_out, state_hold, state_t
+from fastlisten._core.state cimport client_out, handler_failed, state_hold, state_t
 from fastlisten.aio._hub cimport Hub, Watched
 
 # How much one recv() takes at most, and how much one wake sends on one connection; asyncio's own size.
@@ -337,7 +337,7 @@ cdef class Transport(Watched):
             self.release()
             raise
         except BaseException as error:
-            port_add(&self.state.handler_errors, 1)
+            handler_failed(self.state)
             loop = self.hub.loop
             self.release()
             loop.call_exception_handler({
@@ -477,7 +477,7 @@ cdef class Transport(Watched):
     # --- the end -----------------------------------------------------------------------------------
 
     cdef int report(self, error, str message) except -1:
-        port_add(&self.state.handler_errors, 1)
+        handler_failed(self.state)
         self.hub.loop.call_exception_handler({
             "message": message,
             "exception": error,
