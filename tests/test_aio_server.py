@@ -20,7 +20,7 @@ import pytest
 
 import fastlisten
 from fastlisten import aio
-from helpers import connect, exchange, needs, posix_only, programs, read_all
+from helpers import LIMIT, connect, exchange, needs, posix_only, programs, read_all
 from helpers.aio import Echo, Notes, Run, asyncios, in_thread, run, server, turns
 
 __all__ = ["run"]  # a fixture
@@ -434,6 +434,27 @@ def test_a_unix_path_on_which_somebody_answers_is_not_taken_over(run: Run, unix_
         second = await aio.create_unix_server(Echo, unix_path)
         assert await in_thread(exchange, unix_path, b"hello") == b"hello"
         second.close()
+
+    run(main())
+
+
+@pytest.mark.parametrize("limits", [{}, {"busy": "reset", "pending": 2}], ids=["", "busy"])
+def test_a_listener_that_is_closed_under_its_server_is_accepted_from_no_more(
+    run: Run, limits: dict[str, Any]
+) -> None:
+    """Its number may be a stranger's the next moment, and the event loop and the refuser know only that."""
+
+    async def main() -> None:
+        listener = fastlisten.bind("127.0.0.1:0")
+        running = await aio.create_server(Echo, sock=listener, **limits)
+        assert await in_thread(exchange, listener.getsockname(), b"hello") == b"hello"
+        listener.close()
+        with socket.create_server(("127.0.0.1", 0)) as stranger:
+            stranger.settimeout(LIMIT)
+            with connect(stranger):
+                await turns()
+                stranger.accept()[0].close()  # nobody else has taken it
+        running.close()
 
     run(main())
 

@@ -3,6 +3,7 @@
 One wake takes a batch of clients, and begins with each.
 """
 
+import asyncio
 from asyncio import trsock
 
 cimport cython
@@ -314,6 +315,19 @@ cdef class Accepting(Owner):
                 context["socket"] = trsock.TransportSocket(sock)
             self.connections.hub.loop.call_exception_handler(context)
         return 0
+
+    def leave(self, State state not None):
+        """The listener of this state is about to be closed by somebody else: accept from it no more."""
+        cdef ListenerWatch listener
+        if self.queue is not None:
+            state.stop(0)
+            with nogil:
+                self.queue.overload.acceptor.release(state)
+        elif asyncio._get_running_loop() is self.connections.hub.loop:
+            for listener in self.listeners:
+                if listener.state is state:
+                    listener.failed = True
+            self.arrange()
 
     def after_fork(self):
         """In a forked child: who waits in the queue is the parent's."""

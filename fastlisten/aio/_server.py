@@ -256,6 +256,12 @@ class ServerTaker(Taker):
         # The thread that refuses holds the states, and they this: a server that is dropped must end.
         self._accepting = weakref.ref(accepting)
 
+    def leave(self, state: State) -> None:
+        """The server takes no more clients from a listener that is closed without it."""
+        accepting = self._accepting()
+        if accepting is not None:
+            accepting.leave(state)
+
     def after_fork(self) -> bool:
         """The server is the child's as much as its parent's; who waits in the queue is the parent's."""
         accepting = self._accepting()
