@@ -87,12 +87,13 @@ cdef verdict_t verdict(int code) noexcept nogil:
 cdef verdict_t accept_one(source_t *source, client_t *client) noexcept nogil:
     """Take who is queued first; source.code says why that failed."""
     cdef verdict_t answer
-    client.fd = port_accept(source.fd, &client.address, &client.length, source.nonblocking)
-    if client.fd != PORT_NO_SOCKET:
-        client.state = source.state
+    cdef port_socket fd = port_accept(source.fd, &client.address, &client.length, source.nonblocking)
+    if fd != PORT_NO_SOCKET:
         source.proven = True
         source.lost = 0
+        client.state = source.state
         client_in(source.state)
+        client.fd = fd  # last: a forked child finds a client that is whole, or none
         return ACCEPTED
     source.code = port_error()
     answer = verdict(source.code)

@@ -47,6 +47,7 @@ cdef class Overload:
         self.lock = PyThread_allocate_lock()
         if self.queue is NULL or self.lock is NULL:
             raise MemoryError
+        self.next_place().fd = PORT_NO_SOCKET
 
     def __dealloc__(self):
         waker_close(&self.waker)
@@ -172,8 +173,7 @@ cdef class Overload:
             self.waiting += 1
             awaited = self.awaited
             self.awaited = False
-        else:
-            client.fd = PORT_NO_SOCKET
+        self.next_place().fd = PORT_NO_SOCKET  # what lies there is an old one's, or was never used
         PyThread_release_lock(self.lock)
         if not place:
             refuse(&refused, self.text, self.length)
@@ -190,7 +190,6 @@ cdef class Overload:
             while outcome != ENDED and outcome != FAILED:
                 PyThread_acquire_lock(self.lock, WAIT_LOCK)
                 client = self.next_place()  # it stays the next until put(), whoever takes from the front
-                client.fd = PORT_NO_SOCKET
                 PyThread_release_lock(self.lock)
                 outcome = self.acceptor.take(client)
                 if outcome == TAKEN:
