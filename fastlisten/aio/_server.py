@@ -71,8 +71,11 @@ class Server(asyncio.AbstractServer):
         if self.__dict__.get("_sockets") is None:
             return
         warn(f"unclosed server {self!r}", ResourceWarning, source=self)
+        sockets, self._sockets = self._sockets, None
         self._accepting.abandon()
         self._give_back()
+        for sock in sockets or ():
+            sock.close()
 
     def __repr__(self) -> str:
         return f"<{self.__class__.__name__} sockets={self.sockets!r}>"
