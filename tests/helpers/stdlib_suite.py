@@ -14,7 +14,7 @@ from typing import Any
 
 NOT_OURS = {
     "test_create_server_multiple_hosts": "replaces the sockets and a private method of the loop by mocks",
-    "test_unix_server_sock_cleanup": "asyncio unlinks the path of a socket that it was given; ours is its maker's",
+    "test_unix_server_sock_cleanup": "asyncio unlinks the path of a socket that it was given",
 }
 """Beginnings of the names of tests of the replaced code's insides, or of what we do otherwise, and why."""
 
