@@ -283,8 +283,10 @@ def test_who_fills_until_something_is_kept_is_told_to_go_on(run: Run) -> None:
     async def main() -> None:
         async with server(Fills) as serving:
             with connect(serving.address, receive_buffer=SMALL_BUFFER) as client:
+                protocol = await serving.first()
+                await protocol.until(lambda p: "pause" in p.events)  # a quick reader would empty it in time
                 assert len(await in_thread(read_all, client)) == BIG
-            assert "resume" in serving.made[0].events
+            assert "resume" in protocol.events
 
     run(main())
 
