@@ -111,12 +111,9 @@ def bind(
 def bind_checked(where: Endpoint, options: Checked) -> Listener:
     """bind() with options that were checked, one by one."""
     unix_path = where.host[5:] if where.host.startswith("unix:") else None
+    settings = socket_options(options, not_tcp=None if unix_path is None else where)
     if options.reuse_port and where.port == 0 and unix_path is None:
         raise ValueError("reuse_port with port 0 could share a stranger's port")
-    settings = socket_options(options)
-    for name, level, _, _ in settings:
-        if level == socket.IPPROTO_TCP and unix_path is not None:
-            raise ValueError(f"{name} is for TCP, not for {where}")
     if options.mode is not None and (unix_path is None or unix_path.startswith("@")):
         raise ValueError(f"mode is for unix paths, not for {where}")
     if where.host.startswith("fd:"):

@@ -8,9 +8,9 @@ from typing import Annotated, Any, NamedTuple, TypedDict
 class Option(NamedTuple):
     """What an option is beside its name and type.
 
-    check(name, value) returns the value as it is kept; TypeError or ValueError names the option.  constant:
-    of the `socket` module, on whose absence the option is refused.  level: that of setsockopt(); None for an
-    option that is set otherwise.
+    check(name, value) returns the value as it is kept; TypeError or ValueError names the option.  constant,
+    level: of the `socket` module, for setsockopt(); None for an option that is set otherwise.  Where the
+    constant is absent the option is refused.
     """
 
     default: Any
@@ -145,7 +145,7 @@ def checked(family: type, caller: str, /, **given: Any) -> Checked:
     """The options of a family: those given, which are checked, and the defaults of the others.
 
     caller: whose options they are, for the error.  Raises TypeError for an unknown name, as a call does, and
-    for a value of another type; ValueError for one that cannot be meant or that this system lacks.
+    for a value of another type; ValueError for one that cannot be meant.
     """
     options = declared(family)
     for name in given:
@@ -153,18 +153,24 @@ def checked(family: type, caller: str, /, **given: Any) -> Checked:
             raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}")
     values = {}
     for name, option in options.items():
-        value = option.check(name, given.get(name, option.default))
-        if value is not None and option.constant is not None and not hasattr(socket, option.constant):
-            raise ValueError(f"{name}: {option.constant} not supported on this platform")
-        values[name] = value
+        values[name] = option.check(name, given.get(name, option.default))
     return Checked(values)
 
 
-def socket_options(options: Checked) -> list[tuple[str, int, int, int]]:
-    """The options of bind() that are set with setsockopt(): (name, level, option, value) of each."""
+def socket_options(options: Checked, not_tcp: object = None) -> list[tuple[str, int, int, int]]:
+    """The options of bind() that are set with setsockopt(): (name, level, option, value) of each.
+
+    not_tcp: the endpoint, if it is none of TCP's.  Raises ValueError for an option that this kind of endpoint
+    or this system lacks.
+    """
     found = []
     for name, option in declared(BindOptions).items():
         value = getattr(options, name)
-        if option.level is not None and option.constant is not None and value is not None:
-            found.append((name, getattr(socket, option.level), getattr(socket, option.constant), value))
+        if option.level is None or option.constant is None or value is None:
+            continue
+        if option.level == "IPPROTO_TCP" and not_tcp is not None:
+            raise ValueError(f"{name} is for TCP, not for {not_tcp}")
+        if not hasattr(socket, option.constant):
+            raise ValueError(f"{name}: {option.constant} not supported on this platform")
+        found.append((name, getattr(socket, option.level), getattr(socket, option.constant), value))
     return found

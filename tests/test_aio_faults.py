@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from helpers import LIMIT, connect, needs, reset
+from helpers import LIMIT, connect, needs, posix_only, reset
 from helpers.aio import LOOPS, WAYS, run
 from helpers.faults import Faults
 from helpers.programs import check, line_of, running
@@ -374,6 +374,7 @@ AT_EXIT = """if True:
     """
 
 
+@posix_only("asyncio's proactor, whose own server it is there, tells of its pending task")
 @pytest.mark.parametrize("how", ["open", "closed"])
 def test_a_connection_that_is_open_when_the_interpreter_ends_makes_no_noise(how: str) -> None:
     done = run_program(AT_EXIT, how, options=["-W", "ignore::ResourceWarning"])

@@ -199,17 +199,17 @@ cdef class Accepting(Owner):
         if self.queue is not None:
             self.queue.watch(0)
         self.abandon()
-        self.stopped = True
-        self.rest()
 
     def abandon(self):
-        """End what runs without the event loop, which may be gone: the thread that refuses, and its queue."""
+        """End what needs no event loop, which may be gone: the thread that refuses, its queue, descriptors."""
         if self.queue is not None:
             self.queue.overload.close()
             self.queue.overload.acceptor.close()
             self.queue.overload.acceptor.shortage.tell()
             self.queue = None
         self.shortage.close()
+        self.stopped = True
+        self.rest()
 
     def when_idle(self, idle):
         """Call `idle` each time the last connection is gone."""
