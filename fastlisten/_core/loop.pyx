@@ -120,13 +120,17 @@ cdef class Loop(Dispatcher):
         """End what open() and the run have begun."""
         self.opened = False
         port_swap(&self.over, 1)
-        if self.overload is not None:
-            port_add(&self.was_cut, self.overload.close())
-        self.acceptor.close()
-        self.done.release()
-        while self.reapers:
-            self.reapers.pop().acquire()
-        self.threads.close()
+        try:
+            if self.overload is not None:
+                port_add(&self.was_cut, self.overload.close())
+        finally:
+            self.acceptor.close()
+            self.done.release()
+            try:
+                while self.reapers:
+                    self.reapers.pop().acquire()
+            finally:
+                self.threads.close()
         return self.acceptor.shortage.tell()
 
     cdef int64_t descriptors(self):

@@ -23,7 +23,7 @@ cdef class Overload:
     cdef outcome_t refuser_outcome
 
     cdef int open(self) except -1
-    cdef int close(self) noexcept
+    cdef int close(self) except -1
     cdef void after_fork(self) noexcept
     cdef outcome_t take(self, client_t *client) noexcept nogil
     cdef bint pop(self, client_t *client) noexcept nogil

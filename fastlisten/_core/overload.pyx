@@ -69,17 +69,26 @@ cdef class Overload:
             raise
         return 0
 
-    cdef int close(self) noexcept:
-        """Accept nobody any more, and close who still waits; returns how many they were."""
+    cdef int close(self) except -1:
+        """Accept nobody any more, and close who still waits; returns how many they were.
+
+        What a signal's handler raises comes out after that: the thread must not go on with a closed listener.
+        """
         cdef client_t client
         cdef int dropped = 0
+        interrupt = None
         self.acceptor.end()
-        if self.refuser_ended is not None:
-            self.refuser_ended.acquire()
-            self.refuser_ended = None
+        while self.refuser_ended is not None:
+            try:
+                self.refuser_ended.acquire()
+                self.refuser_ended = None
+            except BaseException as error:
+                interrupt = error
         while self.pop_front(&client):
             drop(&client)
             dropped += 1
+        if interrupt is not None:
+            raise interrupt
         return dropped
 
     cdef void after_fork(self) noexcept:
