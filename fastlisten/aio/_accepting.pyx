@@ -201,7 +201,7 @@ cdef class Accepting(Owner):
         self.abandon()
 
     def abandon(self):
-        """End what needs no event loop, which may be gone: the thread that refuses, its queue, descriptors."""
+        """End what needs no event loop, which may be gone: the thread that refuses, and descriptors."""
         if self.queue is not None:
             self.queue.overload.close()
             self.queue.overload.acceptor.close()
