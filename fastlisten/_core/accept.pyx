@@ -136,18 +136,20 @@ cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept
     """
     cdef char scrap[4096]
     cdef int rounds = 16  # a bound: a client that never stops talking is cut off
+    cdef port_socket fd = client.fd
     client_refused(client.state)
     if length > 0:
-        port_set_nonblocking(client.fd, 1)
-        port_no_sigpipe(client.fd)
+        port_set_nonblocking(fd, 1)
+        port_no_sigpipe(fd)
         # what a fresh buffer does not take is not sent
-        port_send(client.fd, text, length, PORT_NO_SIGPIPE | PORT_MORE)
-        port_shutdown(client.fd, PORT_SHUT_WRITE)
-        while rounds > 0 and port_recv(client.fd, scrap, sizeof(scrap), 0) > 0:
+        port_send(fd, text, length, PORT_NO_SIGPIPE | PORT_MORE)
+        port_shutdown(fd, PORT_SHUT_WRITE)
+        while rounds > 0 and port_recv(fd, scrap, sizeof(scrap), 0) > 0:
             rounds -= 1
     else:
-        port_abort_on_close(client.fd)
-    port_close(client.fd)
+        port_abort_on_close(fd)
+    client.fd = PORT_NO_SOCKET  # now, since a forked child closes whom it finds here
+    port_close(fd)
 
 
 cdef void drop(client_t *client) noexcept nogil:

@@ -18,6 +18,7 @@ cdef class Overload:
     cdef int64_t handling           # handed out, and not yet at their handler's end
     cdef waker_t waker              # wakes who waits for a client
     cdef bint awaited               # somebody does
+    cdef bint refusing              # the client in the next place
     cdef object refuser_ended       # a lock: held while the thread that refuses runs
     cdef int64_t refuser_gone
     cdef outcome_t refuser_outcome

@@ -98,8 +98,11 @@ cdef class Overload:
         self.lock = PyThread_allocate_lock()
         for i in range(self.waiting):
             drop(&self.queue[(self.first + i) % (self.room + 1)])
-        if self.next_place().fd != PORT_NO_SOCKET:
-            drop(self.next_place())  # it was about to be put there
+        if self.next_place().fd != PORT_NO_SOCKET:  # it was about to be put there, or to be refused
+            if self.refusing:  # and is counted so
+                port_close(self.next_place().fd)
+            else:
+                drop(self.next_place())
         self.waiting = 0
 
     # --- for who takes the clients --------------------------------------------------------------------
@@ -173,19 +176,18 @@ cdef class Overload:
 
     cdef void put(self, client_t *client) noexcept nogil:
         """Have the client in the next place wait for its handler, or refuse it when that is one too many."""
-        cdef bint place
         cdef bint awaited = False
-        cdef client_t refused = client[0]
         PyThread_acquire_lock(self.lock, WAIT_LOCK)
-        place = self.waiting < self.places()
-        if place:
+        self.refusing = self.waiting >= self.places()
+        if not self.refusing:
             self.waiting += 1
+            self.next_place().fd = PORT_NO_SOCKET  # what lies there is an old one's, or was never used
             awaited = self.awaited
             self.awaited = False
-        self.next_place().fd = PORT_NO_SOCKET  # what lies there is an old one's, or was never used
         PyThread_release_lock(self.lock)
-        if not place:
-            refuse(&refused, self.text, self.length)
+        if self.refusing:
+            refuse(client, self.text, self.length)
+            self.refusing = False
         elif awaited:
             waker_wake(&self.waker)
 
