@@ -58,7 +58,7 @@ def blocks() -> list[Block]:
     found = []
     for path in sorted(ROOT.glob("*.md")):
         document = path.name
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = path.read_text(encoding="utf-8")
         for fence in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             line = text.count("\n", 0, fence.start()) + 1
             found.append(Block(document, line, fence[1], fence[2]))

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from typing import Any, Literal, cast
 
 from fastlisten._bind import bind
+from fastlisten._core.accept import REUSE_ADDRESS
 from fastlisten._options import BindOptions, Checked, checked, socket_options
 from fastlisten._unix_path import OwnPath, permissions, refuse_taken
 from fastlisten.aio._server import Factory, Server, checked_limits
@@ -142,7 +143,7 @@ async def _bind_specially(
     loop = asyncio.get_running_loop()
     if sock is not None:
         raise ValueError("dualstack_ipv6 and exclusive are set before bind(), which sock has behind it")
-    if reuse_address is not None and bool(reuse_address) != (os.name == "posix"):
+    if reuse_address is not None and bool(reuse_address) != REUSE_ADDRESS:
         raise ValueError("reuse_address is the system's own with dualstack_ipv6 and exclusive")
     with socket.socket() as unbound:  # for asyncio's checks
         await _bound(_bind_tcp, sock=unbound, backlog=backlog, **tls)
