@@ -1,4 +1,4 @@
-"""The counters of stats() agree at every moment, and at the end with what the clients saw, however one serves.
+"""The counters of stats() agree at every moment, and at the end with what the clients saw, in each way.
 
 `active` is what the other counters leave, so that the sum alone would prove little: a thread that reads all
 the time also holds them against the clients, who know how many of them have come.
