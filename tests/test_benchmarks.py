@@ -198,7 +198,7 @@ def server_and_load(pid: Any) -> Any:
 def command_line(pid: Any) -> Any:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it has ended, before the open or before the read
         return ""
 
 
