@@ -1,4 +1,4 @@
-"""The counters of stats() agree at every moment, and at the end with what the clients saw, in each way.
+"""The counters of stats() agree at every moment, and at the end with what the clients saw.
 
 `active` is what the other counters leave, so that the sum alone would prove little: a thread that reads all
 the time also holds them against the clients, who know how many of them have come.
@@ -69,7 +69,7 @@ class Clients:
 
 @contextlib.contextmanager
 def watched(clients: Clients, *readers: Callable[[], Any]) -> Iterator[None]:
-    """Read the stats of each of `readers` in a thread, all the time, and check them; once more after all."""
+    """Read the stats of each of `readers` in a thread, all the time and once after all, and check them."""
     over = threading.Event()
 
     def watch() -> int:
@@ -301,15 +301,14 @@ async def accepts_async(listener: Listener, tasks: asyncio.TaskGroup) -> None:
 @contextlib.contextmanager
 def in_loop(listener: Listener, accept: Any) -> Iterator[None]:
     """Run a coroutine on a loop in another thread until the end of the block, and its tasks to their ends."""
-    started, loops = threading.Event(), []
+    started = threading.Event()
+    at_work: list[Any] = []
 
     async def main() -> None:
-        loops.append((asyncio.get_running_loop(), asyncio.current_task()))
-        started.set()
         with contextlib.suppress(asyncio.CancelledError):
             async with asyncio.timeout(3 * LIMIT), asyncio.TaskGroup() as tasks:
                 accepting = tasks.create_task(accept(listener, tasks))
-                loops.append((asyncio.get_running_loop(), accepting))
+                at_work.extend((asyncio.get_running_loop(), accepting))
                 started.set()
 
     with ThreadPoolExecutor(1) as pool:
@@ -319,8 +318,7 @@ def in_loop(listener: Listener, accept: Any) -> Iterator[None]:
             yield
         finally:
             wait_until(lambda: not listener.stats().active)
-            loop, accepting = loops[-1]
-            assert accepting is not None
+            loop, accepting = at_work
             loop.call_soon_threadsafe(accepting.cancel)
         running.result(LIMIT)
 

@@ -175,6 +175,9 @@ def handle(connection):
     if len(seen) == 2:
         if sys.argv[3] == "SIGINT":
             signal.raise_signal(signal.SIGINT)
+        if sys.argv[3] == "Ctrl-C":
+            print("inside", flush=True)
+            connection.recv(1)  # until the signal comes
         raise SystemExit if sys.argv[3] == "SystemExit" else KeyboardInterrupt
 told = None
 try:
@@ -185,7 +188,7 @@ print(json.dumps([told, len(seen)]), flush=True)
 """
 
 
-@pytest.mark.parametrize("what", ["SystemExit", "KeyboardInterrupt", "SIGINT"])
+@pytest.mark.parametrize("what", ["SystemExit", "KeyboardInterrupt", "SIGINT", "Ctrl-C"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_handler_ends_the_loop(
     way: str, what: str, queue: tuple[socket.socket, list[socket.socket]]
@@ -194,8 +197,11 @@ def test_a_handler_ends_the_loop(
     listener, clients = queue
     fds = [listener.fileno()]
     with running(SERVES + RAISES, str(fds[0]), way, what, pass_fds=fds) as process:
+        if what == "Ctrl-C":
+            assert line_of(process) == "inside"
+            process.send_signal(signal.SIGINT)
         told = line_of(process)
-        assert told == f'["{"KeyboardInterrupt" if what == "SIGINT" else what}", 2]'
+        assert told == f'["{what if what == "SystemExit" else "KeyboardInterrupt"}", 2]'
         assert process.wait(LIMIT) == 0
     assert answers_of(clients[:2]) == [1, 1]
     listener.settimeout(LIMIT)
