@@ -180,17 +180,12 @@ class ThreadedAsyncAcceptor(AsyncAcceptor):
         if self._looking is not None:
             self._state.wake()
 
-    def _rest(self) -> None:
-        if self._looking is None:  # the thread must not be left with closed descriptors
-            super()._rest()
-        elif not self._waiters:
-            self._unwatch()
-
     def _looked(self, looking: asyncio.Future[Any]) -> None:
         self._looking = None
         if not looking.cancelled():
             looking.exception()  # of a listener that was closed meanwhile: who waits is told by accept()
-        self._state.drain_waker()
+        if self._state.taker in (None, self):  # else what wakes is another's by now
+            self._state.drain_waker()
         self.wake()
 
 
