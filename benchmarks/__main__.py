@@ -30,7 +30,7 @@ QUICK_LIMIT = 50.0
 
 CLONE = Path(__file__).parent.parent
 PICTURE = "benchmarks/results/latest"
-"""Of the run that README.md shows; its samples are not kept in git."""
+"""Of the run that FIGURES.md shows; its samples are not kept in git."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         "--readme",
         type=Path,
         metavar="OLD.json",
-        help=f"print an old run for README.md, and draw its picture there: {PICTURE}.svg (or --out)",
+        help=f"print an old run for FIGURES.md, and draw its picture there: {PICTURE}.svg (or --out)",
     )
     return p
 
@@ -184,7 +184,7 @@ def main(arguments: Sequence[str]) -> int:
             stem.parent.mkdir(exist_ok=True)
         check_output(stem)
         try:
-            words = readme(results, os.path.relpath(add(stem, ".svg"), CLONE))
+            words = readme(results, os.path.relpath(add(stem, ".svg"), CLONE / "benchmarks"))
         except ValueError as error:
             refuse(f"{options.readme}: {error}")
         draw(results, stem, (".svg",))

@@ -25,7 +25,7 @@ README_WORKLOADS = ("close", "echo", "http")
 
 
 def readme(results: Results, picture: str) -> str:
-    """Return what README.md says of a run, in Markdown. `picture`: the path to its picture.
+    """Return what FIGURES.md says of a run, in Markdown. `picture`: the path to its picture.
 
     Raises ValueError when the run has none of README_WORKLOADS.
     """
