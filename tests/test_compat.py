@@ -1,7 +1,7 @@
 """Listeners of fastlisten.bind() in frameworks that take a ready socket or descriptor.
 
 Each case is a whole program: it binds, prints its port, hands the listener over, and serves until it
-is killed.  The middle of each is the README's way to do it.
+is killed.  The middle of each is the way that FRAMEWORKS.md says.
 """
 
 import importlib.util
@@ -219,6 +219,18 @@ server.register_function(pow)
 server.serve_forever()
 """
 
+XMLRPC_WITH_THE_LOOP = """\
+listener.close()
+from fastlisten.socketserver import AcceptMixIn
+from xmlrpc.server import SimpleXMLRPCServer
+class Server(AcceptMixIn, SimpleXMLRPCServer):
+    pass
+server = Server(("127.0.0.1", 0))
+print(server.server_address[1], flush=True)
+server.register_function(pow)
+server.serve_forever()
+"""
+
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Any]:
@@ -277,6 +289,8 @@ def exchange_http(port: Any) -> Any:
         return read_all(client)
 
 
-def test_xmlrpc_server(serve: Any) -> None:
-    with xmlrpc.client.ServerProxy(f"http://127.0.0.1:{serve(XMLRPC)}/") as proxy:
+@pytest.mark.parametrize("program", [XMLRPC, XMLRPC_WITH_THE_LOOP], ids=["", "with the loop"])
+def test_xmlrpc_server(program: Any, serve: Any) -> None:
+    port = serve(program, ports=1 + program.count("print("))
+    with xmlrpc.client.ServerProxy(f"http://127.0.0.1:{port}/") as proxy:
         assert proxy.pow(2, 10) == 1024
