@@ -56,8 +56,8 @@ class Block(NamedTuple):
 
 def blocks() -> list[Block]:
     found = []
-    for path in sorted(ROOT.glob("*.md")):
-        document = path.name
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("benchmarks/*.md")]):
+        document = path.relative_to(ROOT).as_posix()
         text = path.read_text(encoding="utf-8")
         for fence in re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             line = text.count("\n", 0, fence.start()) + 1
