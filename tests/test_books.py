@@ -9,6 +9,7 @@ import collections
 import contextlib
 import itertools
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -93,12 +94,16 @@ def watched(clients: Clients, *readers: Callable[[], Any]) -> Iterator[None]:
                 return reads
         raise AssertionError("not reached")
 
+    usual = sys.getswitchinterval()
     with ThreadPoolExecutor(1) as pool:
+        # It never waits, so that whoever wants the GIL waits this long for it, each time.
+        sys.setswitchinterval(1e-4)
         watching = pool.submit(watch)
         try:
             yield
         finally:
             over.set()
+            sys.setswitchinterval(usual)
         assert watching.result()
 
 

@@ -71,6 +71,11 @@ static inline int port_set_nonblocking(port_socket s, int on);
  * left; PORT_NO_SOCKET if there is none left now. */
 static inline port_socket port_spare(void);
 
+/* Make two sockets, each connected to the other, non-blocking and never inherited by child processes, for
+ * threads to wake each other: no signal handler runs inside.  Return 0 and have the caller close both, or
+ * -1. */
+static inline int port_pair(port_socket ends[2]);
+
 /* Have room for `count` more descriptors before they are needed, where that saves time.  `s` is any open
  * one.  A hint: nothing is returned, and nothing is left open. */
 static inline void port_make_room(port_socket s, int64_t count);

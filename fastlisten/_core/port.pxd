@@ -52,6 +52,7 @@ cdef extern from "fastlisten/_core/port.h" nogil:
 
     int port_close(port_socket s)
     int port_set_nonblocking(port_socket s, int on)
+    int port_pair(port_socket *ends)
     port_socket port_accept(
         port_socket listener, port_address *address, int *length, int nonblocking)
     Py_ssize_t port_recv(port_socket s, void *buffer, Py_ssize_t length, int flags)

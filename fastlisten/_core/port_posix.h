@@ -114,6 +114,31 @@ static inline port_socket port_spare(void)
     return open("/dev/null", O_RDONLY | O_CLOEXEC);
 }
 
+/* By calls of its own what SOCK_CLOEXEC and SOCK_NONBLOCK do: for a system without them. */
+static inline int port_posix_flags(port_socket s, int nonblocking)
+{
+    return fcntl(s, F_SETFD, FD_CLOEXEC) < 0 ? -1 : port_set_nonblocking(s, nonblocking);
+}
+
+static inline int port_pair(port_socket ends[2])
+{
+#ifdef SOCK_NONBLOCK
+    return socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends);
+#else
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends) != 0)
+        return -1;
+    if (port_posix_flags(ends[0], 1) == 0 && port_posix_flags(ends[1], 1) == 0)
+        return 0;
+    {
+        int code = errno;
+        port_close(ends[0]);
+        port_close(ends[1]);
+        errno = code;
+    }
+    return -1;
+#endif
+}
+
 /* Linux grows a process's table as it fills, and with several threads each growth waits for an RCU grace
  * period, ten or twenty milliseconds in which nobody is accepted (fs/file.c, expand_fdtable()).  The table
  * never shrinks, so it is made large once, for at most 4,096 (32 KB), by copying a descriptor that far up
@@ -146,7 +171,7 @@ static inline port_socket port_posix_accept(port_socket listener, struct sockadd
 {
     int s = accept(listener, address, size);
     /* The BSD kernels hand the listener's mode down: always set it. */
-    if (s >= 0 && (fcntl(s, F_SETFD, FD_CLOEXEC) < 0 || port_set_nonblocking(s, nonblocking) != 0)) {
+    if (s >= 0 && port_posix_flags(s, nonblocking) != 0) {
         int code = errno;
         port_close(s);
         errno = code;

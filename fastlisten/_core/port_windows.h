@@ -11,6 +11,7 @@
 #include <limits.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 /* A SOCKET has 64 bits and no sign.  With one, a closed socket's fileno() can be passed on and fail as
  * what it is. */
@@ -82,6 +83,55 @@ static inline int port_set_nonblocking(port_socket s, int on)
 static inline port_socket port_spare(void)
 {
     return WSASocketW(AF_INET, SOCK_STREAM, 0, NULL, 0, WSA_FLAG_OVERLAPPED | WSA_FLAG_NO_HANDLE_INHERIT);
+}
+
+/* Connect `s` to itself by way of a listener, and return the other end: PORT_NO_SOCKET if that fails. */
+static inline port_socket port_windows_other_end(port_socket s)
+{
+    struct sockaddr_in at, mine, whose;
+    int at_size = sizeof at, mine_size = sizeof mine, size;
+    port_socket other = PORT_NO_SOCKET, listener = port_spare();
+    int code;
+    if (listener == PORT_NO_SOCKET)
+        return listener;
+    memset(&at, 0, sizeof at);
+    at.sin_family = AF_INET;
+    at.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (bind(listener, (struct sockaddr *)&at, at_size) == 0 && listen(listener, 8) == 0 &&
+        getsockname(listener, (struct sockaddr *)&at, &at_size) == 0 &&
+        connect(s, (struct sockaddr *)&at, at_size) == 0 &&
+        getsockname(s, (struct sockaddr *)&mine, &mine_size) == 0) {
+        for (;;) {
+            size = sizeof whose;
+            other = accept(listener, (struct sockaddr *)&whose, &size);
+            if (other == PORT_NO_SOCKET || whose.sin_port == mine.sin_port)
+                break;
+            port_close(other);                  /* any program here may have connected, too */
+        }
+    }
+    code = port_error();
+    port_close(listener);
+    WSASetLastError(code);
+    return other;
+}
+
+static inline int port_pair(port_socket ends[2])
+{
+    BOOL on = 1;                                /* a byte is not to wait until the one before is acknowledged */
+    int code;
+    ends[0] = port_spare();
+    ends[1] = ends[0] == PORT_NO_SOCKET ? PORT_NO_SOCKET : port_windows_other_end(ends[0]);
+    if (ends[1] != PORT_NO_SOCKET && SetHandleInformation((HANDLE)ends[1], HANDLE_FLAG_INHERIT, 0) &&
+        setsockopt(ends[1], IPPROTO_TCP, TCP_NODELAY, (const char *)&on, sizeof on) == 0 &&
+        port_set_nonblocking(ends[0], 1) == 0 && port_set_nonblocking(ends[1], 1) == 0)
+        return 0;
+    code = port_error();
+    if (ends[0] != PORT_NO_SOCKET)
+        port_close(ends[0]);
+    if (ends[1] != PORT_NO_SOCKET)
+        port_close(ends[1]);
+    WSASetLastError(code);
+    return -1;
 }
 
 static inline void port_make_room(port_socket s, int64_t count)

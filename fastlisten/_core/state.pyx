@@ -3,11 +3,6 @@
 import errno
 import os
 
-try:
-    from _socket import socketpair  # not Python code, in which a signal's exception would leave descriptors
-except ImportError:  # Windows
-    from socket import socketpair
-
 cimport cython
 from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdint cimport int64_t
@@ -28,15 +23,21 @@ cdef object log():
 # Two connected sockets: whoever waits polls one end, and anybody may write to the other, with the GIL or
 # without, also from a signal handler.  A full pipe is a wake-up too.
 
+cdef int pair_open(port_socket *ends) except -1:
+    """port_pair(), raising OSError."""
+    if port_pair(ends) != 0:
+        port_set_exception(port_error())
+        return -1
+    return 0
+
+
 cdef int waker_open(waker_t *waker) except -1:
     """Make the two ends, non-blocking and not inheritable; nothing happens when it is open."""
     if port_get(&waker.open):
         return 0
-    a, b = socketpair()
-    a.setblocking(False)
-    b.setblocking(False)
-    waker.reader = a.detach()
-    waker.writer = b.detach()
+    cdef port_socket ends[2]
+    pair_open(ends)
+    waker.reader, waker.writer = ends[0], ends[1]
     port_swap(&waker.open, 1)
     return 0
 
@@ -91,10 +92,11 @@ cdef int waker_renew(waker_t *waker) except -1:
     waker.waking = 0  # whoever was waking is not here
     if not port_get(&waker.open):
         return 0
-    for old, new in zip((waker.reader, waker.writer), socketpair()):
-        new.setblocking(False)
-        _dup2(new.fileno(), old, inheritable=False)
-        new.close()
+    cdef port_socket ends[2]
+    pair_open(ends)
+    for new, old in ((ends[0], waker.reader), (ends[1], waker.writer)):
+        _dup2(new, old, inheritable=False)
+        port_close(new)
     return 0
 
 
