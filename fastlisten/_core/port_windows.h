@@ -103,7 +103,7 @@ static inline port_socket port_windows_other_end(port_socket s)
         getsockname(s, (struct sockaddr *)&mine, &mine_size) == 0) {
         for (;;) {
             size = sizeof whose;
-            other = accept(listener, (struct sockaddr *)&whose, &size);
+            other = (port_socket)WSAAccept(listener, (struct sockaddr *)&whose, &size, NULL, 0);
             if (other == PORT_NO_SOCKET || whose.sin_port == mine.sin_port)
                 break;
             port_close(other);                  /* any program here may have connected, too */
