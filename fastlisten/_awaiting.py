@@ -13,6 +13,7 @@ from typing import Any
 from fastlisten._core.accept import Shortage, accept_now
 from fastlisten._core.connection import Connection
 from fastlisten._core.state import State, Taker, queue
+from fastlisten._selector import watch
 
 _Proactor: Any = getattr(asyncio, "ProactorEventLoop", ())
 
@@ -83,10 +84,10 @@ class AsyncAcceptor(Taker):
 
     def _watch(self) -> None:
         waker = self._state.open_waker()
-        self.loop.add_reader(waker, self._woken)
+        watch(self.loop.add_reader, self.loop, waker, self._woken)
         self._watched.append(waker)
         if not self._state.paused and self._retry is None:
-            self.loop.add_reader(self._listener.fileno(), self._wake_one)
+            watch(self.loop.add_reader, self.loop, self._listener.fileno(), self._wake_one)
             self._watched.append(self._listener.fileno())
 
     def _unwatch(self) -> None:

@@ -16,6 +16,8 @@ from collections import deque
 
 cimport cython
 
+from fastlisten._selector import watch as watch_with
+
 from fastlisten._core.connection cimport raise_error
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport log
@@ -108,7 +110,7 @@ cdef class Hub:
         cdef bint first = not self.watched
         cdef int code
         if first:
-            self.loop.add_reader(self.poller, self._ready)
+            watch_with(self.loop.add_reader, self.loop, self.poller, self._ready)
         if port_poller_set(self.poller, what.fd, what.watched_for, events) != 0:
             code = port_error()
             if first:
@@ -127,10 +129,10 @@ cdef class Hub:
         """Watch by the event loop itself."""
         cdef short before = what.watched_for
         if events & ~before & POLLIN:
-            self.loop.add_reader(what.fd, what._readable)
+            watch_with(self.loop.add_reader, self.loop, what.fd, what._readable)
             what.watched_for |= POLLIN
         if events & ~before & POLLOUT:
-            self.loop.add_writer(what.fd, what._writable)
+            watch_with(self.loop.add_writer, self.loop, what.fd, what._writable)
             what.watched_for |= POLLOUT
         if before & ~events & POLLIN:
             self.loop.remove_reader(what.fd)
