@@ -132,14 +132,14 @@ cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept
     """Tell a client that there is no place for it, and close.  With no text it gets a reset.
 
     With one, what it has sent is read first: closing over unread bytes would reset the connection and could
-    take the text away (RFC 1122, 4.2.2.13).  No result matters: nobody is left to tell of a failure.
+    take the text away (RFC 1122, 4.2.2.13).  It gets a reset, too, when that could block.  No other result
+    matters: nobody is left to tell of a failure.
     """
     cdef char scrap[4096]
     cdef int rounds = 16  # a bound: a client that never stops talking is cut off
     cdef port_socket fd = client.fd
     client_refused(client.state)
-    if length > 0:
-        port_set_nonblocking(fd, 1)
+    if length > 0 and port_set_nonblocking(fd, 1) == 0:
         port_no_sigpipe(fd)
         # what a fresh buffer does not take is not sent
         port_send(fd, text, length, PORT_NO_SIGPIPE | PORT_MORE)
