@@ -13,6 +13,7 @@ cdef struct waker_t:            # all zeros: not open
     int64_t open
     int64_t waking              # how many are in waker_wake(): the ends must not be closed under them
     int64_t broken              # a call on it failed: it is to be mended before it is waited for again
+    int64_t told                # ... and the log has it already; nothing was heard since
 
 
 cdef int waker_open(waker_t *waker) except -1

@@ -60,6 +60,8 @@ cdef void waker_drain(waker_t *waker) noexcept nogil:
     cdef Py_ssize_t got = sizeof(scrap)
     while got == sizeof(scrap):
         got = port_recv(waker.reader, scrap, sizeof(scrap), 0)
+        if got > 0:
+            port_swap(&waker.told, 0)
     if got == 0 or got < 0 and not port_would_block(port_error()):
         port_swap(&waker.broken, 1)  # it would poll as ready for ever
 
@@ -73,7 +75,8 @@ cdef int waker_mend(waker_t *waker) except -1:
         waker_close(waker)
         port_swap(&waker.broken, 0)
         waker_open(waker)
-        log().warning("a wake-up failed, and what wakes was made anew")
+        if not port_swap(&waker.told, 1):
+            log().warning("a wake-up failed, and what wakes was made anew")
     return 0
 
 
