@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import mmap
 import os
 import select
@@ -500,3 +501,16 @@ def test_no_descriptor_is_inherited() -> None:
     assert len(inherited) > 4
     assert inherited.count(True) <= len(before)
     assert listener.fileno() not in before
+
+
+@needs("Linux")
+def test_a_busy_serve_leaves_no_descriptor_to_the_garbage_collector() -> None:
+    """What its handlers are woken by stayed open until the loop, which is in a circle, was collected."""
+    before = len(os.listdir("/proc/self/fd"))
+    gc.disable()
+    try:
+        with fastlisten.bind(LOOPBACK) as listener, serving(listener, echo, busy=BUSY):
+            assert exchange(listener) == b"ping"
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()
