@@ -337,7 +337,9 @@ static inline void port_sleep(int milliseconds)
 static inline int64_t port_now(void)
 {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    /* Less any other time than this a deadline could be years away: once more, and then it stands still. */
+    if (clock_gettime(CLOCK_MONOTONIC, &now) != 0 && clock_gettime(CLOCK_MONOTONIC, &now) != 0)
+        now.tv_sec = now.tv_nsec = 0;
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
 }
 
