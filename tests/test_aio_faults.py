@@ -249,8 +249,9 @@ WATCHES_FAIL = """if True:
     import asyncio, json, sys
     from fastlisten import aio
     from helpers import connect
-    from helpers.faults import change_plan
+    from helpers.faults import FASTLISTENS, change_plan, meant_for
 
+    meant_for(FASTLISTENS)  # and not the event loop's own calls
     told, lost = [], []
 
     class Echo(asyncio.Protocol):
@@ -277,7 +278,7 @@ WATCHES_FAIL = """if True:
         for call, count in json.loads(sys.argv[1]):
             while server.stats().active:
                 await asyncio.sleep(0)
-            with connect(address) as client:  # blocking: its own loop's calls are not what fails
+            with connect(address) as client:
                 change_plan(**{call: [("ENOSPC" if call == "watch" else "ENOMEM", count)]})
                 client.sendall(b"x") if call == "ready" else None
                 await asyncio.sleep(0.05)

@@ -244,7 +244,7 @@ with fastlisten.bind(("127.0.0.1", 0)) as listener:
 
 
 @modes
-@pytest.mark.parametrize("call", ["poll", "send"])
+@pytest.mark.parametrize("call", ["poll", "wake"])
 def test_one_failure_of_a_wait_or_a_wake_up_ends_nothing(faults: Faults, call: str, mode: Any) -> None:
     """poll() of whoever waits, send() of whoever wakes: nobody is stuck, and it is told."""
     answers, alive, told = faults.python(WITHOUT_MEMORY, repr(mode), call)

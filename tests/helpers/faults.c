@@ -2,19 +2,22 @@
  * Makes socket calls fail on demand, from outside the code under test: LD_PRELOAD this library.
  *
  * FAULTS is a plan, "call=code*count" joined by commas; call is accept (for accept and accept4),
- * recv (also for recvfrom), send (also for sendmsg), poll, thread (for pthread_create), watch (for
- * epoll_ctl that adds), ready (for an epoll_wait of 64 events, which is the hub's and no event
- * loop's). Entries of one call are used in order, each `count` times; a code of 0 lets that many calls
- * through; a code of -N truncates the transfer to N bytes. For the call "signal" the code is no
- * error but the signal that comes during the next fstat(). For the call "open", of /dev/null, it is
- * none either: a stranger takes a descriptor just before, for good, and if that was the last one
- * the open really fails.
+ * recv (also for recvfrom), send (also for sendmsg), or, of a unix socket, as the two ends of a waker
+ * are, heard and wake; poll, thread (for pthread_create), poller (for epoll_create1), watch,
+ * change and unwatch (for epoll_ctl that adds, modifies and deletes), ready (for epoll_wait), and
+ * fcntl, ioctl, setsockopt, getsockopt, close, shutdown, socketpair and clock_gettime for themselves.
+ * A close that fails has closed all the same, as on Linux. Entries of one call are used in order, each
+ * `count` times; a code of 0 lets that many calls through; a code of -N truncates the transfer to N
+ * bytes. For the call "signal" the code is no error but the signal that comes during the next fstat().
+ * For the call "open", of /dev/null, it is none either: a stranger takes a descriptor just before, for
+ * good, and if that was the last one the open really fails.
  * While the environment names a FAULTS_WHILE file that does not exist, no fault is given and the
  * plan is not used up, so that a test can begin and end an episode from another process.
  *
  * faults_plan(text) replaces the plan of a running process. faults_calls(call) and
  * faults_given(call) tell how often a call was made and was made to fail. After faults_hold(1) an
- * accept that is to fail is held until faults_hold(0).
+ * accept that is to fail is held until faults_hold(0). After faults_of(1) only calls that fastlisten's own
+ * modules make are counted and fail, after faults_of(2) only those of all others, after faults_of(0) all.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -28,13 +31,22 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 
-enum { ACCEPT, RECV, SEND, POLL, THREAD, SIGNAL, OPEN, WATCH, READY, CALLS };
-static const char *const names[CALLS] = {"accept", "recv",   "send", "poll", "thread",
-                                         "signal", "open", "watch", "ready"};
+enum {
+    ACCEPT, RECV, SEND, HEARD, WAKE, POLL, THREAD, SIGNAL, OPEN, POLLER, WATCH, CHANGE, UNWATCH, READY,
+    FCNTL, IOCTL, SETSOCKOPT, GETSOCKOPT, CLOSE, SHUTDOWN, SOCKETPAIR, CLOCK, CALLS
+};
+static const char *const names[CALLS] = {
+    "accept", "recv", "send", "heard", "wake", "poll", "thread", "signal", "open", "poller", "watch",
+    "change", "unwatch", "ready", "fcntl", "ioctl", "setsockopt", "getsockopt", "close", "shutdown",
+    "socketpair", "clock_gettime"
+};
+enum { ANYBODYS, FASTLISTENS, OTHERS };
 
 struct entry {
     int call, code;
@@ -47,6 +59,7 @@ static atomic_long calls[CALLS], given[CALLS];
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t let_go = PTHREAD_COND_INITIALIZER;
 static int held;
+static atomic_int whose = ANYBODYS;
 
 static int
 number_of(const char *name, size_t length)
@@ -85,12 +98,26 @@ begin(void)
     faults_plan(getenv("FAULTS"));
 }
 
+/* Whether faults are for the module that has this instruction. */
+static int
+is_meant(const void *caller)
+{
+    Dl_info module;
+    int wanted = atomic_load(&whose);
+    if (wanted == ANYBODYS)
+        return 1;
+    int ours = dladdr(caller, &module) != 0 && strstr(module.dli_fname, "/fastlisten/") != NULL;
+    return ours == (wanted == FASTLISTENS);
+}
+
 /* The code of the fault to give now, or 0 to let the call through; `*used` is its entry. */
 static int
-planned(int call, struct entry **used)
+planned_for(const void *caller, int call, struct entry **used)
 {
     int code = 0;
     *used = NULL;
+    if (!is_meant(caller))
+        return 0;
     atomic_fetch_add(&calls[call], 1);
     if (while_file != NULL && access(while_file, F_OK) != 0)
         return 0;
@@ -152,6 +179,15 @@ faults_hold(int hold)
     pthread_mutex_unlock(&lock);
 }
 
+void
+faults_of(int modules)
+{
+    atomic_store(&whose, modules);
+}
+
+/* In the functions that stand for the system's: each is called by whom its fault may be meant for. */
+#define planned(call, used) planned_for(__builtin_return_address(0), call, used)
+
 static int
 failed_accept(int code)
 {
@@ -196,9 +232,21 @@ accept(int fd, __SOCKADDR_ARG address, socklen_t *restrict length)
     return result;
 }
 
-#define TRANSFER(call, invocation) \
+/* Whether the socket is an end of a waker, or of another pair: the clients of the tests come by TCP. */
+static int
+in_pair(int fd)
+{
+    struct sockaddr address;
+    socklen_t length = sizeof address;
+    int before = errno;
+    int unix_socket = getsockname(fd, &address, &length) == 0 && address.sa_family == AF_UNIX;
+    errno = before;
+    return unix_socket;
+}
+
+#define TRANSFER(call, call_in_pair, invocation) \
     struct entry *used; \
-    int code = planned(call, &used); \
+    int code = planned(in_pair(fd) ? call_in_pair : call, &used); \
     if (code > 0) { \
         errno = code; \
         return -1; \
@@ -214,7 +262,7 @@ ssize_t
 recv(int fd, void *buffer, size_t size, int flags)
 {
     REAL(recv);
-    TRANSFER(RECV, real(fd, buffer, size, flags));
+    TRANSFER(RECV, HEARD, real(fd, buffer, size, flags));
 }
 
 ssize_t
@@ -222,14 +270,14 @@ recvfrom(int fd, void *restrict buffer, size_t size, int flags, __SOCKADDR_ARG a
          socklen_t *restrict length)
 {
     REAL(recvfrom);
-    TRANSFER(RECV, real(fd, buffer, size, flags, address, length));
+    TRANSFER(RECV, HEARD, real(fd, buffer, size, flags, address, length));
 }
 
 ssize_t
 send(int fd, const void *buffer, size_t size, int flags)
 {
     REAL(send);
-    TRANSFER(SEND, real(fd, buffer, size, flags));
+    TRANSFER(SEND, WAKE, real(fd, buffer, size, flags));
 }
 
 ssize_t
@@ -237,7 +285,7 @@ sendmsg(int fd, const struct msghdr *message, int flags)
 {
     REAL(sendmsg);
     size_t size = 0;
-    TRANSFER(SEND, ((void)size, real(fd, message, flags)));
+    TRANSFER(SEND, WAKE, ((void)size, real(fd, message, flags)));
 }
 
 int
@@ -256,31 +304,110 @@ poll(struct pollfd *fds, nfds_t count, int timeout)
     return result;
 }
 
+/* The rest of a function that returns 0 or a descriptor, or -1 and an error. */
+#define FAILS_OR(call, invocation) \
+    struct entry *used; \
+    int code = planned(call, &used); \
+    if (code > 0) { \
+        errno = code; \
+        return -1; \
+    } \
+    int result = invocation; \
+    if (result >= 0) \
+        succeeded(used); \
+    return result
+
+int
+epoll_create1(int flags)
+{
+    REAL(epoll_create1);
+    FAILS_OR(POLLER, real(flags));
+}
+
 int
 epoll_ctl(int poller, int operation, int fd, struct epoll_event *event)
 {
     REAL(epoll_ctl);
-    struct entry *used;
-    int code = operation == EPOLL_CTL_ADD ? planned(WATCH, &used) : 0;
-    if (code > 0) {
-        errno = code;
-        return -1;
-    }
-    return real(poller, operation, fd, event);
+    int call = operation == EPOLL_CTL_ADD ? WATCH : operation == EPOLL_CTL_MOD ? CHANGE : UNWATCH;
+    FAILS_OR(call, real(poller, operation, fd, event));
 }
 
 int
 epoll_wait(int poller, struct epoll_event *events, int most, int timeout)
 {
     REAL(epoll_wait);
+    FAILS_OR(READY, real(poller, events, most, timeout));
+}
+
+int
+setsockopt(int fd, int level, int name, const void *value, socklen_t length)
+{
+    REAL(setsockopt);
+    FAILS_OR(SETSOCKOPT, real(fd, level, name, value, length));
+}
+
+int
+getsockopt(int fd, int level, int name, void *restrict value, socklen_t *restrict length)
+{
+    REAL(getsockopt);
+    FAILS_OR(GETSOCKOPT, real(fd, level, name, value, length));
+}
+
+int
+shutdown(int fd, int how)
+{
+    REAL(shutdown);
+    FAILS_OR(SHUTDOWN, real(fd, how));
+}
+
+int
+socketpair(int domain, int type, int protocol, int ends[2])
+{
+    REAL(socketpair);
+    FAILS_OR(SOCKETPAIR, real(domain, type, protocol, ends));
+}
+
+int
+clock_gettime(clockid_t clock, struct timespec *now)
+{
+    REAL(clock_gettime);
+    FAILS_OR(CLOCK, real(clock, now));
+}
+
+int
+close(int fd)
+{
+    REAL(close);
     struct entry *used;
-    int code = most == 64 ? planned(READY, &used) : 0;
+    int code = planned(CLOSE, &used);
+    int result = real(fd);
     if (code > 0) {
         errno = code;
         return -1;
     }
-    return real(poller, events, most, timeout);
+    if (result >= 0)
+        succeeded(used);
+    return result;
 }
+
+/* What follows the named arguments is an int, a pointer or nothing: all pass as a pointer does. */
+#define WITH_ONE_MORE(name, call, request_type) \
+    int \
+    name(int fd, request_type request, ...) \
+    { \
+        REAL(name); \
+        va_list arguments; \
+        va_start(arguments, request); \
+        void *argument = va_arg(arguments, void *); \
+        va_end(arguments); \
+        FAILS_OR(call, real(fd, request, argument)); \
+    }
+
+WITH_ONE_MORE(ioctl, IOCTL, unsigned long)
+WITH_ONE_MORE(fcntl, FCNTL, int)
+#ifndef fcntl64 /* glibc's second name, as open64 */
+WITH_ONE_MORE(fcntl64, FCNTL, int)
+#endif
 
 int
 pthread_create(pthread_t *restrict thread, const pthread_attr_t *restrict attributes,

@@ -34,6 +34,22 @@ def change_plan(**plans: Plan) -> None:
     ctypes.CDLL(None).faults_plan(written(**plans).encode())
 
 
+# Whose calls are counted and fail, see meant_for().
+ANYBODYS, FASTLISTENS, OTHERS = range(3)
+
+
+def meant_for(modules: int) -> None:
+    """Have only calls fail that fastlisten's own modules make, or only those of all others, or ANYBODYS."""
+    ctypes.CDLL(None).faults_of(modules)
+
+
+def given(call: str) -> int:
+    """Tell how often the call was made to fail in this process, which runs under the library."""
+    count = ctypes.CDLL(None).faults_given
+    count.restype = ctypes.c_long
+    return int(count(call.encode()))
+
+
 class Faults:
     """The built library, and processes that run under it."""
 
