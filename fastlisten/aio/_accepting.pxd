@@ -49,4 +49,5 @@ cdef class Accepting(Owner):
     cdef int ran_out(self, int code) except -1
     cdef bint shed_queued(self) noexcept
     cdef int accept_failed(self, int code, sock) except -1
+    cdef int end_queue(self) except -1
     cdef int rest(self) except -1

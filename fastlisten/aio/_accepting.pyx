@@ -167,11 +167,19 @@ cdef class Accepting(Owner):
             port_make_room(sock.fileno(), self.most)
 
     def add_queue(self, Overload overload not None):
-        """A queue to take clients from: its thread begins to accept; stop() ends it."""
+        """A queue to take clients from: its thread begins to accept; stop() ends it.
+
+        Raises OSError when it cannot be watched, and then its thread has ended: it touches the listeners and
+        their wakers, which are the caller's again.
+        """
         overload.acceptor.open(overload.pending + max(overload.most, 1))
         overload.open()
         self.queue = QueueWatch(self, overload)
-        self.queue.watch(POLLIN)
+        try:
+            self.queue.watch(POLLIN)
+        except BaseException:
+            self.end_queue()
+            raise
         # The waker only wakes whoever has looked and found nobody.
         self.connections.hub.loop.call_soon(self.queue._readable)
 
@@ -202,14 +210,19 @@ cdef class Accepting(Owner):
 
     def abandon(self):
         """End what needs no event loop, which may be gone: the thread that refuses, and descriptors."""
+        self.end_queue()
+        self.shortage.close()
+        self.stopped = True
+        self.rest()
+
+    cdef int end_queue(self) except -1:
+        """End the thread that refuses, and drop who waits in the queue."""
         if self.queue is not None:
             self.queue.overload.close()
             self.queue.overload.acceptor.close()
             self.queue.overload.acceptor.shortage.tell()
             self.queue = None
-        self.shortage.close()
-        self.stopped = True
-        self.rest()
+        return 0
 
     def when_idle(self, idle):
         """Call `idle` each time the last connection is gone."""
