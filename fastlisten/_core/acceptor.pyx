@@ -98,9 +98,9 @@ cdef class Acceptor:
     cdef int mend_wakers(self) except -1:
         """Make anew the wakers that are broken; for whoever calls take()."""
         cdef int i
-        self.deaf = False
         for i in range(self.count):
             waker_mend(&self.sources[i].state.waker)
+        self.deaf = False
         return 0
 
     cdef void close(self) noexcept nogil:

@@ -192,10 +192,17 @@ cdef class Loop(Dispatcher):
     cdef int look_up(self) except -1:
         if port_get(&self.acceptor.shortage.to_tell):
             self.acceptor.shortage.tell()
-        if self.overload is not None:
-            waker_mend(&self.overload.waker)
-        elif self.acceptor.deaf:
-            self.acceptor.mend_wakers()
+        if port_get(&self.overload.waker.broken) if self.overload is not None else self.acceptor.deaf:
+            self.mend()
+        return 0
+
+    cdef int mend(self) except -1:
+        """Make anew what woke the leader: one thread does, and the leader waits for that."""
+        with cython.critical_section(self):
+            if self.overload is not None:
+                waker_mend(&self.overload.waker)
+            elif self.acceptor.deaf:
+                self.acceptor.mend_wakers()
         return 0
 
     cdef int raise_failure(self) except -1:

@@ -38,6 +38,7 @@ cdef int waker_open(waker_t *waker) except -1:
     cdef port_socket ends[2]
     pair_open(ends)
     waker.reader, waker.writer = ends[0], ends[1]
+    port_swap(&waker.broken, 0)
     port_swap(&waker.open, 1)
     return 0
 
@@ -73,7 +74,6 @@ cdef int waker_mend(waker_t *waker) except -1:
     """
     if port_get(&waker.broken):
         waker_close(waker)
-        port_swap(&waker.broken, 0)
         waker_open(waker)
         if not port_swap(&waker.told, 1):
             log().warning("a wake-up failed, and what wakes was made anew")
