@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from helpers import LIMIT, LOOPBACK, connect, needs, read_all
-from helpers.programs import line_of, python, running
+from helpers.programs import line_of, python, running, wait_until_asleep
 
 pytestmark = needs("fork")
 
@@ -199,6 +199,7 @@ def test_a_handler_ends_the_loop(
     with running(SERVES + RAISES, str(fds[0]), way, what, pass_fds=fds) as process:
         if what == "Ctrl-C":
             assert line_of(process) == "inside"
+            wait_until_asleep(process)
             process.send_signal(signal.SIGINT)
         told = line_of(process)
         assert told == f'["{what if what == "SystemExit" else "KeyboardInterrupt"}", 2]'
