@@ -12,6 +12,7 @@ import pytest
 
 from helpers import LIMIT, LOOPBACK, alarms, connect, needs, posix_only, reset, told, wait_until
 from helpers.surfaces import INET, OURS, STANDARD, STREAM, Surface, accepted_facts, facts, same, with_server
+from helpers.waiting import asleep
 
 
 def test_rule_12_nothing_to_accept() -> None:
@@ -266,8 +267,7 @@ class Accepting:
         wait_until(lambda: self.asleep() and (time.sleep(0.02), self.asleep())[1])  # type: ignore[func-returns-value]
 
     def asleep(self) -> bool:
-        with open(f"/proc/self/task/{self.thread.native_id}/stat") as stat:
-            return stat.read().rsplit(")", 1)[1].split()[0] == "S"
+        return asleep(f"self/task/{self.thread.native_id}")
 
     def _run(self) -> None:
         self.begun.set()

@@ -103,12 +103,10 @@ class Client:
     def listen(self, seconds: float) -> str:
         """Wait for the answer, at most so long; the client goes once it has it."""
         end = time.monotonic() + seconds
-        parts = []
         try:
             while not self.answer:
                 self.socket.settimeout(max(end - time.monotonic(), 0.001))
                 part = self.socket.recv(1 << 20)
-                parts.append(part)
                 self._got += len(part)
                 if part == b"full":
                     self.answer = "full"  # it stays connected, and silent

@@ -17,12 +17,18 @@ BIG = b"x" * (8 << 20)  # more than the kernel takes at once
 LOOPBACK = ("127.0.0.1", 0)
 
 
-def answered(fd: int) -> None:
-    """Send back what a client says first, by calls that are not fastlisten's."""
-    while True:
-        with contextlib.suppress(BlockingIOError):
-            os.write(fd, os.read(fd, 100))
-            return
+def answered(fd: int) -> bool:
+    """Send back what a client says, by calls that are not fastlisten's; False if it has said nothing yet."""
+    with contextlib.suppress(BlockingIOError):
+        os.write(fd, os.read(fd, 100))
+        return True
+    return False
+
+
+def answer(fd: int) -> None:
+    """Send back what a client says first."""
+    while not answered(fd):
+        pass
 
 
 class Served:
@@ -30,8 +36,10 @@ class Served:
 
     `at_beginning` is called just before it begins to serve.  `raised` is what came out of the calls that a
     user makes, `reported` what an event loop's exception handler was told.  After stop() and join(), close()
-    closes what the server left open.
+    closes what the server left open.  `listener` has the counters and can be paused.
     """
+
+    listener: Any
 
     def __init__(self) -> None:
         self.raised: list[BaseException] = []
@@ -71,10 +79,11 @@ class Served:
         raise NotImplementedError
 
     def stats(self) -> Any:
-        raise NotImplementedError
+        return self.listener.stats()
 
     def pause_and_resume(self) -> None:
-        raise NotImplementedError
+        self.listener.pause()
+        self.listener.resume()
 
     def stop(self) -> None:
         raise NotImplementedError
@@ -98,13 +107,6 @@ class OnListener(Served):
         self.ready.set()
         self.serve(self, *self.listeners)
 
-    def stats(self) -> Any:
-        return self.listener.stats()
-
-    def pause_and_resume(self) -> None:
-        self.listener.pause()
-        self.listener.resume()
-
     def stop(self) -> None:
         self.over = True
         self.listener.stop()
@@ -116,7 +118,7 @@ class OnListener(Served):
 
 def by_serve(**options: Any) -> Callable[..., None]:
     def serve(served: Served, *listeners: Any) -> None:
-        fastlisten.serve(lambda connection: answered(connection.fileno()), *listeners, **options)
+        fastlisten.serve(lambda connection: answer(connection.fileno()), *listeners, **options)
 
     return serve
 
@@ -133,12 +135,12 @@ def by_accept(served: Served, listener: Any) -> None:
             served.pause.wait(0.002)
             continue
         with connection:
-            answered(connection.fileno())
+            answer(connection.fileno())
 
 
 def by_iteration(served: Served, listener: Any) -> None:
     for connection in listener:
-        answered(connection.fileno())
+        answer(connection.fileno())
         try:
             connection.close()
         except OSError as error:
@@ -201,18 +203,8 @@ class Awaited(OnLoop):
                 await self.answer(connection.fileno())
 
     async def answer(self, fd: int) -> None:
-        while True:
-            with contextlib.suppress(BlockingIOError):
-                os.write(fd, os.read(fd, 100))
-                return
+        while not answered(fd):
             await asyncio.sleep(0.001)
-
-    def stats(self) -> Any:
-        return self.listener.stats()
-
-    def pause_and_resume(self) -> None:
-        self.listener.pause()
-        self.listener.resume()
 
     def stop(self) -> None:
         self.over = True
@@ -284,24 +276,18 @@ class DropIn(Served):
 
     class Handler(original.BaseRequestHandler):
         def handle(self) -> None:
-            answered(self.request.fileno())
+            answer(self.request.fileno())
 
     def __init__(self) -> None:
         super().__init__()
         self.server = socketserver.ThreadingTCPServer(LOOPBACK, self.Handler)
+        self.listener = self.server.socket
         self.address = self.server.server_address
 
     def run(self) -> None:
         self.at_beginning()
         self.ready.set()
         self.server.serve_forever()
-
-    def stats(self) -> Any:
-        return self.server.socket.stats()  # type: ignore[attr-defined]
-
-    def pause_and_resume(self) -> None:
-        self.server.socket.pause()  # type: ignore[attr-defined]
-        self.server.socket.resume()  # type: ignore[attr-defined]
 
     def stop(self) -> None:
         threading.Thread(target=self.server.shutdown).start()

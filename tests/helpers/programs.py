@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fastlisten
-from helpers.waiting import wait_until
+from helpers.waiting import asleep, wait_until
 
 ROOT = Path(os.path.abspath(fastlisten.__file__)).parent.parent
 TESTS = Path(os.path.abspath(__file__)).parent.parent
@@ -114,9 +114,8 @@ def line_of(process: subprocess.Popen[str]) -> str:
 def wait_until_asleep(process: subprocess.Popen[str]) -> None:
     """Wait until a program's main thread sleeps in a system call; proc_pid_stat(5).  A signal that comes just
     before the call does not end it.  Returns at once where the system does not tell."""
-    stat = Path(f"/proc/{process.pid}/stat")
-    if stat.exists():
-        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "S")
+    if os.path.exists(f"/proc/{process.pid}/stat"):
+        wait_until(lambda: asleep(str(process.pid)))
 
 
 def python(code: str, *arguments: str, environment: Mapping[str, str] | None = None) -> Any:

@@ -26,6 +26,12 @@ def wait_until(condition: Callable[[], Any], deadline: float = LIMIT, what: str 
     return value
 
 
+def asleep(task: str) -> bool:
+    """Tell whether a process or a thread, by its folder in /proc, sleeps in a call; proc_pid_stat(5)."""
+    with open(f"/proc/{task}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0] == "S"
+
+
 @contextlib.contextmanager
 def alarms(handler: Any, every: float) -> Iterator[None]:
     """Send a signal to this, the main thread every so many seconds, and have `handler` called.
