@@ -13,7 +13,6 @@ from fastlisten._core.standard import StandardSocket
 from fastlisten._core.connection cimport (
     address_object,
     new_connection,
-    raise_error,
     standard_socket,
     wait_ready,
 )
@@ -175,7 +174,7 @@ cdef int set_nonblocking(port_socket fd) except -1:
     """Make a listener's description non-blocking: between our look at the queue and our accept another
     process may take the client.  accept() copes, and a blocking listener goes on looking like one."""
     if port_set_nonblocking(fd, 1) != 0:
-        raise_error(port_error())
+        port_raise(port_error())
     return 0
 
 
@@ -221,7 +220,7 @@ cdef class Shortage:
         if self.shed and self.spare == PORT_NO_SOCKET:
             self.spare = port_spare()
             if self.spare == PORT_NO_SOCKET:
-                raise_error(port_error())
+                port_raise(port_error())
         return 0
 
     cdef void close(self) noexcept nogil:
@@ -308,7 +307,7 @@ cdef class Shortage:
         if not port_swap(&self.to_tell, 0):
             return 0
         try:
-            raise_error(self.code)
+            port_raise(self.code)
         except OSError as trouble:
             error = trouble
         if port_swap(&self.to_tell_beginning, 0):
@@ -368,11 +367,11 @@ cdef int wait_and_accept(listener, source_t *source, client_t *client) except -1
             continue
         timeout = _gettimeout(listener)
         if timeout == 0:
-            raise_error(source.code)
+            port_raise(source.code)
         # Under a timeout socket.accept() waits before it tries.  Our try came first, and what is wrong with
         # the listener or with us may be told only when somebody is there; unless this very client was lost.
         if answer != AGAIN and (timeout is None or ready or answer == LOST or readable(source.fd)):
-            raise_error(source.code)
+            port_raise(source.code)
         # A blocking listener gets here when serve(), accept_many() or another process has made the
         # description non-blocking, which all its descriptors share: fcntl(2), F_SETFL.
         if timeout is not None and deadline == 0:
@@ -475,7 +474,7 @@ def accept_now(self):
     if answer == ACCEPTED:
         return connection_of(&client, 0)
     if answer not in (AGAIN, INTERRUPTED):
-        raise_error(source.code)
+        port_raise(source.code)
     return None
 
 

@@ -39,5 +39,4 @@ cdef Connection new_connection(
     port_socket fd, const port_address *address, int length, state_t *state, double timeout)
 cdef object standard_socket(port_socket fd, int family, int type, int protocol)
 cdef object address_object(const port_address *address, int length)
-cdef int raise_error(int code) except -1
 cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1

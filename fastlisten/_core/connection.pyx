@@ -37,12 +37,6 @@ cdef object _warn = warnings.warn
 cdef object _duplicate = _socket.dup
 
 
-cdef int raise_error(int code) except -1:
-    """Raise the OSError that the standard library would for this code."""
-    port_set_exception(code)
-    return -1
-
-
 cdef int whole(object number) except? -1:
     """The argument as the standard library's socket methods read an int.  Cython's own conversion takes
     floats and has other words for what it does not take."""
@@ -82,7 +76,7 @@ cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1:
     if code == PORT_EINTR:
         PyErr_CheckSignals()
     elif code != 0:
-        raise_error(code)
+        port_raise(code)
     return ready > 0
 
 
@@ -239,7 +233,7 @@ cdef class Connection:
             return
         code = self.finish()
         if code != 0 and code != PORT_PEER_RESET:  # close() of a reset connection has done its work
-            raise_error(code)
+            port_raise(code)
 
     def _decref_socketios(self):
         if self._io_refs > 0:
@@ -267,7 +261,7 @@ cdef class Connection:
         cdef state_t *state = self.state
         cdef int family, type, protocol
         if self.fd == PORT_NO_SOCKET:
-            raise_error(PORT_CLOSED)
+            port_raise(PORT_CLOSED)
         family, type, protocol = state.family, state.type, state.protocol
         # given up first: if a signal handler raises in between, nobody closes the descriptor twice
         sock = standard_socket(self.detach(), family, type, protocol)
@@ -313,7 +307,7 @@ cdef class Connection:
         """Call a method of the standard library's socket on our descriptor: what is not worth a second
         implementation.  No Python code runs while two objects have the descriptor."""
         if self.fd == PORT_NO_SOCKET:
-            raise_error(PORT_CLOSED)
+            port_raise(PORT_CLOSED)
         sock = _CSocket(self.state.family, self.state.type, self.state.protocol, self.fd)
         try:
             sock.settimeout(self.gettimeout())
@@ -377,7 +371,7 @@ cdef class Connection:
             elif self.was_cut and port_says_cut(code):
                 return 0  # as everywhere else: no more comes
             else:
-                raise_error(code)
+                port_raise(code)
 
     cdef Py_ssize_t transmit(
             self, const char *buffer, Py_ssize_t length, int flags, int64_t *deadline) except -1:
@@ -394,7 +388,7 @@ cdef class Connection:
             elif self.timeout > 0 and port_would_block(code):
                 self.wait(POLLOUT, deadline)
             else:
-                raise_error(code)
+                port_raise(code)
 
     def recv(self, Py_ssize_t bufsize, flags=0, /):
         """Receive up to `bufsize` bytes; returns them, b'' when the client has sent all it will.
@@ -473,7 +467,7 @@ cdef class Connection:
     def sendfile(self, file, offset=0, count=None):
         """As socket.sendfile(): send a file opened in binary mode; returns how many bytes went."""
         if self.fd == PORT_NO_SOCKET:
-            raise_error(PORT_CLOSED)
+            port_raise(PORT_CLOSED)
         # that method is Python code, which a signal handler may leave at any point: give it a copy to close
         with _StandardSocket(self.state.family, self.state.type, self.state.protocol,
                              fileno=_duplicate(self.fd)) as sock:
@@ -493,7 +487,7 @@ cdef class Connection:
             if failed:
                 code = port_error()
         if failed:
-            raise_error(code)
+            port_raise(code)
 
     def makefile(self, mode="r", buffering=None, *, encoding=None, errors=None, newline=None):
         """A file on the connection, as socket.makefile(); the caller closes it."""

@@ -10,7 +10,7 @@ from libc.stdint cimport int64_t
 
 from fastlisten._core.accept cimport Shortage, client_t, default_timeout
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
-from fastlisten._core.connection cimport Connection, new_connection, raise_error
+from fastlisten._core.connection cimport Connection, new_connection
 from fastlisten._core.overload cimport Overload
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport (
@@ -206,7 +206,7 @@ cdef class Loop(Dispatcher):
         return 0
 
     cdef int raise_failure(self) except -1:
-        return raise_error(self.acceptor.code)
+        return port_raise(self.acceptor.code)
 
     cdef Connection connection(self, client_t *client):
         try:

@@ -175,8 +175,8 @@ static inline int port_poll_ns(port_pollfd *polls, int n, int64_t ns)
 #    define PORT_PARALLEL 0
 #  endif
 
-/* Set the OSError (or the subclass) that CPython makes of the code.  Needs the GIL. */
-static inline void port_set_exception(int code)
+/* Set the OSError (or the subclass) that CPython makes of the code, and return -1.  Needs the GIL. */
+static inline int port_raise(int code)
 {
 #  ifdef _WIN32
     PyErr_SetExcFromWindowsErr(PyExc_OSError, code);
@@ -184,6 +184,7 @@ static inline void port_set_exception(int code)
     errno = code;
     PyErr_SetFromErrno(PyExc_OSError);
 #  endif
+    return -1;
 }
 
 #endif

@@ -82,4 +82,4 @@ cdef extern from "fastlisten/_core/port.h" nogil:
 
 cdef extern from "fastlisten/_core/port.h":
     bint PORT_PARALLEL
-    void port_set_exception(int code) except *
+    int port_raise(int code) except -1

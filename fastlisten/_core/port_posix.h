@@ -337,7 +337,7 @@ static inline void port_sleep(int milliseconds)
 static inline int64_t port_now(void)
 {
     struct timespec now;
-    /* Less any other time than this a deadline could be years away: once more, and then it stands still. */
+    /* A time that was left unset could be years away: it is asked once more, and then is 0. */
     if (clock_gettime(CLOCK_MONOTONIC, &now) != 0 && clock_gettime(CLOCK_MONOTONIC, &now) != 0)
         now.tv_sec = now.tv_nsec = 0;
     return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;

@@ -25,10 +25,7 @@ cdef object log():
 
 cdef int pair_open(port_socket *ends) except -1:
     """port_pair(), raising OSError."""
-    if port_pair(ends) != 0:
-        port_set_exception(port_error())
-        return -1
-    return 0
+    return 0 if port_pair(ends) == 0 else port_raise(port_error())
 
 
 cdef int waker_open(waker_t *waker) except -1:
@@ -232,7 +229,7 @@ cdef class State:
             other = self.taker
         self.check(taker, other)
         if left:
-            raise_closed()
+            port_raise(PORT_CLOSED)
 
     def check(self, Taker taker, Taker other):
         """RuntimeError when `other`, who takes the clients, is neither None nor this taker."""
@@ -360,12 +357,6 @@ cdef class State:
             "refused": refused,
             "dropped": dropped,
         }
-
-
-cdef int raise_closed() except -1:
-    """Raise what a call on a closed socket does."""
-    port_set_exception(PORT_CLOSED)
-    return -1
 
 
 cdef int take_all(Taker taker, tuple states) except -1:

@@ -22,7 +22,7 @@ from libc.stdint cimport int64_t
 
 from fastlisten._core.accept cimport client_t, poll_failed
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, outcome_t
-from fastlisten._core.connection cimport Connection, raise_error
+from fastlisten._core.connection cimport Connection
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport Taker, log, waker_close, waker_drain, waker_mend, waker_open, waker_wake
 
@@ -277,7 +277,7 @@ cdef class Threads:
             while self.to_wait_for():
                 code = self.wait_for_end()
                 if code != 0:
-                    raise_error(code)
+                    port_raise(code)
                 PyErr_CheckSignals()
         except BaseException:
             self.dispatcher.stop_now()

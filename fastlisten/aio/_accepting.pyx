@@ -21,7 +21,6 @@ from fastlisten._core.accept cimport (
     verdict_t,
 )
 from fastlisten._core.acceptor cimport FAILED
-from fastlisten._core.connection cimport raise_error
 from fastlisten._core.overload cimport Overload
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport State, client_handed, client_out, state_hold, waker_drain, waker_mend
@@ -318,7 +317,7 @@ cdef class Accepting(Owner):
     cdef int accept_failed(self, int code, sock) except -1:
         """Tell, once, that a listener cannot be accepted from any more."""
         try:
-            raise_error(code)
+            port_raise(code)
         except OSError as error:
             context = {
                 "message": "accept() failed, the server takes no more clients from this socket",

@@ -18,7 +18,6 @@ cimport cython
 
 from fastlisten._selector import watch as watch_with
 
-from fastlisten._core.connection cimport raise_error
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport log
 
@@ -115,7 +114,7 @@ cdef class Hub:
             code = port_error()
             if first:
                 self.loop.remove_reader(self.poller)
-            raise_error(code)
+            port_raise(code)
         what.watched_for = events
         if events:
             self.watched[what.fd] = what
@@ -156,7 +155,7 @@ cdef class Hub:
         self.loop.remove_reader(self.poller)
         self.close()
         try:
-            raise_error(code)
+            port_raise(code)
         except OSError as error:
             log().warning("the poller failed, the event loop watches its %d: %s", len(watched), error)
         for what in watched:

@@ -28,7 +28,6 @@ from libc.string cimport memcpy
 from fastlisten._core.connection cimport (
     SHORT_ADDRESS,
     address_object,
-    raise_error,
 )
 from fastlisten._core.port cimport *
 from fastlisten._core.standard import StandardSocket
@@ -488,7 +487,7 @@ cdef class Transport(Watched):
 
     cdef int fail(self, int code, str message) except -1:
         try:
-            raise_error(code)
+            port_raise(code)
         except OSError as error:
             self.fatal(error, message)
         return 0
@@ -768,7 +767,7 @@ cdef class Transport(Watched):
             return
         self.eof_sent = True
         if not self.unsent() and port_shutdown(self.fd, PORT_SHUT_WRITE) != 0:
-            raise_error(port_error())
+            port_raise(port_error())
 
     # --- flow control ------------------------------------------------------------------------------
 
