@@ -109,6 +109,7 @@ class AcceptMixIn:
         poll_interval: how often, in seconds, service_actions() is called, if a subclass has one.
         Raises what a hook or the listening socket raised, and KeyboardInterrupt.
         """
+        began_open = self.socket.fileno() >= 0
         thread = threading.current_thread()
         with _states:
             self._serving += (thread,)
@@ -116,8 +117,11 @@ class AcceptMixIn:
             served = False
             if self._fits_loop(poll_interval):
                 with _listener_on(self.socket) as listener:
-                    served = self._serve(listener)
-            if not served:
+                    served = listener is not None and self._serve(listener)
+            if not served and began_open and self.socket.fileno() < 0:  # server_close() was quicker
+                self._BaseServer__shutdown_request = False
+                self._BaseServer__is_shut_down.set()
+            elif not served:
                 super().serve_forever(poll_interval)  # type: ignore[misc]
         finally:
             with _states:
@@ -245,20 +249,26 @@ def _untouched(server: object, hooks: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def _listener_on(sock: _socket.socket) -> Iterator[Listener]:
-    """A Listener on this socket's descriptor, which stays the socket's."""
+def _listener_on(sock: _socket.socket) -> Iterator[Listener | None]:
+    """A Listener on this socket's descriptor, which stays the socket's; None if it has just been closed."""
     if isinstance(sock, Listener):
         yield sock
         return
-    listener = Listener(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+    listener = None
     try:
-        listener.settimeout(sock.gettimeout())
+        try:
+            listener = Listener(sock.family, sock.type, sock.proto, fileno=sock.fileno())
+            listener.settimeout(sock.gettimeout())
+        except (OSError, ValueError):
+            if sock.fileno() >= 0:
+                raise
         yield listener
     finally:
-        if sock.fileno() == listener.fileno():
-            listener.detach()
-        else:  # closed meanwhile: the number may be somebody else's by now
-            _StandardSocket.detach(listener)
+        if listener is not None:
+            if sock.fileno() == listener.fileno():
+                listener.detach()
+            else:  # closed meanwhile: the number may be somebody else's by now
+                _StandardSocket.detach(listener)
 
 
 # --- threads at exit ------------------------------------------------------------------------------

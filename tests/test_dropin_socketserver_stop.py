@@ -3,6 +3,8 @@
 import contextlib
 import os
 import signal
+import socket
+import sys
 import threading
 from typing import Any
 
@@ -217,6 +219,52 @@ def test_a_process_lives_while_a_thread_serves(module: Any) -> None:
     program = program.replace("begun.wait(10)", STOPPER)
     done = run(program, options=["-W", "ignore"])
     assert (done.stdout.split("\n"), done.stderr) == (["main done", "handler done", ""], "")
+
+
+PACKAGE = os.path.dirname(dropin.__file__)
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["Listener", "socket.socket"])
+@THREADING
+def test_server_close_comes_at_each_line_of_serve_forever(threading_: bool, plain: bool) -> None:
+    """It said "Invalid file descriptor: -1" before it served."""
+
+    class Handler(dropin.BaseRequestHandler):
+        def handle(self) -> None:
+            self.server.shutdown()
+
+    def closes_at(step: int) -> bool:
+        """Serve, and close at the step-th line; returns whether that line was reached."""
+        server = server_class(dropin, threading_)(LOOPBACK, Handler)
+        server.block_on_close = False  # for a handler that waits for this thread
+        if plain:
+            server.socket = socket.socket(fileno=server.socket.detach())
+
+        def trace(frame: Any, event: str, argument: Any) -> Any:
+            nonlocal step
+            if not frame.f_code.co_filename.startswith(PACKAGE):
+                return None
+            if event == "line":
+                step -= 1
+                if step == 0:
+                    sys.settrace(None)
+                    server.server_close()
+            return trace
+
+        with server, connect(server.socket):
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                server.serve_forever()
+            finally:
+                sys.settrace(before)
+            server.shutdown()  # it is over, and nobody is waited for
+        return step <= 0
+
+    steps = 2  # whoever closes before the first one has closed before it began, which is a ValueError
+    while closes_at(steps):
+        steps += 1
+    assert steps > 30
 
 
 @THREADING
