@@ -46,8 +46,9 @@ ROWS = {
 }
 
 
-# Whether anything is let go of while these fail depends on what comes first; not all words need be seen.
-BY_CHANCE = {"unwatch", "loop's unwatch"}
+# Whether anything is let go of, or watched anew, while these fail depends on what comes first; not all words
+# need be seen.
+BY_CHANCE = {"unwatch", "loop's unwatch", "loop's watch"}
 
 Cells = dict[str, Cell]
 
