@@ -430,9 +430,11 @@ def test_an_asyncio_server(limits: dict[str, Any], disturbed: bool, acts: list[s
         assert totals["refused"] == 0
 
 
+@pytest.mark.parametrize("drain", [None, LIMIT], ids=["", "drain"])
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS.keys())
-def test_an_asyncio_server_that_is_closed_under_load(limits: dict[str, Any]) -> None:
-    """Who is connected then ends well; who waits in our queue is dropped; who is in the kernel's is reset."""
+def test_an_asyncio_server_that_is_closed_under_load(limits: dict[str, Any], drain: float | None) -> None:
+    """Who is connected then ends well; who waits in our queue is dropped, in a drain served; who is in the
+    kernel's is reset, unless he was there when a drain began."""
     clients = Clients()
     listener = bind(LOOPBACK)
 
@@ -451,7 +453,7 @@ def test_an_asyncio_server_that_is_closed_under_load(limits: dict[str, Any]) -> 
             async with asyncio.timeout(LIMIT):
                 while server.stats().handled < 100:
                     await asyncio.sleep(0)
-            server.close()
+            server.close(drain)
             await server.wait_closed()
             await coming
             async with asyncio.timeout(LIMIT):
@@ -464,6 +466,8 @@ def test_an_asyncio_server_that_is_closed_under_load(limits: dict[str, Any]) -> 
     assert told["refused"] == stats.refused
     assert told["answered"] == stats.handled
     assert stats.dropped <= told["closed"] + told["ConnectionResetError"] + told["BrokenPipeError"]
+    if drain is not None:
+        assert stats.dropped == 0
 
 
 # --- the drop-in servers

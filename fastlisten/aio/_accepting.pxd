@@ -15,8 +15,13 @@ cdef class ListenerWatch(Watched):
     cdef State state            # held for what `source` points to
     cdef source_t source
     cdef bint failed
+    cdef int to_drain           # how many of those who were queued a drain still takes
+    cdef bint looks             # a drain's next look is scheduled
 
+    cdef list take(self, int most)
     cdef int answer(self, verdict_t answer, int taken) except -1
+    cdef int drain(self) except -1
+    cdef int look_again(self) except -1
 
 
 @cython.final
@@ -25,6 +30,7 @@ cdef class QueueWatch(Watched):
     cdef Overload overload
     cdef bint failed
 
+    cdef bint empty(self) noexcept
     cdef int mend(self) except -1
     cdef int look_up(self) except -1
 
@@ -40,9 +46,13 @@ cdef class Accepting(Owner):
     cdef readonly Shortage shortage
     cdef object retry           # the handle of what ends a pause
     cdef object idle            # called when the last connection is gone
+    cdef object drained         # called when a drain has taken its clients; None: there is no drain
 
     cdef int arrange(self) except -1
     cdef int watch_listeners(self) except -1
+    cdef bint accepts(self) except -1
+    cdef int look_again(self) except -1
+    cdef int look_for_drained(self) except -1
     cdef int pause(self) except -1
     cdef int places(self, int most) noexcept
     cdef bint full(self) noexcept

@@ -7,6 +7,7 @@ import asyncio
 from asyncio import trsock
 
 cimport cython
+from libc.limits cimport INT_MAX
 from libc.stdint cimport int64_t
 
 from fastlisten._core.accept cimport (
@@ -18,6 +19,7 @@ from fastlisten._core.accept cimport (
     Shortage,
     accept_batch,
     client_t,
+    verdict,
     verdict_t,
 )
 from fastlisten._core.acceptor cimport FAILED
@@ -69,21 +71,23 @@ cdef class ListenerWatch(Watched):
 
     cdef int ready(self, short events) except -1:
         """Take a batch of clients, and begin with each."""
+        if self.watched_for:  # else this look was scheduled, and something has changed since
+            self.hub.give_turns(self.take(self.accepting.places(ACCEPTS)))
+        return 0
+
+    cdef list take(self, int most):
+        """Take so many clients at most; returns their Transports, whose turns are to be given."""
         cdef client_t clients[ACCEPTS]
         cdef int taken, i
-        cdef verdict_t answer
         cdef list arrived
-        if not self.watched_for:
-            return 0  # this look was scheduled, and something has changed since
-        answer = accept_batch(&self.source, clients, self.accepting.places(ACCEPTS), &taken)
+        cdef verdict_t answer = accept_batch(&self.source, clients, most, &taken)
         for i in range(taken):
             client_handed(clients[i].state)
         arrived = begin_with(self.accepting.connections, clients, taken)
         if self.accepting.full():
             self.accepting.arrange()
         self.answer(answer, taken)
-        self.hub.give_turns(arrived)
-        return 0
+        return arrived
 
     cdef int answer(self, verdict_t answer, int taken) except -1:
         """Do what the end of a batch asks for."""
@@ -96,6 +100,37 @@ cdef class ListenerWatch(Watched):
             self.failed = True  # an accept that goes on failing would spin
             self.accepting.arrange()
             self.accepting.accept_failed(self.source.code, self.sock)
+        return 0
+
+    cdef int drain(self) except -1:
+        """A drain begins: note how many are queued; where the kernel does not tell, as many as are found."""
+        cdef int depth, limit
+        self.to_drain = depth if port_queue(self.fd, &depth, &limit) == 0 else INT_MAX
+        return self.watch(0)  # nobody is waited for
+
+    cdef int look_again(self) except -1:
+        """Have turn() called, once."""
+        if not self.looks:
+            self.looks = True
+            self.hub.turn_soon(self)
+        return 0
+
+    cdef int turn(self) except -1:
+        """In a drain: take a batch of those who were queued when it began."""
+        cdef int most
+        cdef list arrived = []
+        self.looks = False
+        if self.to_drain and self.accepting.accepts():
+            most = self.accepting.places(min(self.to_drain, <int>ACCEPTS))
+            arrived = self.take(most)
+            self.to_drain -= <int>len(arrived)
+            if self.failed or len(arrived) < most and verdict(self.source.code) == AGAIN:
+                self.to_drain = 0
+            if self.to_drain and self.accepting.accepts():
+                self.look_again()
+        if not self.to_drain:
+            self.accepting.look_for_drained()
+        self.hub.give_turns(arrived)
         return 0
 
 
@@ -112,6 +147,7 @@ cdef class QueueWatch(Watched):
     cdef int ready(self, short events) except -1:
         cdef client_t clients[ACCEPTS]
         cdef int taken = 0
+        cdef list arrived
         if not self.accepting.serving:
             return 0  # it is over, and the waker closed
         waker_drain(&self.overload.waker)
@@ -122,9 +158,17 @@ cdef class QueueWatch(Watched):
             taken += 1
         if taken == ACCEPTS:
             self.hub.loop.call_soon(self._readable)  # more may wait than one wake takes
+        arrived = begin_with(self.accepting.connections, clients, taken)
         self.look_up()
-        self.hub.give_turns(begin_with(self.accepting.connections, clients, taken))
+        if self.accepting.drained is not None:
+            self.accepting.look_for_drained()
+        self.hub.give_turns(arrived)
         return 0
+
+    cdef bint empty(self) noexcept:
+        """Whether nobody waits here, and nobody will: the thread that refuses has ended."""
+        cdef Overload overload = self.overload
+        return (port_get(&overload.refuser_gone) or overload.refuser_ended is None) and overload.waiting == 0
 
     cdef int mend(self) except -1:
         """The waker is broken: watch another."""
@@ -189,11 +233,27 @@ cdef class Accepting(Owner):
         self.watch_listeners()
 
     def hold(self, bint paused):
-        """Accept nobody, or again."""
-        self.paused = paused
+        """Accept nobody, or again; a drain takes its clients all the same."""
+        self.paused = paused and self.drained is None
         self.arrange()
         if self.queue is not None and not paused:
             self.connections.hub.loop.call_soon(self.queue._readable)
+
+    def drain(self, double seconds, drained):
+        """Take those who are queued now, and nobody who comes later; call `drained` when that is done.
+
+        seconds: for how long the thread that refuses may take; stop() is to follow then in any case.
+        """
+        cdef ListenerWatch listener
+        cdef State state
+        self.drained = drained
+        self.paused = False
+        for listener in self.listeners:
+            listener.drain()
+        if self.queue is not None:
+            for state in self.queue.overload.acceptor.states:
+                state.stop(seconds)
+        self.arrange()
 
     def stop(self):
         """Accept nobody any more; the listening sockets may be closed then."""
@@ -209,6 +269,7 @@ cdef class Accepting(Owner):
 
     def abandon(self):
         """End what needs no event loop, which may be gone: the thread that refuses, and descriptors."""
+        self.drained = None
         self.end_queue()
         self.shortage.close()
         self.stopped = True
@@ -238,10 +299,35 @@ cdef class Accepting(Owner):
 
     cdef int watch_listeners(self) except -1:
         cdef ListenerWatch listener
-        cdef bint open = (self.serving and not self.paused and self.retry is None and not self.full()
-                          and not self.connections.hub.loop.is_closed())
+        cdef bint accepts = self.accepts()
+        if accepts and self.drained is not None:
+            return self.look_again()
         for listener in self.listeners:
-            listener.watch(POLLIN if open and not listener.failed else 0)
+            listener.watch(POLLIN if accepts and not listener.failed else 0)
+        return 0
+
+    cdef bint accepts(self) except -1:
+        """Whether clients are to be accepted now."""
+        return (self.serving and not self.paused and self.retry is None and not self.full()
+                and not self.connections.hub.loop.is_closed())
+
+    cdef int look_again(self) except -1:
+        """In a drain: look who is still to be taken."""
+        cdef ListenerWatch listener
+        for listener in self.listeners:
+            listener.look_again()
+        if self.queue is not None:
+            self.connections.hub.loop.call_soon(self.queue._readable)
+        return 0
+
+    cdef int look_for_drained(self) except -1:
+        """In a drain: tell that it is over when all who were queued are taken."""
+        cdef ListenerWatch listener
+        for listener in self.listeners:
+            if listener.to_drain:
+                return 0
+        if self.drained is not None and (self.queue is None or self.queue.empty()):
+            self.drained()
         return 0
 
     cdef bint full(self) noexcept:

@@ -65,6 +65,7 @@ class Server(asyncio.AbstractServer):
         self._serving = False
         self._forever: asyncio.Future[None] | None = None
         self._waiters: list[asyncio.Future[None]] | None = []
+        self._deadline: asyncio.TimerHandle | None = None  # of a drain
         self._attached = 0
 
     def __del__(self, warn: Any = warnings.warn) -> None:
@@ -96,7 +97,7 @@ class Server(asyncio.AbstractServer):
     def _start(self) -> None:
         if self._serving:
             return
-        if self._sockets is None:
+        if self._sockets is None or self._deadline is not None:
             raise RuntimeError(f"server {self!r} is closed")
         try:
             for state in self._states:
@@ -154,12 +155,60 @@ class Server(asyncio.AbstractServer):
         finally:
             self._forever = None
 
-    def close(self) -> None:
-        """Take no more clients and close the listening sockets; open connections go on."""
-        sockets = self._sockets
+    def close(self, drain: float | None = None) -> None:
+        """Take no more clients and close the listening sockets; open connections go on.
+
+        drain: with seconds, who is queued now, in the kernel or for `busy`, is still served, and the sockets
+        close when all of them are taken.  After that time the sockets close in any case, and connections that
+        are still open are aborted.  0 does so at once.  A call in a drain ends it, or shortens its time.
+        serve_forever() ends with the drain; wait_closed() waits for it, on every version of Python.
+
+        Raises ValueError for a drain below 0.
+        """
+        if drain is not None and not drain >= 0:
+            raise ValueError(f"drain must not be negative, not {drain!r}")
+        if self._loop.is_closed():
+            drain = None  # nobody can be served any more
+        if drain and self._serving:
+            self._accepting.drain(drain, self._close_sockets)
+            self._serving = False
+        elif not drain or not self._draining():
+            self._close_sockets()
+        if drain is None:
+            self._end_forever()
+        else:
+            self._abort_within(drain)
+
+    def _draining(self) -> bool:
+        return self._sockets is not None and self._deadline is not None
+
+    async def __aexit__(self, *raised: object) -> None:
+        """Close, or let a drain come to its end unless something was raised; and wait_closed()."""
+        if raised[0] is not None or not self._draining():
+            self.close()
+        await self.wait_closed()
+
+    def _abort_within(self, seconds: float) -> None:
+        """Abort what is left of a drain after this time, if that is not due before."""
+        if self._waiters is None:
+            return
+        if self._deadline is not None:
+            if self._deadline.when() <= self._loop.time() + seconds:
+                return
+            self._deadline.cancel()
+        self._deadline = self._loop.call_later(seconds, self._abort)
+
+    def _abort(self) -> None:
+        """The time of a drain is over."""
+        self._close_sockets()
+        for transport in self._connections.clients():
+            transport.abort()
+        self._end_forever()
+
+    def _close_sockets(self) -> None:
+        sockets, self._sockets = self._sockets, None
         if sockets is None:
             return
-        self._sockets = None
         self._accepting.stop()
         self._give_back()
         for sock in sockets:
@@ -167,14 +216,20 @@ class Server(asyncio.AbstractServer):
         if self._path is not None:
             _remove(self._path)
         self._serving = False
+        self._client_gone()
+
+    def _end_forever(self) -> None:
         if self._forever is not None and not self._forever.done():
             self._forever.cancel()
             self._forever = None
-        self._client_gone()
 
     def _client_gone(self) -> None:
         if self._sockets is None and self._connections.active == 0 and not self._attached:
             self._wake_up()
+            if self._deadline is not None:
+                self._deadline.cancel()
+                self._deadline = None
+                self._end_forever()
 
     # asyncio's own transports tell their server so that they are there; one may be given ours.
 
@@ -193,8 +248,10 @@ class Server(asyncio.AbstractServer):
 
     async def wait_closed(self) -> None:
         """Wait until the server is closed and its connections are gone; before Python 3.12, as asyncio's
-        own, for nothing once it is closed."""
-        if self._waiters is None or (self._sockets is None and not _WAITS_FOR_CLIENTS):
+        own, for nothing once it is closed without a drain."""
+        if self._waiters is None:
+            return
+        if self._sockets is None and self._deadline is None and not _WAITS_FOR_CLIENTS:
             return
         waiter = self._loop.create_future()
         self._waiters.append(waiter)
