@@ -7,7 +7,7 @@ import math
 import select
 import socket
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any
 
 from fastlisten._core.accept import Shortage, accept_now
@@ -18,19 +18,39 @@ from fastlisten._selector import watch
 _Proactor: Any = getattr(asyncio, "ProactorEventLoop", ())
 
 
-class AsyncAcceptor(Taker):
+class AsyncTaker(Taker):
+    """An AsyncAcceptor, as its listener's state knows it."""
+
+    activity = "somebody waits on an event loop for the clients of"
+
+    def __init__(self, acceptor: AsyncAcceptor) -> None:
+        # The event loop holds who waits, as it holds a task; with it, whoever waits is gone.
+        self._acceptor = weakref.ref(acceptor)
+
+    def leave(self, state: State) -> None:
+        """The Listener is about to be closed or detached: everybody looks again, and finds that."""
+        acceptor = self._acceptor()
+        if acceptor is not None:
+            acceptor.leave()
+
+    def over(self) -> bool:
+        """Whether nobody can be woken any more."""
+        acceptor = self._acceptor()
+        return acceptor is None or acceptor.loop.is_closed()
+
+
+class AsyncAcceptor:
     """Who waits on one event loop for the clients of one Listener, which it takes while somebody does.
 
     A waiter is only told to look: it accepts in its own task, so that nobody accepted can be lost when the
     task is cancelled.  The descriptors are registered with the loop only while somebody waits.
     """
 
-    activity = "somebody waits on an event loop for the clients of"
-
     def __init__(self, listener: socket.socket, state: State) -> None:
         self.loop = asyncio.get_running_loop()
         self._listener = listener
         self._state = state
+        self._taker = AsyncTaker(self)
         self._waiters: list[asyncio.Future[None]] = []
         self._watched: list[int] = []
         self._iterators: weakref.WeakSet[AsyncConnections] = weakref.WeakSet()
@@ -47,7 +67,7 @@ class AsyncAcceptor(Taker):
 
     def take_now(self) -> Connection | None:
         """The next client, if one is queued and the Listener is not paused; a drain takes it all the same."""
-        self._state.check(self, self._state.taker)
+        self._state.check(self._taker, self._state.taken_by())
         if self._to_drain is None:
             return None if self._state.paused else accept_now(self._listener)
         connection = accept_now(self._listener)
@@ -57,7 +77,7 @@ class AsyncAcceptor(Taker):
     async def wait(self) -> None:
         """Wait until there may be something to do: a client, or pause, resume, stop or close."""
         waiter = self.loop.create_future()
-        self._state.take(self)
+        self._state.take(self._taker)
         self._waiters.append(waiter)
         try:
             if not self._watched:
@@ -80,7 +100,7 @@ class AsyncAcceptor(Taker):
         """When nobody waits any more, watch nothing and let others take the clients."""
         if not self._waiters:
             self._unwatch()
-            self._state.give_back(self, not self._left)
+            self._state.give_back(self._taker, not self._left)
 
     def _watch(self) -> None:
         waker = self._state.open_waker()
@@ -115,8 +135,8 @@ class AsyncAcceptor(Taker):
             _told(self._waiters.pop())
         self._rest()
 
-    def leave(self, state: State) -> None:
-        """The Listener is about to be closed or detached: everybody looks again, and finds that."""
+    def leave(self) -> None:
+        """The Listener is about to be closed or detached."""
         self._left = True
         try:
             running = asyncio.get_running_loop()
@@ -125,7 +145,7 @@ class AsyncAcceptor(Taker):
         if running is self.loop:
             self.wake()
         elif self.loop.is_closed():
-            self._state.give_back(self)
+            self._state.give_back(self._taker)
         else:  # another thread's
             self.loop.call_soon_threadsafe(self.wake)
 
@@ -160,6 +180,11 @@ def _told(waiter: asyncio.Future[None]) -> bool:
     return True
 
 
+# How often, in seconds, a thread that waits for a loop looks whether that was closed: nobody tells it so, and
+# the interpreter does not end before it.
+LOOK_AGAIN = 1.0
+
+
 class ThreadedAsyncAcceptor(AsyncAcceptor):
     """AsyncAcceptor on a proactor, which watches nothing: a thread of the loop's executor waits instead.
 
@@ -174,8 +199,14 @@ class ThreadedAsyncAcceptor(AsyncAcceptor):
         waker = self._state.open_waker()
         accepts = not self._state.paused and self._retry is None
         watched = [waker, self._listener.fileno()] if accepts else [waker]
-        self._looking = self.loop.run_in_executor(None, select.select, watched, [], [])
+        self._looking = self.loop.run_in_executor(None, self._wait, watched)
         self._looking.add_done_callback(self._looked)
+
+    def _wait(self, watched: list[int]) -> None:
+        """Wait until one of these descriptors can be read, or nobody waits for that any more."""
+        while self._waiters and not self.loop.is_closed():
+            if select.select(watched, [], [], LOOK_AGAIN)[0]:
+                return
 
     def _unwatch(self) -> None:
         if self._looking is not None:
@@ -185,7 +216,7 @@ class ThreadedAsyncAcceptor(AsyncAcceptor):
         self._looking = None
         if not looking.cancelled():
             looking.exception()  # of a listener that was closed meanwhile: who waits is told by accept()
-        if self._state.taker in (None, self):  # else what wakes is another's by now
+        if self._state.taker in (None, self._taker):  # else what wakes is another's by now
             self._state.drain_waker()
         self.wake()
 
@@ -221,9 +252,13 @@ class AsyncConnections(AsyncIterator[Connection]):
                 await self._acceptor.wait()
 
 
-def async_acceptor(listener: socket.socket, state: State, last: AsyncAcceptor | None) -> AsyncAcceptor:
-    """A listener's AsyncAcceptor on the loop that runs: the last one, if that was made there."""
+def async_acceptor(
+    listener: socket.socket, state: State, known: MutableMapping[int, AsyncAcceptor]
+) -> AsyncAcceptor:
+    """A listener's AsyncAcceptor on the loop that runs; it is known while somebody waits or iterates."""
     loop = asyncio.get_running_loop()
-    if last is not None and last.loop is loop:
-        return last
-    return (ThreadedAsyncAcceptor if isinstance(loop, _Proactor) else AsyncAcceptor)(listener, state)
+    acceptor = known.get(id(loop))  # which it holds
+    if acceptor is None:
+        acceptor = (ThreadedAsyncAcceptor if isinstance(loop, _Proactor) else AsyncAcceptor)(listener, state)
+        known[id(loop)] = acceptor
+    return acceptor

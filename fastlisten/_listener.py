@@ -11,6 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakValueDictionary
 
 from fastlisten._core import accept as _accept
 from fastlisten._core.connection import Connection
@@ -105,7 +106,7 @@ class Listener(StandardSocket):
         self._state = State(self)
         self._since = time.time()
         self._path: OwnPath | None = None
-        self._async_acceptor: AsyncAcceptor | None = None
+        self._async_acceptors: WeakValueDictionary[int, AsyncAcceptor] | None = None  # by the loop's id()
         _listeners.add(self)
         if green_library() is not None:
             from fastlisten import _green
@@ -183,8 +184,9 @@ class Listener(StandardSocket):
     def _awaited(self) -> AsyncAcceptor:
         from fastlisten._awaiting import async_acceptor  # asyncio is much to import for who never asks
 
-        self._async_acceptor = async_acceptor(self, self._state, self._async_acceptor)
-        return self._async_acceptor
+        if self._async_acceptors is None:
+            self._async_acceptors = WeakValueDictionary()
+        return async_acceptor(self, self._state, self._async_acceptors)
 
     def stop(self, drain: float | None = None) -> None:
         """Ask serve() to end, and return at once; any thread, handler or signal handler may call it.

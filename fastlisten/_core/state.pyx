@@ -188,6 +188,10 @@ cdef class Taker:
         """In a child that was just forked: whether it goes on there."""
         return False
 
+    def over(self):
+        """Whether it takes nobody any more and could not say so: its event loop was closed or dropped."""
+        return False
+
     def threads_now(self):
         """How many threads handle clients, and how many of them are idle."""
         return 0, 0
@@ -212,15 +216,15 @@ cdef class State:
         if self.at is not NULL:
             state_release(self.at)
 
-    # No Python code runs inside the next two, and so no signal handler; nothing comes between a look and
-    # what follows from it.
+    # No Python code runs inside the critical sections of the next ones, and so no signal handler; nothing
+    # comes between a look and what follows from it.
 
     def take(self, Taker taker not None):
         """Have `taker` take the clients from now on.
 
         Raises RuntimeError when somebody else does already, OSError (EBADF) after leave().
         """
-        cdef Taker other = None
+        cdef Taker other = self.taken_by()
         cdef bint left
         with cython.critical_section(self):
             left = self.left
@@ -230,6 +234,14 @@ cdef class State:
         self.check(taker, other)
         if left:
             port_raise(PORT_CLOSED)
+
+    def taken_by(self):
+        """Who takes the clients now; None: nobody.  From one that is over they are taken away."""
+        cdef Taker taker = self.taker
+        if taker is not None and taker.over():
+            self.give_back(taker, True)  # a stop is still for the next
+            taker = None
+        return taker
 
     def check(self, Taker taker, Taker other):
         """RuntimeError when `other`, who takes the clients, is neither None nor this taker."""

@@ -21,7 +21,8 @@ def is_served(listener: Any) -> bool:
 
 def acceptor_of(listener: Any) -> Any:
     """Return what those wait on who await the listener."""
-    return listener._async_acceptor
+    (found,) = listener._async_acceptors.values()
+    return found
 
 
 def listener_of(server: Any) -> Any:
@@ -44,6 +45,6 @@ def set_polling(monkeypatch: pytest.MonkeyPatch | None, polled: bool) -> None:
     (monkeypatch or pytest.MonkeyPatch()).setattr(_server, "Hub", functools.partial(Hub, polled=polled))
 
 
-def pretend_a_proactor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the selector event loop taken for one that cannot watch descriptors."""
-    monkeypatch.setattr(_awaiting, "_Proactor", asyncio.SelectorEventLoop)
+def pretend_a_proactor(monkeypatch: pytest.MonkeyPatch | None) -> None:
+    """Have the selector event loop taken for one that cannot watch descriptors; None: for good."""
+    (monkeypatch or pytest.MonkeyPatch()).setattr(_awaiting, "_Proactor", asyncio.SelectorEventLoop)
