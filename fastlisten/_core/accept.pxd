@@ -48,13 +48,14 @@ cdef class Shortage:
     cdef const char *text
     cdef Py_ssize_t length
     cdef port_socket spare
-    cdef int64_t delay, retry_at    # nanoseconds; port_now()
+    cdef int64_t delay              # nanoseconds
+    cdef int64_t retry_at           # port_now(); 0: at once; -N: when `ask` has said how long, after failure N
     cdef readonly int64_t failures  # of this shortage; 0: there is none
     cdef int64_t eased              # accepts that worked since the last of them
     cdef int64_t began, until       # and when its last pause is over
     cdef int code
-    cdef int64_t to_tell            # set with one of the three below
-    cdef int64_t to_tell_beginning, to_tell_failure, to_tell_end
+    cdef int64_t to_tell            # set with each failure, and with one of the two below
+    cdef int64_t to_tell_beginning, to_tell_end
     cdef int64_t lasted, failed_tries  # of the one that has ended
 
     cdef int open(self) except -1

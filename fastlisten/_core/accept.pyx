@@ -238,12 +238,12 @@ cdef class Shortage:
             self.delay = FIRST_DELAY
         self.failures += 1
         self.eased = 0
-        port_swap(&self.to_tell_failure, 1)
         port_swap(&self.to_tell, 1)
 
     cdef void pause(self) noexcept nogil:
-        """Accept nobody for longer than the last time."""
-        self.retry_at = self.until = port_now() + self.delay
+        """Accept nobody for longer than the last time, or until tell() has asked for how long."""
+        self.until = port_now() + self.delay
+        port_swap(&self.retry_at, self.until if self.ask is None else -self.failures)
         self.delay = min(2 * self.delay, LAST_DELAY)
 
     cdef bint worked(self, int accepted, bint caught_up) noexcept nogil:
@@ -264,14 +264,14 @@ cdef class Shortage:
 
     cdef int64_t left(self) noexcept nogil:
         """For how many ns nobody is to be accepted; 0: go on."""
-        cdef int64_t left = self.retry_at - port_now() if self.retry_at else 0
-        if left <= 0:
-            self.retry_at = left = 0
-        return left
+        cdef int64_t retry_at = port_get(&self.retry_at)
+        if retry_at < 0:
+            return FIRST_DELAY  # whoever has to ask may be long in getting the GIL
+        return max(retry_at - port_now(), 0) if retry_at else 0
 
     cdef void cut_short(self) noexcept nogil:
         """A descriptor may have come free."""
-        self.retry_at = 0
+        port_swap(&self.retry_at, 0)
 
     cdef void retake_spare(self) noexcept nogil:
         """A stranger had taken it: what comes free is the spare first."""
@@ -304,6 +304,7 @@ cdef class Shortage:
 
     cdef int tell(self) except -1:
         """Log the beginning and the end; ask `exhausted` how long to pause."""
+        cdef int64_t asked, retry_at
         if not port_swap(&self.to_tell, 0):
             return 0
         try:
@@ -312,11 +313,14 @@ cdef class Shortage:
             error = trouble
         if port_swap(&self.to_tell_beginning, 0):
             log().warning("accepting pauses: %s", error)
-        if port_swap(&self.to_tell_failure, 0) and self.ask is not None and self.failures:
-            seconds = self.ask(error, self.failures)
+        asked = port_get(&self.retry_at)
+        if asked < 0:
+            seconds = self.ask(error, -asked)
             if not seconds >= 0:
                 raise ValueError(f"exhausted must return seconds, at least 0, not {seconds!r}")
-            self.retry_at = port_now() + <int64_t>(min(<double>seconds, LONGEST_DELAY) * 1e9)
+            retry_at = port_now() + <int64_t>(min(<double>seconds, LONGEST_DELAY) * 1e9)
+            if port_replace(&self.retry_at, asked, retry_at):  # else a descriptor has come free meanwhile
+                self.until = retry_at
         if port_swap(&self.to_tell_end, 0):
             log().info("accepting again after %.3f s and %d failed tries",
                        self.lasted / 1e9, self.failed_tries)

@@ -12,6 +12,7 @@ import mmap
 import os
 import signal
 import sys
+import threading
 import time
 from typing import Any
 
@@ -63,6 +64,12 @@ def sheds(error: OSError, attempt: int) -> float:
     return 0.02
 
 
+def slow_pause(error: OSError, attempt: int) -> float:
+    seen.append([error.errno, attempt])
+    threading.Event().wait(0.05)  # never set: longer than the first pauses of a loop that does not ask
+    return 0
+
+
 def a_minute(error: OSError, attempt: int) -> float:
     return 60
 
@@ -91,7 +98,7 @@ def endless_pause(error: OSError, attempt: int) -> float:
 
 seen: list[Any] = []
 HANDLERS = (answer, echo, hold)
-PAUSES = (sheds, a_minute, gives_up, bad_pause, negative_pause, no_pause, endless_pause)
+PAUSES = (sheds, slow_pause, a_minute, gives_up, bad_pause, negative_pause, no_pause, endless_pause)
 NAMED: dict[str, Any] = {f.__name__: f for f in (*HANDLERS, *PAUSES)}
 
 
