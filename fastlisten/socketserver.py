@@ -15,15 +15,15 @@ and process_request().  Datagram and forking servers are the original's througho
 
 from __future__ import annotations
 
+import _thread
 import os
 import socket as _socket
 import socketserver as _original
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from socketserver import __all__ as __all__
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +102,7 @@ class AcceptMixIn:
     _listener: Listener | None = None  # what fastlisten's loop serves
     _loops: tuple[Loop, ...] = ()  # whose threads may still have handlers at work
     _shortage: Shortage | None = None  # of get_request(), once it ran out of resources
+    _pause: Any = None  # a lock: held while get_request() pauses, unless somebody ends that
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown().
@@ -192,6 +193,7 @@ class AcceptMixIn:
             self._BaseServer__shutdown_request = True
             if self._listener is not None:
                 self._listener.stop()
+            self._end_pause()
             wait = bool(self._serving) or not self._steps
             if threading.current_thread() in self._serving:
                 wait = False
@@ -208,6 +210,7 @@ class AcceptMixIn:
         if listener is not None:
             listener._state.leave()
         super().server_close()  # type: ignore[misc]
+        self._end_pause()
         loops, self._loops = self._loops, ()
         if loops and self.block_on_close and not self.daemon_threads:
             for loop in loops:
@@ -228,11 +231,24 @@ class AcceptMixIn:
             request: tuple[Any, Any] = super().get_request()  # type: ignore[misc]
         except OSError as error:
             self._shortage = self._shortage or Shortage()
-            time.sleep(self._shortage.pause_after(error) or 0)
+            self._pause_for(self._shortage.pause_after(error) or 0)
             raise
         if self._shortage is not None:
             self._shortage.over()
         return request
+
+    def _pause_for(self, seconds: float) -> None:
+        """Wait for so long, or until shutdown() or server_close()."""
+        # Not an Event: a signal handler that calls shutdown() would wait for the lock in it that we hold.
+        self._pause = pause = _thread.allocate_lock()
+        pause.acquire()
+        if not self._BaseServer__shutdown_request and self.socket.fileno() >= 0:
+            pause.acquire(timeout=seconds)
+
+    def _end_pause(self) -> None:
+        if self._pause is not None:
+            with suppress(RuntimeError):  # it is over
+                self._pause.release()
 
 
 def _untouched(server: object, hooks: dict[str, Any]) -> bool:

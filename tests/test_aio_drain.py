@@ -15,6 +15,7 @@ import fastlisten
 from fastlisten import aio
 from helpers import LIMIT, connect, needs, posix_only, read_all
 from helpers.aio import Echo, Notes, Run, asyncios, in_thread, run, turns
+from helpers.descriptors import out_of_descriptors
 from helpers.programs import run as run_program
 
 __all__ = ["run"]  # a fixture
@@ -254,21 +255,6 @@ def test_a_pause_does_not_hold_a_drain_up(run: Run, limits: Any) -> None:
             assert served(clients) == 20
 
     run(main())
-
-
-@contextlib.contextmanager
-def out_of_descriptors() -> Iterator[None]:
-    """Let nobody open a descriptor, until the end of the block."""
-    import resource  # not on Windows
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @needs("Linux")

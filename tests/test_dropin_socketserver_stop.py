@@ -6,13 +6,15 @@ import signal
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from fastlisten import socketserver as dropin
-from helpers import LIMIT, LOOPBACK, connect, exchange, posix_only, wait_until
-from helpers.internals import listener_of
+from helpers import LIMIT, LOOPBACK, connect, exchange, needs, posix_only, wait_until
+from helpers.descriptors import out_of_descriptors
+from helpers.internals import listener_of, pause_by
 from helpers.programs import run
 from helpers.socketservers import BOTH, THREADING, Echo, Served, server_class
 
@@ -288,3 +290,30 @@ def test_server_close_comes_at_whatever_moment_of_serving(threading_: bool) -> N
                 assert at_work.acquire(timeout=LIMIT)
             server.server_close()
             assert served.wait() is None
+
+
+@needs("Linux")
+@pytest.mark.parametrize(
+    ("act", "end"),
+    [("serve_forever", "shutdown"), ("handle_request", "shutdown"), ("handle_request", "server_close")],
+)
+def test_a_pause_of_get_request_is_cut_short(act: str, end: str) -> None:
+    """It slept through shutdown(): up to 100 ms; here it is a minute, so that the test can tell."""
+    pauses = threading.Event()
+
+    def a_minute(error: OSError, attempt: int) -> float:
+        pauses.set()
+        return 60
+
+    class Server(dropin.TCPServer):
+        def service_actions(self) -> None:
+            """What the original's loop is needed for, which calls get_request()."""
+
+    with Server(LOOPBACK, Echo) as server, connect(server.server_address), ThreadPoolExecutor(1) as pool:
+        pause_by(server, a_minute)
+        pool.submit(int).result()  # the thread is there now
+        with out_of_descriptors():
+            acting = pool.submit(getattr(server, act))
+            assert pauses.wait(LIMIT)
+        getattr(server, end)()
+        assert acting.result(LIMIT) is None

@@ -49,7 +49,7 @@ cdef class Shortage:
     cdef Py_ssize_t length
     cdef port_socket spare
     cdef int64_t delay              # nanoseconds
-    cdef int64_t retry_at           # port_now(); 0: at once; -N: when `ask` has said how long, after failure N
+    cdef int64_t retry_at           # port_now(); 0: at once; -N: once `ask` has answered to failure N
     cdef readonly int64_t failures  # of this shortage; 0: there is none
     cdef int64_t eased              # accepts that worked since the last of them
     cdef int64_t began, until       # and when its last pause is over

@@ -2,11 +2,13 @@
 
 import asyncio
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from fastlisten import _awaiting, aio
+from fastlisten._core.accept import Shortage
 from fastlisten._endpoint import endpoint_of, resolve
 from fastlisten.aio import _server
 from fastlisten.aio._hub import Hub
@@ -28,6 +30,11 @@ def acceptor_of(listener: Any) -> Any:
 def listener_of(server: Any) -> Any:
     """Return the Listener that the loop serves for a server of fastlisten.socketserver, or None."""
     return server._listener
+
+
+def pause_by(server: Any, exhausted: Callable[[OSError, int], float]) -> None:
+    """Have a server of fastlisten.socketserver pause for as long as this says when descriptors run out."""
+    server._shortage = Shortage(exhausted)
 
 
 def clients_of(server: aio.Server) -> Any:
