@@ -486,6 +486,8 @@ def test_a_signal_drains(run: Run) -> None:
 
 @limits_of_two
 def test_a_listener_that_is_closed_under_a_drain_ends_it(run: Run, limits: Any) -> None:
+    """Its number may be a stranger's the next moment, from whom nobody is taken."""
+
     async def main() -> None:
         listener = fastlisten.bind("127.0.0.1:0")
         server = await aio.create_server(Answer, sock=listener, max_connections=1, **limits)
@@ -496,9 +498,14 @@ def test_a_listener_that_is_closed_under_a_drain_ends_it(run: Run, limits: Any) 
                 if limits:
                     await until_open(server, 6)
                 server.close(drain=LIMIT)
+                number = listener.fileno()
                 listener.close()
-                first.sendall(b"x")
-                await server.wait_closed()
+                with socket.create_server(("127.0.0.1", 0)) as stranger, connect(stranger):
+                    assert stranger.fileno() == number
+                    first.sendall(b"x")
+                    await server.wait_closed()
+                    stranger.settimeout(LIMIT)
+                    stranger.accept()[0].close()
                 assert server.sockets == ()
                 assert served(clients) == (5 if limits else 0)  # who was in our queue
         balanced(server)

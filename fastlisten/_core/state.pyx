@@ -224,8 +224,9 @@ cdef class State:
 
         Raises RuntimeError when somebody else does already, OSError (EBADF) after leave().
         """
-        cdef Taker other = self.taken_by()
+        cdef Taker other = None
         cdef bint left
+        self.taken_by()  # one that is over gives way
         with cython.critical_section(self):
             left = self.left
             if self.taker is None and not left:

@@ -120,6 +120,8 @@ cdef class ListenerWatch(Watched):
         cdef int most
         cdef list arrived = []
         self.looks = False
+        if self.failed:  # or closed by somebody else, and the number a stranger's
+            self.to_drain = 0
         if self.to_drain and self.accepting.accepts():
             most = self.accepting.places(min(self.to_drain, <int>ACCEPTS))
             arrived = self.take(most)
