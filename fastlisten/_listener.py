@@ -1,4 +1,4 @@
-"""Listener: a listening socket with fastlisten's accept loop; its counters, its iteration, and fork."""
+"""Listener: a listening socket with fastlisten's accept loop; its counters and its iteration."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import socket
 import sys
 import time
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,7 +106,6 @@ class Listener(StandardSocket):
         self._since = time.time()
         self._path: OwnPath | None = None
         self._async_acceptors: WeakValueDictionary[int, AsyncAcceptor] | None = None  # by the loop's id()
-        _listeners.add(self)
         if green_library() is not None:
             from fastlisten import _green
 
@@ -302,18 +300,3 @@ def _connections(listener: Listener) -> Iterator[Connection]:
             yield connection
     finally:
         loop.close()
-
-
-# --- fork -----------------------------------------------------------------------------------------
-
-_listeners: weakref.WeakSet[Listener] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    """The wakers are shared with the parent, whose loop must not hear ours; and only one thread is left."""
-    for listener in list(_listeners):
-        listener._state.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

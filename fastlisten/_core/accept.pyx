@@ -24,9 +24,11 @@ from fastlisten._core.state cimport (
     client_given,
     client_handed,
     client_in,
+    client_out,
     client_refused,
     log,
     port_socket,
+    state_hold,
     state_t,
 )
 
@@ -92,7 +94,7 @@ cdef verdict_t accept_one(source_t *source, client_t *client) noexcept nogil:
         source.lost = 0
         client.state = source.state
         client_in(source.state)
-        client.fd = fd  # last: a forked child finds a client that is whole, or none
+        client.fd = fd
         return ACCEPTED
     source.code = port_error()
     answer = verdict(source.code)
@@ -147,7 +149,6 @@ cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept
             rounds -= 1
     else:
         port_abort_on_close(fd)
-    client.fd = PORT_NO_SOCKET  # now, since a forked child closes whom it finds here
     port_close(fd)
 
 
@@ -155,6 +156,14 @@ cdef void drop(client_t *client) noexcept nogil:
     """Close a client that nobody gets any more."""
     port_close(client.fd)
     client_dropped(client.state)
+
+
+cdef void drop_handed(client_t *client) noexcept nogil:
+    """Close a client that was handed out and gets no Connection."""
+    port_close(client.fd)
+    client.fd = PORT_NO_SOCKET
+    state_hold(client.state)
+    client_out(client.state)
 
 
 cdef int poll_failed(int code) noexcept nogil:

@@ -18,7 +18,8 @@ cdef class Acceptor:
     cdef int count, turn
     cdef source_t *sources
     cdef port_pollfd *polls
-    cdef int64_t touching           # somebody is in open() or take(), and may be in a call on a listener
+    cdef int64_t touching           # OUT, WAITING or ACCEPTING
+    cdef int64_t forking            # a thread forks; until when (port_now()) that is believed
     cdef Shortage shortage
     cdef double timeout             # of the Connections, in seconds; < 0: none
     cdef int64_t most               # connections open at a time; 0: any number
@@ -36,8 +37,13 @@ cdef class Acceptor:
     cdef int mend_wakers(self) except -1
     cdef void close(self) noexcept nogil
     cdef void end(self) noexcept nogil
+    cdef void wake(self) noexcept nogil
     cdef void release(self, State state) noexcept nogil
+    cdef void stand_still(self, bint still) noexcept
+    cdef bint stands_still(self) noexcept nogil
     cdef void after_fork(self) noexcept
+    cdef void enter(self) noexcept nogil
+    cdef void leave(self) noexcept nogil
     cdef outcome_t take(self, client_t *client) noexcept nogil
     cdef outcome_t wait_and_accept(self, client_t *client) noexcept nogil
     cdef bint likely(self) noexcept nogil

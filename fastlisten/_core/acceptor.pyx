@@ -40,6 +40,19 @@ cdef enum:
 cdef enum:
     OWN = 4
 
+# The values of Acceptor.touching: who is in open() or take(), one thread at a time.
+cdef enum:
+    OUT = 0         # nobody
+    WAITING = 1     # somebody who is in no accept(), and has no client of whom nobody knows
+    ACCEPTING = 2
+
+# For how long a fork waits for a client that is being accepted: it takes microseconds, unless somebody has
+# made the listener blocking.
+cdef int64_t CLIENT_TIME = 100_000_000  # nanoseconds
+
+# For how long a fork is believed to last when nobody says that it is over.
+cdef int64_t FORK_TIME = 2_000_000_000  # nanoseconds
+
 
 @cython.final
 cdef class Acceptor:
@@ -49,7 +62,8 @@ cdef class Acceptor:
     (< 0: none).  most: connections that may be open at a time; 0: any number.  shortage: what is done without
     descriptors or memory.
 
-    Only open() and take() touch the listening descriptors, in one thread at a time; release() waits for that.
+    Only open() and take() touch the listening descriptors, in one thread at a time; release() waits for that,
+    and a fork in another thread for a client that is being accepted.
     """
 
     def __cinit__(self, listeners, double timeout, int64_t most, Shortage shortage not None):
@@ -86,13 +100,13 @@ cdef class Acceptor:
             waker_open(&state.at.waker)
         if descriptors > 1:
             port_make_room(self.sources[0].state.waker.reader, descriptors + OWN)
-        port_swap(&self.touching, 1)
+        port_swap(&self.touching, WAITING)
         try:
             for i in range(self.count):
                 if not port_get(&self.sources[i].gone):
                     set_nonblocking(self.sources[i].fd)
         finally:
-            port_swap(&self.touching, 0)
+            self.leave()
         return 0
 
     cdef int mend_wakers(self) except -1:
@@ -112,8 +126,12 @@ cdef class Acceptor:
 
     cdef void end(self) noexcept nogil:
         """Nobody is to be accepted any more; from any thread."""
-        cdef int i
         port_swap(&self.over, 1)
+        self.wake()
+
+    cdef void wake(self) noexcept nogil:
+        """Wake whoever waits in take()."""
+        cdef int i
         for i in range(self.count):
             waker_wake(&self.sources[i].state.waker)
 
@@ -123,24 +141,59 @@ cdef class Acceptor:
         for i in range(self.count):
             if self.sources[i].state == state.at:
                 port_swap(&self.sources[i].gone, 1)
-        while port_get(&self.touching):  # whoever waits in there was woken
+        while port_get(&self.touching) != OUT:  # whoever waits in there was woken
             port_sleep(1)
+
+    # --- fork -----------------------------------------------------------------------------------------
+    # A client that is being accepted while another thread forks is the child's as well, and nobody there
+    # knows of it.  So a fork waits until whoever accepts has noted its client where after_fork() finds it,
+    # and nobody is accepted until the fork is over.
+
+    cdef void stand_still(self, bint still) noexcept:
+        """A thread is about to fork: have nobody be accepted; or it has."""
+        cdef int64_t until = port_now()
+        port_swap(&self.forking, until + FORK_TIME if still else 0)
+        until += CLIENT_TIME
+        with nogil:
+            while still and port_get(&self.touching) == ACCEPTING and port_now() < until:
+                port_sleep(1)
+
+    cdef bint stands_still(self) noexcept nogil:
+        cdef int64_t until = port_get(&self.forking)
+        return until != 0 and port_now() < until
 
     cdef void after_fork(self) noexcept:
         """In a child without the threads of its parent, one of which may have been in take()."""
-        self.touching = 0
+        self.touching = OUT
+        self.forking = 0
+
+    cdef void enter(self) noexcept nogil:
+        """Somebody accepts from now on; not while a thread forks."""
+        port_swap(&self.touching, ACCEPTING)
+        while port_get(&self.forking) and self.stands_still():
+            port_swap(&self.touching, WAITING)
+            port_sleep(1)
+            port_swap(&self.touching, ACCEPTING)
+
+    cdef void leave(self) noexcept nogil:
+        """Nobody touches the listeners, and a client that was accepted is noted."""
+        port_swap(&self.touching, OUT)
 
     # --- accepting ------------------------------------------------------------------------------------
 
     cdef outcome_t take(self, client_t *client) noexcept nogil:
-        """Wait for the next client and take it, or until something else is due."""
+        """Wait for the next client and take it, or until something else is due.
+
+        client: lies where the caller's after_fork() finds it.
+        """
         cdef outcome_t outcome
-        port_swap(&self.touching, 1)
+        self.enter()
         outcome = self.wait_and_accept(client)
-        port_swap(&self.touching, 0)
+        self.leave()
         return outcome
 
     cdef outcome_t wait_and_accept(self, client_t *client) noexcept nogil:
+        """What take() does, between enter() and leave()."""
         cdef int64_t closed_for
         cdef outcome_t outcome
         while not self.ending():
@@ -154,7 +207,9 @@ cdef class Acceptor:
                 closed_for = self.closed_for()
                 if self.stopping and closed_for == 0:
                     return ENDED
+            port_swap(&self.touching, WAITING)
             outcome = self.wait(closed_for)
+            self.enter()
             if outcome == TAKEN:
                 outcome = self.accept_queued(client)
             if outcome != NOBODY:

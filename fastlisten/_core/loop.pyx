@@ -8,7 +8,7 @@ cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t
 
-from fastlisten._core.accept cimport Shortage, client_t, default_timeout
+from fastlisten._core.accept cimport Shortage, client_t, default_timeout, drop_handed
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
 from fastlisten._core.connection cimport Connection, new_connection
 from fastlisten._core.overload cimport Overload
@@ -16,11 +16,9 @@ from fastlisten._core.port cimport *
 from fastlisten._core.state cimport (
     State,
     client_handed,
-    client_out,
     give_back_all,
     handler_failed,
     log,
-    state_hold,
     state_t,
     take_all,
     waker_close,
@@ -48,6 +46,7 @@ cdef class Loop(Dispatcher):
     cdef Acceptor acceptor
     cdef Overload overload          # with busy=; the clients come through it then
     cdef Threads threads
+    cdef Worker iterating           # has the client that next() takes
     cdef unsigned long caller       # the thread of run()
     cdef bint opened                # close() has something to undo
     cdef object failure             # what ends the loop and comes out of run()
@@ -67,6 +66,8 @@ cdef class Loop(Dispatcher):
         self.done = allocate_lock()
         self.done.acquire()
         self.threads = Threads(self, *options.threads, options.daemon, options.leave, options.tick)
+        self.iterating = Worker()
+        self.threads.workers.add(self.iterating)
         self.acceptor = Acceptor(listeners, default_timeout(), 0 if options.busy is not None else most,
                                  Shortage(options.exhausted, busy))
         if options.busy is not None:
@@ -177,17 +178,17 @@ cdef class Loop(Dispatcher):
 
     def next(self):
         """The next Connection, the caller's to close; None when the loop is over."""
-        cdef client_t client
+        cdef client_t *client = &self.iterating.client
         cdef outcome_t outcome = LOOK
         while outcome == LOOK or outcome == NOBODY:
             with nogil:
-                outcome = self.take(&client)
+                outcome = self.take(client)
             if outcome == LOOK:
                 PyErr_CheckSignals()
             self.look_up()
         if outcome == FAILED:
             self.raise_failure()
-        return self.connection(&client) if outcome == TAKEN else None
+        return self.connection(client) if outcome == TAKEN else None
 
     cdef int look_up(self) except -1:
         if port_get(&self.acceptor.shortage.to_tell):
@@ -209,17 +210,19 @@ cdef class Loop(Dispatcher):
         return port_raise(self.acceptor.code)
 
     cdef Connection connection(self, client_t *client):
+        cdef Connection connection
         try:
-            return new_connection(
+            connection = new_connection(
                 client.fd, &client.address, client.length, client.state, self.acceptor.timeout)
         except BaseException:
-            port_close(client.fd)
-            state_hold(client.state)
-            client_out(client.state)
+            drop_handed(client)
             raise
+        client.fd = PORT_NO_SOCKET  # a forked child closes whom it finds there
+        return connection
 
-    cdef int handle(self, Worker worker, client_t *client) except -1:
-        """Hand a client to the handler; it is closed after that, whatever happened."""
+    cdef int handle(self, Worker worker) except -1:
+        """Hand a worker's client to the handler; it is closed after that, whatever happened."""
+        cdef client_t *client = &worker.client
         cdef Connection connection = self.connection(client)
         worker.takes(connection)
         try:
@@ -318,18 +321,25 @@ cdef class Loop(Dispatcher):
         with nogil:
             self.acceptor.release(state)
 
+    def stand_still(self, bint still):
+        """A thread is about to fork: have no client in hand; or it has."""
+        if self.overload is not None:
+            self.overload.stand_still(still)
+        else:
+            self.acceptor.stand_still(still)
+
     def after_fork(self):
         """In a child that was just forked: whether the loop goes on there.  It does in the one thread that
         is left, if that is all it needs; else the child has a loop that is over."""
         cdef Worker worker
         for worker in self.threads.workers:
-            worker.takes(None)  # the parent has the connection too, and a cut of ours would end it there
+            worker.after_fork()
+        self.acceptor.after_fork()
         if not self.threads.most and self.overload is None and self.caller == threading.get_ident():
             return True
         port_swap(&self.over, 1)
         self.reapers.clear()
         self.threads.after_fork()
-        self.acceptor.after_fork()
         if self.overload is not None:
             self.overload.after_fork()
         return False

@@ -18,20 +18,19 @@ cdef class Overload:
     cdef int64_t handling           # handed out, and not yet at their handler's end
     cdef waker_t waker              # wakes who waits for a client
     cdef bint awaited               # somebody does
-    cdef bint refusing              # the client in the next place
     cdef object refuser_ended       # a lock: held while the thread that refuses runs
     cdef int64_t refuser_gone
     cdef outcome_t refuser_outcome
 
     cdef int open(self) except -1
     cdef int close(self) except -1
-    cdef void after_fork(self) noexcept
+    cdef void stand_still(self, bint still) noexcept
+    cdef int after_fork(self) except -1
     cdef outcome_t take(self, client_t *client) noexcept nogil
     cdef bint pop(self, client_t *client) noexcept nogil
     cdef void handled(self) noexcept nogil
     cdef void take_front(self, client_t *client) noexcept nogil
     cdef bint pop_front(self, client_t *client) noexcept nogil
     cdef int64_t places(self) noexcept nogil
-    cdef client_t *next_place(self) noexcept nogil
     cdef void put(self, client_t *client) noexcept nogil
     cdef outcome_t mend_acceptor(self) noexcept nogil

@@ -16,7 +16,14 @@ from libc.stdlib cimport calloc, free
 from fastlisten._core.accept cimport client_t, drop, poll_failed, refuse
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport client_handed, waker_close, waker_drain, waker_open, waker_wake
+from fastlisten._core.state cimport (
+    client_handed,
+    waker_close,
+    waker_drain,
+    waker_open,
+    waker_renew,
+    waker_wake,
+)
 
 # How many clients may be with handlers when their number is hardly a limit.
 HANDLERS_AT_MOST = 4096
@@ -43,11 +50,10 @@ cdef class Overload:
         self.busy = busy
         self.text, self.length = busy, len(busy)
         self.room = pending + (min(self.handlers, most) if most else self.handlers)
-        self.queue = <client_t *>calloc(self.room + 1, sizeof(client_t))
+        self.queue = <client_t *>calloc(self.room, sizeof(client_t))
         self.lock = PyThread_allocate_lock()
         if self.queue is NULL or self.lock is NULL:
             raise MemoryError
-        self.next_place().fd = PORT_NO_SOCKET
 
     def __dealloc__(self):
         waker_close(&self.waker)
@@ -91,19 +97,27 @@ cdef class Overload:
             raise interrupt
         return dropped
 
-    cdef void after_fork(self) noexcept:
+    cdef void stand_still(self, bint still) noexcept:
+        """A thread is about to fork: have nobody be accepted, or be taken from the queue; or it has."""
+        self.acceptor.stand_still(still)
+        if still:
+            with nogil:  # whoever is taking one from the queue is through, and nobody begins
+                PyThread_acquire_lock(self.lock, WAIT_LOCK)
+                PyThread_release_lock(self.lock)
+        else:  # whoever found nobody meanwhile is to look again
+            waker_wake(&self.waker)
+            self.acceptor.wake()
+
+    cdef int after_fork(self) except -1:
         """In a child without the threads of its parent: who waits here is the parent's client."""
         cdef int i
+        self.acceptor.after_fork()
         self.refuser_ended = None
         self.lock = PyThread_allocate_lock()
         for i in range(self.waiting):
-            drop(&self.queue[(self.first + i) % (self.room + 1)])
-        if self.next_place().fd != PORT_NO_SOCKET:  # it was about to be put there, or to be refused
-            if self.refusing:  # and is counted so
-                port_close(self.next_place().fd)
-            else:
-                drop(self.next_place())
+            drop(&self.queue[(self.first + i) % self.room])
         self.waiting = 0
+        return waker_renew(&self.waker)
 
     # --- for who takes the clients --------------------------------------------------------------------
 
@@ -131,7 +145,7 @@ cdef class Overload:
         """Take who has waited longest, if it may be handled now; if not, have the other thread wake us."""
         cdef bint some
         PyThread_acquire_lock(self.lock, WAIT_LOCK)
-        some = self.waiting > 0 and (
+        some = self.waiting > 0 and not self.acceptor.stands_still() and (
             self.most == 0 or self.acceptor.open_connections() < self.most or self.acceptor.overdue())
         if some:
             self.take_front(client)
@@ -151,7 +165,7 @@ cdef class Overload:
 
     cdef void take_front(self, client_t *client) noexcept nogil:
         client[0] = self.queue[self.first]
-        self.first = (self.first + 1) % (self.room + 1)
+        self.first = (self.first + 1) % self.room
         self.waiting -= 1
 
     cdef bint pop_front(self, client_t *client) noexcept nogil:
@@ -170,24 +184,20 @@ cdef class Overload:
             idle = min(idle, self.most - self.acceptor.open_connections())
         return min(self.pending + max(idle, 0), <int64_t>self.room)
 
-    cdef client_t *next_place(self) noexcept nogil:
-        """Where the next client is put: accepted there, so that a fork finds it whenever it comes."""
-        return &self.queue[(self.first + self.waiting) % (self.room + 1)]
-
     cdef void put(self, client_t *client) noexcept nogil:
-        """Have the client in the next place wait for its handler, or refuse it when that is one too many."""
+        """Have a client wait for its handler, or refuse it when that is one too many."""
         cdef bint awaited = False
+        cdef bint fits
         PyThread_acquire_lock(self.lock, WAIT_LOCK)
-        self.refusing = self.waiting >= self.places()
-        if not self.refusing:
+        fits = self.waiting < self.places()
+        if fits:
+            self.queue[(self.first + self.waiting) % self.room] = client[0]
             self.waiting += 1
-            self.next_place().fd = PORT_NO_SOCKET  # what lies there is an old one's, or was never used
             awaited = self.awaited
             self.awaited = False
         PyThread_release_lock(self.lock)
-        if self.refusing:
+        if not fits:
             refuse(client, self.text, self.length)
-            self.refusing = False
         elif awaited:
             waker_wake(&self.waker)
 
@@ -196,15 +206,14 @@ cdef class Overload:
     def refuse_over_pending(self):
         """Accept, and refuse who is too many, without the GIL: nothing Python does delays an answer."""
         cdef outcome_t outcome = NOBODY
-        cdef client_t *client
+        cdef client_t client
         with nogil:
             while outcome != ENDED and outcome != FAILED:
-                PyThread_acquire_lock(self.lock, WAIT_LOCK)
-                client = self.next_place()  # it stays the next until put(), whoever takes from the front
-                PyThread_release_lock(self.lock)
-                outcome = self.acceptor.take(client)
+                self.acceptor.enter()
+                outcome = self.acceptor.wait_and_accept(&client)
                 if outcome == TAKEN:
-                    self.put(client)
+                    self.put(&client)
+                self.acceptor.leave()  # not before: a fork finds the client in the queue, or closed
                 if outcome == LOOK or port_get(&self.acceptor.shortage.to_tell):
                     waker_wake(&self.waker)  # for the log, or a place that came free
                 if self.acceptor.deaf:

@@ -74,6 +74,7 @@ cdef class State:
     cdef readonly Taker taker   # who takes the clients; None: nobody
     cdef object sock            # a weak reference
     cdef bint left              # it is closed or detached: nobody may take its clients any more
+    cdef object __weakref__
 
 
 cdef object log()

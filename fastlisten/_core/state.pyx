@@ -2,6 +2,8 @@
 
 import errno
 import os
+from _thread import get_ident
+from weakref import WeakSet
 
 cimport cython
 from cpython.weakref cimport PyWeakref_NewRef
@@ -184,6 +186,9 @@ cdef class Taker:
     def leave(self, State state):
         """The listener of this state is about to be closed or detached: touch its descriptor no more."""
 
+    def stand_still(self, bint still):
+        """A thread is about to fork: have no client of whom after_fork() does not know; or it has."""
+
     def after_fork(self):
         """In a child that was just forked: whether it goes on there."""
         return False
@@ -211,6 +216,7 @@ cdef class State:
         self.at.holders = 1
         self.at.family, self.at.type, self.at.protocol = int(sock.family), int(sock.type), sock.proto
         self.sock = PyWeakref_NewRef(sock, None)
+        _states.add(self)
 
     def __dealloc__(self):
         if self.at is not NULL:
@@ -297,6 +303,11 @@ cdef class State:
             taker.leave(self)
         if self.taker is None:
             waker_close(&self.at.waker)
+
+    def stand_still(self, bint still):
+        """A thread is about to fork: have whoever takes the clients have none in hand; or it has."""
+        if self.taker is not None:
+            self.taker.stand_still(still)
 
     def after_fork(self):
         """In a child: have a waker of its own, and no taker that has no thread here."""
@@ -386,6 +397,39 @@ cdef int give_back_all(Taker taker, tuple states) except -1:
     for state in states:
         state.give_back(taker)
     return 0
+
+
+# --- Fork ---------------------------------------------------------------------------------------------------
+
+_states = WeakSet()
+_forking = set()  # the threads that fork
+
+
+def _before_fork():
+    """This thread is about to fork: nobody accepts meanwhile."""
+    _forking.add(get_ident())
+    for state in list(_states):
+        state.stand_still(True)
+
+
+def _after_fork_in_parent():
+    """This thread has forked."""
+    _forking.discard(get_ident())
+    if not _forking:
+        for state in list(_states):
+            state.stand_still(False)
+
+
+def _after_fork_in_child():
+    """The wakers are shared with the parent, whose takers must not hear ours; and only one thread is left."""
+    _forking.clear()
+    for state in list(_states):
+        state.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 def queue(port_socket fd):

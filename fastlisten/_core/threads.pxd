@@ -8,10 +8,12 @@ from fastlisten._core.state cimport Taker, waker_t
 
 
 cdef class Worker:
+    cdef client_t client            # taken, and not yet a Connection; without a descriptor: there is none
     cdef Connection connection
 
     cdef void takes(self, Connection connection) noexcept
     cdef Connection has(self)
+    cdef void after_fork(self) noexcept
 
 
 cdef class Dispatcher(Taker):
@@ -19,7 +21,7 @@ cdef class Dispatcher(Taker):
     cdef int64_t cut_at                 # when the handlers' connections were cut; 0: they were not
 
     cdef outcome_t take(self, client_t *client) noexcept nogil
-    cdef int handle(self, Worker worker, client_t *client) except -1
+    cdef int handle(self, Worker worker) except -1
     cdef int look_up(self) except -1
     cdef int raise_failure(self) except -1
     cdef void fail(self, error) noexcept

@@ -20,7 +20,7 @@ from cpython.pythread cimport (
 )
 from libc.stdint cimport int64_t
 
-from fastlisten._core.accept cimport client_t, poll_failed
+from fastlisten._core.accept cimport client_t, drop_handed, poll_failed
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, outcome_t
 from fastlisten._core.connection cimport Connection
 from fastlisten._core.port cimport *
@@ -67,6 +67,9 @@ cdef enum:
 cdef class Worker:
     """A thread that handles clients, and the one it has now."""
 
+    def __cinit__(self):
+        self.client.fd = PORT_NO_SOCKET
+
     cdef void takes(self, Connection connection) noexcept:
         with cython.critical_section(self):
             self.connection = connection
@@ -74,6 +77,12 @@ cdef class Worker:
     cdef Connection has(self):
         with cython.critical_section(self):
             return self.connection
+
+    cdef void after_fork(self) noexcept:
+        """In a child: the parent has the client, too, and its handler is there."""
+        self.takes(None)  # a cut of ours would end the connection for the parent
+        if self.client.fd != PORT_NO_SOCKET:
+            drop_handed(&self.client)
 
 
 cdef class Dispatcher(Taker):
@@ -83,8 +92,8 @@ cdef class Dispatcher(Taker):
         """Wait for the next client and take it; for one thread at a time, the leader."""
         return ENDED
 
-    cdef int handle(self, Worker worker, client_t *client) except -1:
-        """Hand a client to the handler."""
+    cdef int handle(self, Worker worker) except -1:
+        """Hand a worker's client to the handler."""
         raise NotImplementedError
 
     cdef int look_up(self) except -1:
@@ -249,14 +258,13 @@ cdef class Threads:
 
     cdef int run_inline(self) except -1:
         cdef Worker worker = Worker()
-        cdef client_t client
         cdef outcome_t outcome = LOOK
         self.workers.add(worker)
         while outcome != ENDED:
             with nogil:
-                outcome = self.dispatcher.take(&client)
+                outcome = self.dispatcher.take(&worker.client)
             if outcome == TAKEN:
-                self.dispatcher.handle(worker, &client)
+                self.dispatcher.handle(worker)
             elif outcome == FAILED:
                 self.dispatcher.raise_failure()
             else:
@@ -388,7 +396,6 @@ cdef class Threads:
     def work(self):
         """One thread's life: lead, accept a client, handle it; until the end, or idle for long."""
         cdef Worker worker = Worker()
-        cdef client_t client
         cdef outcome_t outcome
         cdef long long patience = -1 if self.least == self.most else IDLE
         cdef int64_t loan, since
@@ -399,7 +406,7 @@ cdef class Threads:
             while not retired:
                 with nogil:
                     leads = leads or self.lead.take(patience)
-                    outcome = self.dispatcher.take(&client) if leads else NOBODY
+                    outcome = self.dispatcher.take(&worker.client) if leads else NOBODY
                     if outcome == TAKEN:
                         loan = self.lead.lend()
                         since = port_now()
@@ -408,7 +415,7 @@ cdef class Threads:
                     if port_add(&self.idle, -1) == 0:
                         self.grow_if_possible()
                     try:
-                        self.dispatcher.handle(worker, &client)
+                        self.dispatcher.handle(worker)
                     finally:
                         port_add(&self.idle, 1)
                         leads = self.lead.reclaim(loan, since)

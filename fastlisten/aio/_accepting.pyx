@@ -19,13 +19,14 @@ from fastlisten._core.accept cimport (
     Shortage,
     accept_batch,
     client_t,
+    drop_handed,
     verdict,
     verdict_t,
 )
 from fastlisten._core.acceptor cimport FAILED
 from fastlisten._core.overload cimport Overload
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport State, client_handed, client_out, state_hold, waker_drain, waker_mend
+from fastlisten._core.state cimport State, client_handed, waker_drain, waker_mend
 from fastlisten.aio._hub cimport Watched
 from fastlisten.aio._transport cimport Connections, Owner, new_transport
 
@@ -46,9 +47,7 @@ cdef list begin_with(Connections connections, client_t *clients, int count):
             i += 1
     finally:
         while i < count:  # no memory
-            port_close(clients[i].fd)
-            state_hold(clients[i].state)
-            client_out(clients[i].state)
+            drop_handed(&clients[i])
             i += 1
     return arrived
 
@@ -428,6 +427,11 @@ cdef class Accepting(Owner):
                 if listener.state is state:
                     listener.failed = True
             self.arrange()
+
+    def stand_still(self, bint still):
+        """A thread is about to fork: have the thread that refuses have no client in hand; or it has."""
+        if self.queue is not None:
+            self.queue.overload.stand_still(still)
 
     def after_fork(self):
         """In a forked child: who waits in the queue is the parent's."""

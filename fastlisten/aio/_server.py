@@ -322,6 +322,12 @@ class ServerTaker(Taker):
         if accepting is not None:
             accepting.leave(state)
 
+    def stand_still(self, still: bool) -> None:
+        """A thread forks: the thread that refuses has no client in hand."""
+        accepting = self._accepting()
+        if accepting is not None:
+            accepting.stand_still(still)
+
     def after_fork(self) -> bool:
         """The server is the child's as much as its parent's; who waits in the queue is the parent's."""
         accepting = self._accepting()
