@@ -236,7 +236,7 @@ class Listener(StandardSocket):
         """Give the descriptor away, as socket.detach(); a serve() that runs ends, a unix path stays."""
         self._state.leave()
         self._path = None
-        if self.fileno() != -1:
+        if self.fileno() != -1 and self._state.made_nonblocking:
             with suppress(OSError):  # closed behind our back: detach() is not where that is told
                 self.settimeout(self.gettimeout())  # sets the description's mode, which serve() changed
         return super().detach()
@@ -258,14 +258,15 @@ class Listener(StandardSocket):
         with rebuild(*arguments) as sock:
             timeout = sock.gettimeout()
             listener = cls(sock.family, sock.type, sock.proto, fileno=sock.detach())
-        listener.settimeout(timeout)
+        if listener.gettimeout() != timeout:  # it would set the mode of the description, which is shared
+            listener.settimeout(timeout)
         return listener
 
     def settimeout(self, value: float | None, /) -> None:
         """As socket.settimeout(): how long accept() waits, in seconds."""
         super().settimeout(value)
-        if self._state.taker is not None:
-            _accept.share_nonblocking(self.fileno())  # whoever takes the clients must not block in accept()
+        if self._state.taker is not None:  # who takes the clients must not block in accept()
+            _accept.share_nonblocking(self.fileno(), self._state)
 
     def setblocking(self, flag: bool, /) -> None:
         """As socket.setblocking()."""

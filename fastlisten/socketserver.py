@@ -274,7 +274,8 @@ def _listener_on(sock: _socket.socket) -> Iterator[Listener | None]:
     try:
         try:
             listener = Listener(sock.family, sock.type, sock.proto, fileno=sock.fileno())
-            listener.settimeout(sock.gettimeout())
+            if listener.gettimeout() != sock.gettimeout():  # it would set the mode, which others may share
+                listener.settimeout(sock.gettimeout())
         except (OSError, ValueError):
             if sock.fileno() >= 0:
                 raise

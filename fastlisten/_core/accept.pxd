@@ -38,7 +38,7 @@ cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept
 cdef void drop(client_t *client) noexcept nogil
 cdef void drop_handed(client_t *client) noexcept nogil
 cdef int poll_failed(int code) noexcept nogil
-cdef int set_nonblocking(port_socket fd) except -1
+cdef int set_nonblocking(port_socket fd, state_t *state) except -1
 cdef double default_timeout() except? -2
 
 

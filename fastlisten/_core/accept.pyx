@@ -68,7 +68,7 @@ cdef object _getdefaulttimeout = _socket.getdefaulttimeout
 cdef verdict_t verdict(int code) noexcept nogil:
     if code in (PORT_EAGAIN, PORT_EWOULDBLOCK):
         return AGAIN
-    if code == PORT_EINTR:
+    if code in (PORT_EINTR, PORT_ECANCELED):
         return INTERRUPTED
     if code in (PORT_ECONNABORTED, PORT_EPROTO, PORT_ENOPROTOOPT, PORT_ENETDOWN, PORT_ENETUNREACH,
                 PORT_EHOSTDOWN, PORT_EHOSTUNREACH, PORT_ENONET, PORT_EPERM, PORT_ETIMEDOUT, PORT_ENOSR,
@@ -179,17 +179,18 @@ cdef int poll_failed(int code) noexcept nogil:
     return code
 
 
-cdef int set_nonblocking(port_socket fd) except -1:
+cdef int set_nonblocking(port_socket fd, state_t *state) except -1:
     """Make a listener's description non-blocking: between our look at the queue and our accept another
     process may take the client.  accept() copes, and a blocking listener goes on looking like one."""
+    state.made_nonblocking = 1
     if port_set_nonblocking(fd, 1) != 0:
         port_raise(port_error())
     return 0
 
 
-def share_nonblocking(port_socket fd):
+def share_nonblocking(port_socket fd, State state not None):
     """Make a listener's description non-blocking, as whoever accepts without waiting needs it."""
-    set_nonblocking(fd)
+    set_nonblocking(fd, state.at)
 
 
 cdef double default_timeout() except? -2:
@@ -444,7 +445,7 @@ def accept_many(self, limit=64):
     if clients is NULL:
         raise MemoryError
     try:
-        set_nonblocking(_fileno(self))
+        set_nonblocking(_fileno(self), source.state)
         wait_and_accept(self, &source, &clients[0])
         with nogil:
             while accept_batch(&source, &clients[taken], room - taken, &got) == ACCEPTED and room < most:
@@ -481,7 +482,7 @@ def accept_now(self):
     cdef source_t source = source_of(self._state, 0)
     cdef verdict_t answer = LOST
     source.fd = _fileno(self)
-    set_nonblocking(source.fd)
+    set_nonblocking(source.fd, source.state)
     while answer == LOST:
         answer = accept_batch(&source, &client, 1, &taken)
     if answer == ACCEPTED:

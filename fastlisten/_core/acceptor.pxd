@@ -18,7 +18,7 @@ cdef class Acceptor:
     cdef int count, turn
     cdef source_t *sources
     cdef port_pollfd *polls
-    cdef int64_t touching           # OUT, WAITING or ACCEPTING
+    cdef int64_t touching           # OUT, WAITING, or the port_thread() that accepts
     cdef int64_t forking            # a thread forks; until when (port_now()) that is believed
     cdef Shortage shortage
     cdef double timeout             # of the Connections, in seconds; < 0: none
@@ -39,6 +39,7 @@ cdef class Acceptor:
     cdef void end(self) noexcept nogil
     cdef void wake(self) noexcept nogil
     cdef void release(self, State state) noexcept nogil
+    cdef void bring_back(self, int64_t patience=*) noexcept
     cdef void stand_still(self, bint still) noexcept
     cdef bint stands_still(self) noexcept nogil
     cdef void after_fork(self) noexcept
@@ -57,6 +58,7 @@ cdef class Acceptor:
     cdef state_t *asked_to_stop(self) noexcept nogil
     cdef bint overdue(self) noexcept nogil
     cdef bint ending(self) noexcept nogil
+    cdef void set_modes(self) noexcept nogil
     cdef int64_t until_deadline(self, int64_t patience) noexcept nogil
     cdef int queued(self) noexcept nogil
     cdef void ran_out(self, int code) noexcept nogil

@@ -44,11 +44,11 @@ cdef enum:
 cdef enum:
     OUT = 0         # nobody
     WAITING = 1     # somebody who is in no accept(), and has no client of whom nobody knows
-    ACCEPTING = 2
+    # any other: the port_thread() of somebody who accepts
 
-# For how long a fork waits for a client that is being accepted: it takes microseconds, unless somebody has
-# made the listener blocking.
-cdef int64_t CLIENT_TIME = 100_000_000  # nanoseconds
+# For how long whoever accepts is waited for: it takes microseconds, unless it cannot be brought back.
+cdef int64_t ACCEPT_TIME = 1_000_000_000  # nanoseconds
+cdef int64_t ACCEPT_TIME_OF_FORK = 100_000_000
 
 # For how long a fork is believed to last when nobody says that it is over.
 cdef int64_t FORK_TIME = 2_000_000_000  # nanoseconds
@@ -104,7 +104,7 @@ cdef class Acceptor:
         try:
             for i in range(self.count):
                 if not port_get(&self.sources[i].gone):
-                    set_nonblocking(self.sources[i].fd)
+                    set_nonblocking(self.sources[i].fd, self.sources[i].state)
         finally:
             self.leave()
         return 0
@@ -144,6 +144,25 @@ cdef class Acceptor:
         while port_get(&self.touching) != OUT:  # whoever waits in there was woken
             port_sleep(1)
 
+    cdef void bring_back(self, int64_t patience=ACCEPT_TIME) noexcept:
+        """Wait until nobody is in accept(), and bring back who sleeps there; for at most so many ns.
+
+        The listeners are non-blocking, but that mode is of the description: another process that has it, too,
+        may have made it blocking since, and accept() sleeps then until a client comes.  What whoever accepts
+        is to see was set before, and keeps it from accepting again.
+        """
+        cdef int64_t until = port_now() + patience
+        cdef int64_t thread
+        cdef int i
+        while port_get(&self.touching) > WAITING and port_now() < until:
+            with nogil:
+                port_sleep(1)  # most often that is all
+            thread = port_get(&self.touching)
+            for i in range(self.count):
+                if thread > WAITING and not port_get(&self.sources[i].gone):
+                    port_set_nonblocking(self.sources[i].fd, 1)
+                    port_interrupt(self.sources[i].fd, thread)  # it cannot end: we have the GIL
+
     # --- fork -----------------------------------------------------------------------------------------
     # A client that is being accepted while another thread forks is the child's as well, and nobody there
     # knows of it.  So a fork waits until whoever accepts has noted its client where after_fork() finds it,
@@ -151,12 +170,9 @@ cdef class Acceptor:
 
     cdef void stand_still(self, bint still) noexcept:
         """A thread is about to fork: have nobody be accepted; or it has."""
-        cdef int64_t until = port_now()
-        port_swap(&self.forking, until + FORK_TIME if still else 0)
-        until += CLIENT_TIME
-        with nogil:
-            while still and port_get(&self.touching) == ACCEPTING and port_now() < until:
-                port_sleep(1)
+        port_swap(&self.forking, port_now() + FORK_TIME if still else 0)
+        if still:
+            self.bring_back(ACCEPT_TIME_OF_FORK)
 
     cdef bint stands_still(self) noexcept nogil:
         cdef int64_t until = port_get(&self.forking)
@@ -169,11 +185,11 @@ cdef class Acceptor:
 
     cdef void enter(self) noexcept nogil:
         """Somebody accepts from now on; not while a thread forks."""
-        port_swap(&self.touching, ACCEPTING)
+        port_swap(&self.touching, port_thread())
         while port_get(&self.forking) and self.stands_still():
             port_swap(&self.touching, WAITING)
             port_sleep(1)
-            port_swap(&self.touching, ACCEPTING)
+            port_swap(&self.touching, port_thread())
 
     cdef void leave(self) noexcept nogil:
         """Nobody touches the listeners, and a client that was accepted is noted."""
@@ -211,7 +227,7 @@ cdef class Acceptor:
             outcome = self.wait(closed_for)
             self.enter()
             if outcome == TAKEN:
-                outcome = self.accept_queued(client)
+                outcome = ENDED if self.ending() else self.accept_queued(client)
             if outcome != NOBODY:
                 return outcome
             if self.stopping and closed_for == 0:
@@ -377,9 +393,17 @@ cdef class Acceptor:
         self.deadline = port_get(&state.deadline)
         if not port_get(&state.draining) or port_now() >= self.deadline:
             return True
+        self.set_modes()
         if self.to_drain < 0:
             self.to_drain = self.queued()
         return self.to_drain == 0
+
+    cdef void set_modes(self) noexcept nogil:
+        """Once more, for a drain: nobody may come any more who would end a sleep in accept()."""
+        cdef int i
+        for i in range(self.count):
+            if not port_get(&self.sources[i].gone):
+                port_set_nonblocking(self.sources[i].fd, 1)
 
     cdef int64_t until_deadline(self, int64_t patience) noexcept nogil:
         cdef int64_t left = max(self.deadline - port_now(), 0)

@@ -265,6 +265,7 @@ cdef class Loop(Dispatcher):
         """Take nobody more."""
         port_swap(&self.over, 1)
         self.acceptor.end()
+        self.acceptor.bring_back()
 
     cdef bint stop_asked(self) noexcept:
         return self.acceptor.asked_to_stop() is not NULL
@@ -309,11 +310,16 @@ cdef class Loop(Dispatcher):
             if connection is not None:
                 self.cut(connection)
         self.cut_at = port_now()
+        self.acceptor.bring_back()  # the time of a drain is over
         self.threads.wake()
 
     cdef void cut(self, Connection connection) noexcept:
         if connection.cut():
             port_add(&self.was_cut, 1)
+
+    def bring_back(self):
+        """Have who sleeps in accept() come back."""
+        self.acceptor.bring_back()
 
     def leave(self, State state):
         """Have no thread touch the listener of this state any more, and end."""

@@ -84,6 +84,7 @@ cdef class Overload:
         cdef int dropped = 0
         interrupt = None
         self.acceptor.end()
+        self.acceptor.bring_back()
         while self.refuser_ended is not None:
             try:
                 self.refuser_ended.acquire()

@@ -34,7 +34,7 @@
  * PORT_X              the code that a failed call leaves for the condition that POSIX calls X: EAGAIN,
  *                     EWOULDBLOCK, EINTR, ECONNABORTED, ECONNRESET, EPROTO, ENOPROTOOPT, ENETDOWN,
  *                     ENETUNREACH, EHOSTDOWN, EHOSTUNREACH, ENONET, EPERM, ETIMEDOUT, ENOSR, ESOCKTNOSUPPORT,
- *                     EPROTONOSUPPORT, ENOTCONN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EBADF, EINVAL, ENOTSOCK,
+ *                     EPROTONOSUPPORT, ENOTCONN, EMFILE, ENFILE, ENOBUFS, ENOMEM, EBADF, EINVAL, ENOTSOCK, ECANCELED,
  *                     and Windows's ENETNAME_DELETED.  One that accept() never leaves on this system is
  *                     PORT_NEVER(n), so that the table of its failures need not ask which system this is
  * PORT_CLOSED         the code of a call on the socket -1
@@ -89,6 +89,13 @@ static inline void port_make_room(port_socket s, int64_t count);
  * taken, or it is closed. */
 static inline port_socket port_accept(port_socket listener, port_address *address, int *length,
                                       int nonblocking);
+
+/* Return the thread that calls, for port_interrupt(): a number above 1. */
+static inline int64_t port_thread(void);
+
+/* Have a thread that sleeps in port_accept() on this listener come back, with EINTR or ECANCELED.  Nothing is
+ * returned: it may be about to sleep there, or may have come back already; but it has not ended. */
+static inline void port_interrupt(port_socket listener, int64_t thread);
 
 /* Return the path in a unix socket's address, `*size` bytes long (0: unnamed), not ended by a zero; it
  * lies in `address`.  NULL, with a size of 0, for any other family. */

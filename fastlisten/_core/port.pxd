@@ -48,13 +48,15 @@ cdef extern from "fastlisten/_core/port.h" nogil:
     int PORT_ENETDOWN, PORT_ENETUNREACH, PORT_EHOSTDOWN, PORT_EHOSTUNREACH, PORT_ENONET
     int PORT_EPERM, PORT_ETIMEDOUT, PORT_ENOSR, PORT_ESOCKTNOSUPPORT, PORT_EPROTONOSUPPORT, PORT_ENOTCONN
     int PORT_EMFILE, PORT_ENFILE, PORT_ENOBUFS, PORT_ENOMEM
-    int PORT_EBADF, PORT_EINVAL, PORT_ENOTSOCK
+    int PORT_EBADF, PORT_EINVAL, PORT_ENOTSOCK, PORT_ECANCELED
 
     int port_close(port_socket s)
     int port_set_nonblocking(port_socket s, int on)
     int port_pair(port_socket *ends)
     port_socket port_accept(
         port_socket listener, port_address *address, int *length, int nonblocking)
+    int64_t port_thread()
+    void port_interrupt(port_socket listener, int64_t thread)
     Py_ssize_t port_recv(port_socket s, void *buffer, Py_ssize_t length, int flags)
     Py_ssize_t port_send(port_socket s, const void *buffer, Py_ssize_t length, int flags)
     int PORT_NO_SIGPIPE, PORT_MORE, PORT_SHUT_WRITE, PORT_SHUT_BOTH

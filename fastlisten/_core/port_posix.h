@@ -10,6 +10,8 @@
 #include <fcntl.h>
 #include <netinet/in.h>
 #include <poll.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
@@ -87,6 +89,7 @@ typedef union {
 #define PORT_EBADF EBADF
 #define PORT_EINVAL EINVAL
 #define PORT_ENOTSOCK ENOTSOCK
+#define PORT_ECANCELED PORT_NEVER(9)
 #define PORT_CLOSED EBADF
 #define PORT_PEER_RESET ECONNRESET
 
@@ -195,6 +198,32 @@ static inline port_socket port_accept(port_socket listener, port_address *addres
         s = port_posix_accept(listener, &address->any, &size, nonblocking);
     *length = size > (socklen_t)sizeof *address ? (int)sizeof *address : (int)size;
     return s;
+}
+
+static inline int64_t port_thread(void)
+{
+    return (int64_t)(uintptr_t)pthread_self();
+}
+
+static inline void port_posix_nothing(int number)
+{
+    (void)number;
+}
+
+/* Only a signal ends a sleep in accept(), and only one that somebody handles.  SIGURG means nothing unless a
+ * program asks for it, and whoever handles it must expect it at any time; Go's runtime uses it so, too.  The
+ * handler stays: to take it away would be to take away what another thread has set meanwhile. */
+static inline void port_interrupt(port_socket listener, int64_t thread)
+{
+    struct sigaction action;
+    (void)listener;
+    if (sigaction(SIGURG, NULL, &action) == 0 && !(action.sa_flags & SA_SIGINFO) &&
+        (action.sa_handler == SIG_DFL || action.sa_handler == SIG_IGN)) {
+        memset(&action, 0, sizeof action);      /* no SA_RESTART: accept() would sleep again */
+        action.sa_handler = port_posix_nothing;
+        (void)sigaction(SIGURG, &action, NULL);
+    }
+    (void)pthread_kill((pthread_t)(uintptr_t)thread, SIGURG);
 }
 
 static inline const char *port_unix_path(const port_address *address, int length, int *size)

@@ -57,6 +57,7 @@ typedef union {
 #define PORT_EBADF WSAEBADF
 #define PORT_EINVAL WSAEINVAL
 #define PORT_ENOTSOCK WSAENOTSOCK
+#define PORT_ECANCELED WSA_OPERATION_ABORTED
 #define PORT_CLOSED WSAENOTSOCK
 #define PORT_PEER_RESET WSAECONNRESET
 
@@ -156,6 +157,17 @@ static inline port_socket port_accept(port_socket listener, port_address *addres
     }
     *length = size > (socklen_t)sizeof *address ? (int)sizeof *address : (int)size;
     return s;
+}
+
+static inline int64_t port_thread(void)
+{
+    return (int64_t)GetCurrentThreadId() + 1;
+}
+
+static inline void port_interrupt(port_socket listener, int64_t thread)
+{
+    (void)thread;
+    (void)CancelIoEx((HANDLE)listener, NULL);
 }
 
 static inline const char *port_unix_path(const port_address *address, int length, int *size)

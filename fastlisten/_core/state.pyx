@@ -183,6 +183,9 @@ cdef class Taker:
     def stop(self, drain):
         """stop(drain) was called.  Any thread, and any signal handler, may be in here."""
 
+    def bring_back(self):
+        """Something was asked that no sleep in accept() may delay: a stop, or a pause."""
+
     def leave(self, State state):
         """The listener of this state is about to be closed or detached: touch its descriptor no more."""
 
@@ -287,6 +290,7 @@ cdef class State:
         waker_wake(&self.at.waker)
         taker = self.taker
         if taker is not None:
+            taker.bring_back()
             taker.stop(drain)
 
     def answered(self):
@@ -312,6 +316,7 @@ cdef class State:
     def after_fork(self):
         """In a child: have a waker of its own, and no taker that has no thread here."""
         cdef Taker taker = self.taker
+        self.at.made_nonblocking = 0  # the parent did, and may need it
         waker_renew(&self.at.waker)
         if taker is not None and not taker.after_fork():
             self.give_back(taker)
@@ -358,8 +363,16 @@ cdef class State:
 
     @paused.setter
     def paused(self, bint value):
+        cdef Taker taker = self.taker
         port_swap(&self.at.paused, value)
         waker_wake(&self.at.waker)
+        if taker is not None:
+            taker.bring_back()
+
+    @property
+    def made_nonblocking(self):
+        """Whether this process has made the listener's description non-blocking, which others may share."""
+        return bool(self.at.made_nonblocking)
 
     def counts(self):
         """The counters by name; what failed accepts is under `accept_errors`, as {errno name: count}."""

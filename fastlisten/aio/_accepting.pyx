@@ -79,7 +79,10 @@ cdef class ListenerWatch(Watched):
         cdef client_t clients[ACCEPTS]
         cdef int taken, i
         cdef list arrived
-        cdef verdict_t answer = accept_batch(&self.source, clients, most, &taken)
+        cdef verdict_t answer
+        # Another process that has this description may have made it blocking: the loop would sleep here.
+        port_set_nonblocking(self.fd, 1)
+        answer = accept_batch(&self.source, clients, most, &taken)
         for i in range(taken):
             client_handed(clients[i].state)
         arrived = begin_with(self.accepting.connections, clients, taken)
@@ -414,6 +417,11 @@ cdef class Accepting(Owner):
                 context["socket"] = trsock.TransportSocket(sock)
             self.connections.hub.loop.call_exception_handler(context)
         return 0
+
+    def bring_back(self):
+        """Have the thread that refuses come back, if it sleeps in accept()."""
+        if self.queue is not None:
+            self.queue.overload.acceptor.bring_back()
 
     def leave(self, State state not None):
         """The listener of this state is about to be closed by somebody else: accept from it no more."""

@@ -316,6 +316,12 @@ class ServerTaker(Taker):
         # The thread that refuses holds the states, and they this: a server that is dropped must end.
         self._accepting = weakref.ref(accepting)
 
+    def bring_back(self) -> None:
+        """The thread that refuses does not go on sleeping in accept()."""
+        accepting = self._accepting()
+        if accepting is not None:
+            accepting.bring_back()
+
     def leave(self, state: State) -> None:
         """The server takes no more clients from a listener that is closed without it."""
         accepting = self._accepting()
