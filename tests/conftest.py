@@ -20,6 +20,7 @@ from fastlisten import Listener, bind
 pytest.register_assert_rewrite("helpers")  # before it is imported: what a helper asserts is told in full
 
 from helpers import LOOPBACK, PROBES, THOUSANDS, connect, wait_until
+from helpers.fuzzing import Fuzz
 from helpers.pairs import pair
 from helpers.serve import Queued
 
@@ -33,6 +34,32 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("fastlisten")
+
+
+FUZZED = pytest.StashKey[dict[str, int]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--fuzz",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="how long each test of random programs goes on, with other ones each time",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give the tests that --fuzz makes longer their time, and that to find the smallest example."""
+    seconds = config.getoption("--fuzz")
+    for item in items:
+        if seconds and "fuzz" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(seconds + 600), append=False)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    for name, count in config.stash.get(FUZZED, {}).items():
+        terminalreporter.line(f"{name}: {count} examples")
 
 
 @pytest.hookimpl(trylast=True)  # by now pytest knows whether its own output has colours
@@ -101,6 +128,15 @@ def _nothing_left() -> Iterator[None]:
         f"threads {len(threads)} -> {len(running_threads())}, Python's are {names}",
         pytrace=False,
     )
+
+
+@pytest.fixture
+def fuzz(request: pytest.FixtureRequest) -> Iterator[Fuzz]:
+    """Give what runs a random test, for as long as --fuzz says; how many examples it ran is told then."""
+    fuzz = Fuzz(request.config.getoption("--fuzz"))
+    yield fuzz
+    if fuzz.seconds:
+        request.config.stash.setdefault(FUZZED, {})[request.node.nodeid] = fuzz.count
 
 
 @pytest.fixture
