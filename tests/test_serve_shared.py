@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from collections.abc import Callable
+from typing import cast
 
 import pytest
 
@@ -21,6 +23,38 @@ def test_two_loops_on_one_socket_take_each_client_once(threads: int, listener: L
             wait_until(lambda: listener.stats().active + second.stats().active == 0)
         assert listener.stats().accepted + second.stats().accepted == 400
         assert listener.stats().handled + second.stats().handled == 400
+
+
+def waits(second: Listener) -> None:
+    second.settimeout(5)
+    second.settimeout(None)
+
+
+def blocks(second: Listener) -> None:
+    second.setblocking(False)
+    second.setblocking(True)
+
+
+@pytest.mark.parametrize(
+    "act", [Listener.gettimeout, waits, blocks, Listener.detach], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_duplicate_does_not_keep_a_loop_in_accept(
+    threads: int, act: Callable[[Listener], object], listener: Listener
+) -> None:
+    """The mode of the description is for both, and a duplicate is made with the original's timeout."""
+    with serving(listener, echo, threads=threads) as served:
+        answered_once(listener, 20)
+        second = listener.dup()
+        try:
+            number = act(second)
+            answered_once(listener, 20)
+            listener.stop()
+            served.wait()
+        finally:
+            if act is Listener.detach:
+                os.close(cast(int, number))
+            second.close()
 
 
 @pytest.mark.parametrize("threads", [0, 1])
