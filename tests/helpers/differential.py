@@ -444,8 +444,9 @@ def seen(encounter: Encounter) -> list[Any]:
     rest = [encounter.received]
     if not encounter.cut:
         rest.append(encounter.answered)
-    if encounter.uvloop or encounter.scenario.holds:
-        # A write fails when it leaves: at the end of a callback what was held there, when the loop is idle on
-        # uvloop.  Of several to a client that has gone the second fails, if they do not leave in one.
+    # A write fails when it leaves: at the end of a callback what was held there, when the loop is idle on
+    # uvloop.  Of several to a client that has gone the second fails, if they do not leave in one.  And we
+    # read at once, asyncio in the turn in which the rest of a big write fails.
+    if encounter.uvloop or encounter.scenario.holds or encounter.written >= HUGE:
         log, rest = log[: log.index(("left",))], []
     return [entry for entry in (known(encounter, entry) for entry in log) if entry is not None] + rest

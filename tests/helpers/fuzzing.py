@@ -34,6 +34,6 @@ class Fuzz:
             test(usual)
             return
         end = time.monotonic() + self.seconds
-        phases = [Phase.generate, Phase.shrink, Phase.explain]
+        phases = [Phase.generate, Phase.shrink]
         while time.monotonic() < end:
             test(settings(usual, max_examples=ROUND, derandomize=False, database=None, phases=phases))
