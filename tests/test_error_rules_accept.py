@@ -47,10 +47,11 @@ def test_rule_12_holds_for_accept_many(timeout: float) -> None:
     assert told(with_server, OURS, batch) == told(with_server, STANDARD, one)
 
 
-def spoiled(on: Surface, how: str) -> Any:
-    """Return a socket that cannot accept, still to be closed."""
+def spoiled(on: Surface, how: str, timeout: float | None) -> Any:
+    """Return a socket that cannot accept, still to be closed; it had its timeout before."""
     kind = socket.SOCK_DGRAM if how == "datagram" else STREAM
     spoilt = on.socket(INET, kind)
+    spoilt.settimeout(timeout)
     if how != "unbound":
         spoilt.bind(LOOPBACK)
     if how in ("closed", "detached"):
@@ -66,9 +67,7 @@ def spoiled(on: Surface, how: str) -> Any:
 @pytest.mark.parametrize("how", ["unbound", "not listening", "datagram", "closed", "detached"])
 def test_rule_13_what_cannot_accept(how: str, timeout: float | None) -> None:
     def accept(on: Surface) -> Any:
-        with spoiled(on, how) as listener:
-            if listener.fileno() != -1:
-                listener.settimeout(timeout)
+        with spoiled(on, how, timeout) as listener:
             try:
                 return listener.accept()
             finally:
@@ -81,9 +80,7 @@ def test_rule_13_what_cannot_accept(how: str, timeout: float | None) -> None:
             assert outcome[1] == codes.get(how, errno.EINVAL)
 
     def accept_many(on: Surface) -> Any:
-        with spoiled(on, how) as listener:
-            if listener.fileno() != -1:
-                listener.settimeout(timeout)
+        with spoiled(on, how, timeout) as listener:
             return many(listener)
 
     assert told(accept_many, OURS)[:4] == outcome[:4]
@@ -93,7 +90,7 @@ def test_rule_13_what_cannot_accept(how: str, timeout: float | None) -> None:
 @pytest.mark.parametrize("name", ["bind", "listen", "getsockname", "getpeername", "fileno"])
 def test_rule_13_the_other_methods_of_such_a_socket(how: str, name: str) -> None:
     def act(on: Surface) -> Any:
-        with spoiled(on, how) as listener:
+        with spoiled(on, how, None) as listener:
             value = getattr(listener, name)(*[LOOPBACK] if name == "bind" else [])
             return value if name != "fileno" else value < 0
 

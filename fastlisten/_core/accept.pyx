@@ -380,7 +380,7 @@ cdef int wait_and_accept(listener, source_t *source, client_t *client) except -1
             PyErr_CheckSignals()
             continue
         timeout = _gettimeout(listener)
-        if timeout == 0:
+        if timeout == 0 or source.fd == PORT_NO_SOCKET:
             port_raise(source.code)
         # Under a timeout socket.accept() waits before it tries.  Our try came first, and what is wrong with
         # the listener or with us may be told only when somebody is there; unless this very client was lost.
