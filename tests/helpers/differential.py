@@ -206,7 +206,9 @@ class Encounter:
         self.loop.call_soon(run)
 
     def left_out(self, act: Act) -> bool:
-        """Whether it is known that uvloop's own transport does it in another way."""
+        """Whether it is known that the event loop's own transport does it in another way."""
+        if act == ("ask", "resume_reading") and self.calls["eof_received"]:
+            return True  # it tells of the end once more
         if not self.uvloop:
             return False
         if act in (("raise",), ("ask", "abort")):
