@@ -57,6 +57,19 @@ def test_a_duplicate_does_not_keep_a_loop_in_accept(
             second.close()
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_the_mode_is_not_blocking_even_for_a_moment(threads: int, listener: Listener) -> None:
+    """A loop that looks for a client just then would stay in accept(), out of stop()'s reach."""
+    with serving(listener, echo, threads=threads) as served, listener.dup() as second:
+        for n in range(500):
+            exchange(listener, b"%d" % n)
+            for one in (listener, second):  # the loop comes back for the next client
+                one.settimeout(5)
+                one.settimeout(None)
+        listener.stop()
+        served.wait()
+
+
 @pytest.mark.parametrize("threads", [0, 1])
 def test_a_loop_hoards_no_clients_that_another_could_serve(
     threads: int, listener: Listener, queued: Queued
