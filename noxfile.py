@@ -111,7 +111,7 @@ def tests(session: nox.Session) -> None:
     if str(free).strip() == "1":
         files = sorted(str(file) for file in Path("tests").glob("test_serve*.py"))
         for _ in range(THREAD_ROUNDS):
-            session.run(*PYTEST, "-k", "thread", *files, "tests/test_random.py")
+            session.run(*PYTEST, "-k", "thread", *files, "tests/test_model.py")
 
 
 @nox.session

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
 
 # So many examples, each time with another seed, before the clock is looked at.
 ROUND = 200
@@ -18,6 +19,17 @@ class Fuzz:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self.count = 0
+
+    def machine(self, kind: type[RuleBasedStateMachine], examples: int, steps: int) -> None:
+        """Run a state machine; its examples are counted."""
+
+        class Counted(kind):  # type: ignore[misc, valid-type]
+            def __init__(machine) -> None:  # noqa: N805
+                self.count += 1
+                super().__init__()
+
+        Counted.__name__ = kind.__name__
+        self.run(lambda how: run_state_machine_as_test(Counted, settings=how), examples, steps)
 
     def run(self, test: Callable[[settings], None], examples: int, steps: int = 50) -> None:
         """Call `test` with the settings to use.
