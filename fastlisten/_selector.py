@@ -8,6 +8,12 @@ from collections.abc import Callable
 from typing import Any
 
 
+def internal(loop: Any, name: str) -> Callable[..., Any]:
+    """The loop's add_reader() and its like, which takes descriptors of the loop's transports, too."""
+    found: Callable[..., Any] = getattr(loop, "_" + name, None) or getattr(loop, name)
+    return found
+
+
 def watch(add: Callable[..., Any], loop: Any, fd: int, callback: Callable[[], Any]) -> None:
     """Have `add`, the loop's add_reader or add_writer, watch a descriptor that the loop does not watch yet.
 

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 
 from fastlisten._bind import bind
 from fastlisten._core.accept import REUSE_ADDRESS
-from fastlisten._options import BindOptions, Checked, checked, socket_options
+from fastlisten._options import BindOptions, Checked, ServeOptions, checked, declared, socket_options
 from fastlisten._unix_path import OwnPath, permissions, refuse_taken
 from fastlisten.aio._server import Factory, Server, checked_limits
 
@@ -70,19 +70,23 @@ def _set_options(sockets: Iterable[socket.socket], options: Iterable[tuple[str, 
                 raise ValueError(f"{name} is for TCP, not for {sock!r}")
 
 
-def _over_tls(
+def over_tls(
     loop: asyncio.AbstractEventLoop,
     factory: Factory,
     context: _ssl.SSLContext,
     handshake_timeout: float | None,
     shutdown_timeout: float | None,
-) -> asyncio.BaseProtocol:
-    """A protocol that speaks TLS with the client and has the factory's protocol behind it."""
+    waiter: asyncio.Future[None] | None = None,
+) -> sslproto.SSLProtocol:
+    """A protocol that speaks TLS with the client and has the factory's protocol behind it.
+
+    waiter: is told when the handshake is over; None when nobody waits for it.
+    """
     return sslproto.SSLProtocol(
         cast(asyncio.BaseEventLoop, loop),
         factory(),
         context,
-        cast(Any, None),  # nobody waits for the handshake
+        cast(Any, waiter),
         server_side=True,
         ssl_handshake_timeout=cast(Any, handshake_timeout),
         ssl_shutdown_timeout=cast(Any, shutdown_timeout),
@@ -106,11 +110,11 @@ async def _serve(
     loop = asyncio.get_running_loop()
     if ssl:  # as asyncio asks
         factory = functools.partial(
-            _over_tls, loop, factory, ssl, ssl_handshake_timeout, ssl_shutdown_timeout
+            over_tls, loop, factory, ssl, ssl_handshake_timeout, ssl_shutdown_timeout
         )
     try:
         _set_options(sockets, options)
-        server = Server(loop, sockets, factory, backlog, limits, path)
+        server = Server(loop, sockets, factory, backlog, limits, path, ssl)
     except BaseException:
         for sock in sockets:
             sock.close()
@@ -174,6 +178,17 @@ async def _bind_specially(
             sock.close()
         raise
     return sockets
+
+
+def check_defaults(options: dict[str, Any]) -> None:
+    """Check those of create_server()'s options that a value can be wrong for by itself.
+
+    Raises TypeError and ValueError as create_server() does.
+    """
+    limits = {name: value for name, value in options.items() if name in declared(ServeOptions)}
+    checked_limits(**({"exhausted": "pause"} | limits))
+    own = {name: value for name, value in options.items() if name in declared(BindOptions)}
+    socket_options(checked(BindOptions, "create_server", **own))
 
 
 def _tls(

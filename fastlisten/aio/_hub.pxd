@@ -18,6 +18,9 @@ cdef class Watched:
 @cython.final
 cdef class Hub:
     cdef readonly object loop
+    cdef public bint timed  # in debug mode: who takes long is told of by name
+    cdef object transports  # the loop's own by descriptor, which it lets nobody watch; None when it has no such
+    cdef object add_reader, remove_reader, add_writer, remove_writer  # the loop's
     cdef port_socket poller
     cdef dict watched       # what the poller watches, by descriptor
     cdef object queue       # what call_soon() was given; None when the loop does not show it
@@ -31,6 +34,8 @@ cdef class Hub:
     cdef int have_loop_watch(self, Watched what, short events) except -1
     cdef int forget(self, Watched what) except -1
     cdef int give_poller_up(self, int code) except -1
+    cdef int serve(self, Watched what, short events) except -1
+    cdef int tell_of_long(self, Watched what, double seconds) except -1
     cdef int dispatch(self, Watched what, short events) except -1
     cdef int give_turns(self, list watched) except -1
     cdef int give_ends(self) except -1

@@ -12,11 +12,13 @@ a process with busy threads it would take up to a switch interval (5 ms) to get 
 """
 
 import gc
+import logging
 from collections import deque
 
 cimport cython
+from libc.stdint cimport int64_t
 
-from fastlisten._selector import watch as watch_with
+from fastlisten._selector import internal, watch as watch_with
 
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport log
@@ -25,6 +27,9 @@ from fastlisten._core.state cimport log
 # other tasks of the loop run in between.
 cdef enum:
     READY = 64
+
+
+cdef object _asyncio_log = logging.getLogger("asyncio")
 
 
 cdef class Watched:
@@ -80,6 +85,12 @@ cdef class Hub:
     def __cinit__(self, loop, bint polled=True):
         self.poller = PORT_NO_SOCKET
         self.loop = loop
+        self.timed = loop.get_debug()
+        self.transports = getattr(loop, "_transports", None)
+        self.add_reader = internal(loop, "add_reader")
+        self.remove_reader = internal(loop, "remove_reader")
+        self.add_writer = internal(loop, "add_writer")
+        self.remove_writer = internal(loop, "remove_writer")
         self.watched = {}
         self.queue = _ready_queue(loop)
         self.due = []
@@ -109,11 +120,11 @@ cdef class Hub:
         cdef bint first = not self.watched
         cdef int code
         if first:
-            watch_with(self.loop.add_reader, self.loop, self.poller, self._ready)
+            watch_with(self.add_reader, self.loop, self.poller, self._ready)
         if port_poller_set(self.poller, what.fd, what.watched_for, events) != 0:
             code = port_error()
             if first:
-                self.loop.remove_reader(self.poller)
+                self.remove_reader(self.poller)
             port_raise(code)
         what.watched_for = events
         if events:
@@ -121,22 +132,22 @@ cdef class Hub:
         else:
             self.watched.pop(what.fd, None)
             if not self.watched:
-                self.loop.remove_reader(self.poller)
+                self.remove_reader(self.poller)
         return 0
 
     cdef int have_loop_watch(self, Watched what, short events) except -1:
         """Watch by the event loop itself."""
         cdef short before = what.watched_for
         if events & ~before & POLLIN:
-            watch_with(self.loop.add_reader, self.loop, what.fd, what._readable)
+            watch_with(self.add_reader, self.loop, what.fd, what._readable)
             what.watched_for |= POLLIN
         if events & ~before & POLLOUT:
-            watch_with(self.loop.add_writer, self.loop, what.fd, what._writable)
+            watch_with(self.add_writer, self.loop, what.fd, what._writable)
             what.watched_for |= POLLOUT
         if before & ~events & POLLIN:
-            self.loop.remove_reader(what.fd)
+            self.remove_reader(what.fd)
         if before & ~events & POLLOUT:
-            self.loop.remove_writer(what.fd)
+            self.remove_writer(what.fd)
         what.watched_for = events
         return 0
 
@@ -144,7 +155,7 @@ cdef class Hub:
         """What could not be unwatched is about to be closed: its number may be another's then."""
         what.watched_for = 0
         if self.watched.pop(what.fd, None) is not None and not self.watched:
-            self.loop.remove_reader(self.poller)
+            self.remove_reader(self.poller)
         return 0
 
     cdef int give_poller_up(self, int code) except -1:
@@ -152,7 +163,7 @@ cdef class Hub:
         cdef Watched what
         cdef short events
         watched, self.watched = list(self.watched.values()), {}
-        self.loop.remove_reader(self.poller)
+        self.remove_reader(self.poller)
         self.close()
         try:
             port_raise(code)
@@ -180,16 +191,33 @@ cdef class Hub:
             for i in range(found):
                 what = self.watched.get(polls[i].fd)
                 if what is not None:  # one before it may have ended it
-                    (<Watched>what).ready(polls[i].revents)
+                    self.serve(<Watched>what, polls[i].revents)
             self.give_ends()
         finally:
             self.sleep()
+
+    cdef int serve(self, Watched what, short events) except -1:
+        """Have it do what the kernel says can be done; in debug mode, tell of one that takes long."""
+        cdef int64_t begin
+        if not self.timed:
+            return what.ready(events)
+        begin = port_now()
+        try:
+            return what.ready(events)
+        finally:
+            self.tell_of_long(what, (port_now() - begin) / 1e9)
+
+    cdef int tell_of_long(self, Watched what, double seconds) except -1:
+        """As the event loop tells of a callback; there all that one wake serves is one callback."""
+        if seconds >= self.loop.slow_callback_duration:
+            _asyncio_log.warning("Executing %r took %.3f seconds", what, seconds)
+        return 0
 
     cdef int dispatch(self, Watched what, short events) except -1:
         """Serve one descriptor, which the event loop itself watches."""
         self.awake = True
         try:
-            what.ready(events)
+            self.serve(what, events)
             self.give_ends()
         finally:
             self.sleep()

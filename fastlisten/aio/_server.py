@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+import ssl
 import sys
 import time
 import warnings
@@ -48,6 +49,7 @@ class Server(asyncio.AbstractServer):
         backlog: int,
         limits: Checked,
         path: OwnPath | None = None,
+        context: ssl.SSLContext | None = None,
     ) -> None:
         self._loop = loop
         self._sockets: list[socket.socket] | None = sockets
@@ -60,6 +62,7 @@ class Server(asyncio.AbstractServer):
         self._states = [_state_of(sock) for sock in sockets]
         self._taker = ServerTaker(self._accepting)
         self._path = path
+        self._ssl_context = context  # others read it from asyncio's own
         self._since = time.time()
         self._paused = False
         self._serving = False
@@ -231,7 +234,12 @@ class Server(asyncio.AbstractServer):
                 self._deadline = None
                 self._end_forever()
 
-    # asyncio's own transports tell their server so that they are there; one may be given ours.
+    # asyncio's own transports tell their server so that they are there; one may be given ours.  And others
+    # read asyncio's count of them.
+
+    @property
+    def _active_count(self) -> int:
+        return self._connections.active + self._attached
 
     def _attach(self, *transport: object) -> None:
         self._attached += 1

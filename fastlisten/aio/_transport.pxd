@@ -53,6 +53,7 @@ cdef enum due_t:
     BEGIN       # make the protocol
     MEET        # tell the protocol
     READ        # try recv()
+    GREET       # tell the protocol, and read what the client sends from then on
 
 
 @cython.final
@@ -81,6 +82,7 @@ cdef class Transport(Watched):
     cdef int again(self, due_t due) except -1
     cdef int begin(self) except -1
     cdef int meet(self) except -1
+    cdef bint tell_made(self) except -1
     cdef int read(self) except -1
     cdef Py_ssize_t receive(self, char *buffer, Py_ssize_t length, int *code) noexcept
     cdef int read_on(self) except -1
@@ -114,6 +116,7 @@ cdef class Transport(Watched):
     cdef object peer_address(self)
     cdef object own_address(self)
     cdef object own_socket(self)
+    cdef int show(self) except -1
     cdef int close_socket(self, port_socket fd) except -1
 
 

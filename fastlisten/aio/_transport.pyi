@@ -6,6 +6,7 @@ from typing import Any, final
 
 from typing_extensions import disjoint_base
 
+from fastlisten._core.state import State
 from fastlisten.aio._hub import Hub
 
 __pyx_capi__: dict[str, object]
@@ -22,6 +23,10 @@ class Connections:
     def active(self) -> int: ...
     def clients(self) -> list[Transport]: ...
 
+def hubs_of(loop: object) -> list[Hub]: ...
+def adopt(
+    connections: Connections, state: State, sock: socket, protocol: asyncio.BaseProtocol
+) -> Transport: ...
 @final
 class WriteBuffer: ...
 

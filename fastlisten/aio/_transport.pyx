@@ -31,7 +31,15 @@ from fastlisten._core.connection cimport (
 )
 from fastlisten._core.port cimport *
 from fastlisten._core.standard import StandardSocket
-from fastlisten._core.state cimport client_out, handler_failed, state_hold, state_t
+from fastlisten._core.state cimport (
+    State,
+    client_handed,
+    client_in,
+    client_out,
+    handler_failed,
+    state_hold,
+    state_t,
+)
 from fastlisten.aio._hub cimport Hub, Watched
 
 # How much one recv() takes at most, and how much one wake sends on one connection; asyncio's own size.
@@ -169,6 +177,36 @@ cdef Transport new_transport(
     return transport
 
 
+def hubs_of(loop):
+    """The hubs of the event loop's servers."""
+    cdef Connections connections
+    return [connections.hub for connections in list(_all_connections) if connections.hub.loop is loop]
+
+
+def adopt(Connections connections not None, State state not None, sock, protocol):
+    """A Transport of a client that somebody else has accepted; its first turn comes on the loop's next.
+
+    sock: the non-blocking socket.socket, the Transport's from now on.  state: where it is counted.
+    protocol: who is told of it.
+    """
+    cdef port_address nobody
+    cdef Transport transport
+    try:
+        peer = sock.getpeername()
+    except OSError:
+        peer = None  # asyncio says None, too
+    client_in(state.at)
+    client_handed(state.at)
+    transport = new_transport(connections, state.at, sock.fileno(), &nobody, 0)
+    transport.sock, transport.peer = sock, peer
+    transport.context = PyContext_CopyCurrent()
+    transport.attach(protocol)
+    transport.show()
+    transport.due = GREET
+    connections.hub.loop.call_soon(connections.hub._turn, [transport])
+    return transport
+
+
 @cython.final
 cdef class WriteBuffer:
     """What was written and the kernel has not taken yet."""
@@ -280,6 +318,9 @@ cdef class Transport(Watched):
                 self.begin()
             elif due == MEET:
                 self.meet()
+            elif due == GREET:
+                if self.tell_made() and self.is_reading():
+                    self.watch_or_end(POLLIN)
             else:
                 self.read()
         finally:
@@ -353,6 +394,14 @@ cdef class Transport(Watched):
         """Tell the protocol; and read what the client has sent already, unless something was scheduled that
         comes first: a stream's task may start TLS or set a protocol in its first step."""
         cdef Py_ssize_t scheduled = self.hub.scheduled()
+        if not self.tell_made():
+            return 0
+        if self.hub.scheduled() != scheduled:
+            return self.again(READ)
+        return self.read()
+
+    cdef bint tell_made(self) except -1:
+        """connection_made(); returns False when that has ended the connection."""
         try:
             self.protocol.connection_made(self)
         except (SystemExit, KeyboardInterrupt):
@@ -361,11 +410,9 @@ cdef class Transport(Watched):
         except BaseException as error:
             self.report(error, "Fatal error: protocol.connection_made() call failed.")
             self.force_close(error)
-            return 0
+            return False
         self.send_held(0)  # a greeting comes before the question
-        if self.hub.scheduled() != scheduled:
-            return self.again(READ)
-        return self.read()
+        return True
 
     cdef int read(self) except -1:
         """One recv(), and what it brings to the protocol; be watched if it would block."""
@@ -839,16 +886,15 @@ cdef class Transport(Watched):
     @property
     def _sendfile_compatible(self):
         # A selector loop takes the transport out of its table while the kernel sends the file, and puts it
-        # back.  There it stands under no descriptor, which the loop would refuse to watch for us then.
-        transports = getattr(self.hub.loop, "_transports", None)
-        if transports is None:
+        # back, by the descriptor of its socket.
+        if not isinstance(self.hub.loop, _BaseEventLoop):
             return _SendfileMode.FALLBACK
-        transports[self._sock_fd] = self
+        self.own_socket()
         return _SendfileMode.TRY_NATIVE
 
     @property
     def _sock_fd(self):
-        return -id(self)
+        return self.fd
 
     @property
     def _sock(self):
@@ -925,7 +971,15 @@ cdef class Transport(Watched):
             self.sock = _StandardSocket(
                 self.state.family, self.state.type, self.state.protocol, fileno=self.fd)
             self.sock.setblocking(False)
+            self.show()
         return self.sock
+
+    cdef int show(self) except -1:
+        """Have the loop know whose the descriptor is, now that somebody is told of it.  Its table is weak, and
+        it passes over a transport that is closed."""
+        if self.hub.transports is not None:
+            self.hub.transports[self.fd] = self
+        return 0
 
     cdef int close_socket(self, port_socket fd) except -1:
         """Close the descriptor, which was self.fd, and count the client out."""
