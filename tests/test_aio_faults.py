@@ -312,7 +312,7 @@ def test_a_poller_that_fails_is_given_up(faults: Faults) -> None:
 
 
 UNCLOSED = """if True:
-    import asyncio, gc, json, os, sys, warnings
+    import asyncio, gc, json, os, sys, time, warnings
     from fastlisten import aio
 
     async def main(options):
@@ -331,6 +331,9 @@ UNCLOSED = """if True:
             warnings.simplefilter("always")
             address = asyncio.run(main(options))
             gc.collect()
+        deadline = time.monotonic() + 10
+        while open_things() != before and time.monotonic() < deadline:
+            pass  # the kernel lets go of a thread only after it has ended
         assert open_things() == before, (options, open_things(), before)
         assert any("unclosed server" in str(warning.message) for warning in told), told
         try:

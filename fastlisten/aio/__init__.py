@@ -11,7 +11,8 @@ loop.create_server(), as most frameworks do, then serves with fastlisten.
 from typing import TYPE_CHECKING, Any
 
 from fastlisten.aio._create import create_server, create_unix_server
-from fastlisten.aio._loop import EventLoop, loop_factory, new_event_loop, run
+from fastlisten.aio._factory import loop_factory, new_event_loop, run
+from fastlisten.aio._loop import EventLoop
 from fastlisten.aio._server import Server
 from fastlisten.aio._streams import start_server, start_unix_server
 from fastlisten.aio._transport import Transport

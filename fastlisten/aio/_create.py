@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import inspect
 import os
 import socket
 import ssl as _ssl
 import sys
 from asyncio import sslproto
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
 from fastlisten._bind import bind
@@ -109,9 +110,7 @@ async def _serve(
     """A Server on bound sockets, which it owns; on failure they are closed."""
     loop = asyncio.get_running_loop()
     if ssl:  # as asyncio asks
-        factory = functools.partial(
-            over_tls, loop, factory, ssl, ssl_handshake_timeout, ssl_shutdown_timeout
-        )
+        factory = functools.partial(over_tls, loop, factory, ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     try:
         _set_options(sockets, options)
         server = Server(loop, sockets, factory, backlog, limits, path, ssl)
@@ -178,6 +177,17 @@ async def _bind_specially(
             sock.close()
         raise
     return sockets
+
+
+# Of create_server()'s and create_unix_server()'s options, those that belong to one server and not to all.
+_OF_ONE_SERVER = {"family", "flags", "sock", "start_serving", "mode", "cleanup_socket"}
+
+
+def default_options(create: Callable[..., Any]) -> frozenset[str]:
+    """The options of a function that may be defaults of a loop."""
+    parameters = inspect.signature(create).parameters.values()
+    named = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    return frozenset(named - _OF_ONE_SERVER - {name for name in named if name.startswith("ssl")})
 
 
 def check_defaults(options: dict[str, Any]) -> None:

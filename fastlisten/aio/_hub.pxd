@@ -19,7 +19,7 @@ cdef class Watched:
 cdef class Hub:
     cdef readonly object loop
     cdef public bint timed  # in debug mode: who takes long is told of by name
-    cdef object transports  # the loop's own by descriptor, which it lets nobody watch; None when it has no such
+    cdef object transports  # the loop's table by descriptor, which nobody else may watch; None without one
     cdef object add_reader, remove_reader, add_writer, remove_writer  # the loop's
     cdef port_socket poller
     cdef dict watched       # what the poller watches, by descriptor

@@ -1,15 +1,11 @@
-"""Event loops whose servers and accepted connections are ours: EventLoop, loop_factory(), run()."""
+"""Event loops whose servers and accepted connections are ours: a mixin, and EventLoop."""
 
 from __future__ import annotations
 
 import asyncio
-import inspect
 import socket
 import ssl as _ssl
-import sys
-from asyncio import futures
-from collections.abc import Callable, Coroutine
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from fastlisten._core.state import State
 from fastlisten.aio import _create
@@ -17,28 +13,15 @@ from fastlisten.aio._hub import Hub
 from fastlisten.aio._server import Factory, Server
 from fastlisten.aio._transport import Connections, adopt, hubs_of
 
-_T = TypeVar("_T")
-
 # asyncio's own, from before anybody puts ours in its place.
-_SelectorEventLoop = asyncio.SelectorEventLoop
+SelectorEventLoop = asyncio.SelectorEventLoop
 
-# Of create_server()'s and create_unix_server()'s options, those that belong to one server and not to all.
-_OF_ONE_SERVER = {"family", "flags", "sock", "start_serving", "mode", "cleanup_socket"}
-
-
-def _options_of(create: Callable[..., Any]) -> frozenset[str]:
-    """The options of a function that may be defaults of a loop."""
-    parameters = inspect.signature(create).parameters.values()
-    named = {parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
-    return frozenset(named - _OF_ONE_SERVER - {name for name in named if name.startswith("ssl")})
-
-
-_TCP_OPTIONS = _options_of(_create.create_server)
-_UNIX_OPTIONS = _options_of(_create.create_unix_server)
+# Those of create_server()'s options that create_unix_server() has, too.
+_UNIX_OPTIONS = _create.default_options(_create.create_unix_server)
 
 
 class Serving:
-    """What makes a selector event loop's servers and accepted connections ours; a mixin, first of the bases."""
+    """A mixin, first of the bases: the servers and accepted connections of a selector event loop are ours."""
 
     server_options: ClassVar[dict[str, Any]] = {}  # what create_server() is given unless its caller says it
 
@@ -75,7 +58,7 @@ class Serving:
         if isinstance(sock, _ssl.SSLSocket):
             raise TypeError("a socket that speaks TLS already cannot be taken")
         if not ssl and not (ssl_handshake_timeout is None and ssl_shutdown_timeout is None):
-            raise ValueError("ssl_handshake_timeout and ssl_shutdown_timeout are for TLS, and ssl is not given")
+            raise ValueError("ssl_handshake_timeout and ssl_shutdown_timeout need ssl")
         sock.setblocking(False)
         waiter: asyncio.Future[None] = loop.create_future()
         if self._adopted is None:
@@ -89,7 +72,7 @@ class Serving:
         protocol = over_tls or protocol_factory()
         transport = adopt(self._adopted, State(sock), sock, protocol)
         if over_tls is None:
-            loop.call_soon(futures._set_result_unless_cancelled, waiter, None)
+            loop.call_soon(_done, waiter)
         try:
             await waiter
         except BaseException:
@@ -101,66 +84,20 @@ class Serving:
 
     def set_debug(self, enabled: bool) -> None:
         """As asyncio's; a connection that holds up the loop is then told of by its own name."""
-        super().set_debug(enabled)
+        super().set_debug(enabled)  # type: ignore[misc]
         for hub in hubs_of(self):
             hub.timed = enabled
 
     def close(self) -> None:
         """As asyncio's."""
-        super().close()
+        super().close()  # type: ignore[misc]
         self._adopted = None
 
 
-class EventLoop(Serving, _SelectorEventLoop):
+def _done(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
+
+
+class EventLoop(Serving, SelectorEventLoop):  # type: ignore[misc]
     """asyncio.SelectorEventLoop with fastlisten's servers."""
-
-
-def new_event_loop() -> EventLoop:
-    """An EventLoop; the caller closes it."""
-    return EventLoop()
-
-
-def loop_factory(base: Callable[[], asyncio.AbstractEventLoop] | None = None, **options: Any) -> type[Serving]:
-    """A class of event loops whose servers are ours, for asyncio.Runner(loop_factory=...) and its like.
-
-    base: the class of event loops to build on, EventLoop by default: asyncio.SelectorEventLoop, uvloop.Loop,
-    or one derived from them.  options: those of create_server(), which it has as defaults.
-    Raises TypeError for an option that create_server() does not have and for a base that is no class of
-    selector loops, ValueError for a bad value.
-    """
-    unknown = options.keys() - _TCP_OPTIONS
-    if unknown:
-        names = ", ".join(sorted(_TCP_OPTIONS))
-        raise TypeError(f"no option of a loop: {', '.join(sorted(unknown))}; there are: {names}")
-    _create.check_defaults(options)
-    kind = EventLoop if base is None else serving(base)
-    return type(kind.__name__, (kind,), {"__module__": kind.__module__, "server_options": options})
-
-
-def serving(base: Any) -> type[Serving]:
-    """A class of event loops like `base` whose servers are ours.
-
-    Raises TypeError when that is no class of asyncio's or uvloop's selector loops.
-    """
-    if isinstance(base, type):
-        if issubclass(base, Serving):
-            return base
-        if issubclass(base, _SelectorEventLoop):
-            return type(base.__name__, (Serving, base), {"__module__": base.__module__})
-        uvloop = sys.modules.get("uvloop.loop")
-        if uvloop is not None and issubclass(base, uvloop.Loop):
-            from fastlisten.aio._uvloop import ServingUvloop
-
-            return type(base.__name__, (ServingUvloop, base), {"__module__": base.__module__})
-    raise TypeError(f"{base!r} is no class of selector event loops, asyncio's or uvloop's")
-
-
-def run(
-    main: Coroutine[Any, Any, _T],
-    *,
-    debug: bool | None = None,
-    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
-) -> _T:
-    """asyncio.run() on an EventLoop, or on what `loop_factory` makes; returns what `main` does."""
-    with asyncio.Runner(debug=debug, loop_factory=loop_factory or new_event_loop) as runner:
-        return runner.run(main)

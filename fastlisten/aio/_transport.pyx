@@ -975,8 +975,10 @@ cdef class Transport(Watched):
         return self.sock
 
     cdef int show(self) except -1:
-        """Have the loop know whose the descriptor is, now that somebody is told of it.  Its table is weak, and
-        it passes over a transport that is closed."""
+        """Have the loop know whose the descriptor is, now that somebody is told of it.
+
+        Its table is weak, and it passes over a transport that is closed.
+        """
         if self.hub.transports is not None:
             self.hub.transports[self.fd] = self
         return 0

@@ -16,6 +16,7 @@ except ImportError:
     raise ImportError("UvloopEventLoop needs uvloop: pip install uvloop") from None
 
 _Loop: Any = uvloop.Loop
+_AsyncioLoop: Any = asyncio.SelectorEventLoop  # whose methods ask nothing of the loop that uvloop lacks
 
 
 class ServingUvloop(Serving):
@@ -32,14 +33,14 @@ class ServingUvloop(Serving):
     _add_writer = _Loop.add_writer
     _remove_writer = _Loop.remove_writer
 
-    _ensure_fd_no_transport = asyncio.SelectorEventLoop._ensure_fd_no_transport
+    _ensure_fd_no_transport = _AsyncioLoop._ensure_fd_no_transport
 
     def add_reader(self, fd: Any, callback: Any, *args: Any) -> None:
         """As uvloop's; RuntimeError for a transport's descriptor, ours too."""
         self._ensure_fd_no_transport(fd)
         self._add_reader(fd, callback, *args)
 
-    def remove_reader(self, fd: Any) -> bool | None:
+    def remove_reader(self, fd: Any) -> Any:
         """As uvloop's; RuntimeError for a transport's descriptor, ours too."""
         self._ensure_fd_no_transport(fd)
         return self._remove_reader(fd)
@@ -49,47 +50,47 @@ class ServingUvloop(Serving):
         self._ensure_fd_no_transport(fd)
         self._add_writer(fd, callback, *args)
 
-    def remove_writer(self, fd: Any) -> bool | None:
+    def remove_writer(self, fd: Any) -> Any:
         """As uvloop's; RuntimeError for a transport's descriptor, ours too."""
         self._ensure_fd_no_transport(fd)
         return self._remove_writer(fd)
 
-    async def sock_recv(self, sock: Any, nbytes: int) -> bytes:
+    async def sock_recv(self, sock: Any, nbytes: int) -> Any:
         """As uvloop's; RuntimeError for a transport's socket, ours too."""
         self._ensure_fd_no_transport(sock)
         return await _Loop.sock_recv(self, sock, nbytes)
 
-    async def sock_recv_into(self, sock: Any, buf: Any) -> int:
+    async def sock_recv_into(self, sock: Any, buf: Any) -> Any:
         """As uvloop's; RuntimeError for a transport's socket, ours too."""
         self._ensure_fd_no_transport(sock)
         return await _Loop.sock_recv_into(self, sock, buf)
 
-    async def sock_sendall(self, sock: Any, data: Any) -> None:
+    async def sock_sendall(self, sock: Any, data: Any) -> Any:
         """As uvloop's; RuntimeError for a transport's socket, ours too."""
         self._ensure_fd_no_transport(sock)
         return await _Loop.sock_sendall(self, sock, data)
 
-    async def sock_connect(self, sock: Any, address: Any) -> None:
+    async def sock_connect(self, sock: Any, address: Any) -> Any:
         """As uvloop's; RuntimeError for a transport's socket, ours too."""
         self._ensure_fd_no_transport(sock)
         return await _Loop.sock_connect(self, sock, address)
 
-    async def start_tls(
-        self, transport: Any, protocol: Any, sslcontext: Any, **options: Any
-    ) -> asyncio.Transport | None:
+    async def start_tls(self, transport: Any, protocol: Any, sslcontext: Any, **options: Any) -> Any:
         """As uvloop's, for our transports, too, and for TLS inside of their TLS."""
         if isinstance(transport, SocketTransport | sslproto._SSLProtocolTransport):
-            return await asyncio.BaseEventLoop.start_tls(self, transport, protocol, sslcontext, **options)
+            return await _AsyncioLoop.start_tls(self, transport, protocol, sslcontext, **options)
         return await _Loop.start_tls(self, transport, protocol, sslcontext, **options)
 
-    _sendfile_fallback = asyncio.BaseEventLoop._sendfile_fallback
+    _sendfile_fallback = _AsyncioLoop._sendfile_fallback
 
-    async def sendfile(self, transport: Any, file: Any, offset: int = 0, count: Any = None, **options: Any) -> int:
+    async def sendfile(
+        self, transport: Any, file: Any, offset: int = 0, count: Any = None, **options: Any
+    ) -> Any:
         """As asyncio's for our transports, by reading the file in a thread; uvloop's own has none."""
         if isinstance(transport, SocketTransport):
-            return await asyncio.BaseEventLoop.sendfile(self, transport, file, offset, count, **options)
+            return await _AsyncioLoop.sendfile(self, transport, file, offset, count, **options)
         return await _Loop.sendfile(self, transport, file, offset, count, **options)
 
 
-class UvloopEventLoop(ServingUvloop, uvloop.Loop):
+class UvloopEventLoop(ServingUvloop, _Loop):  # type: ignore[misc]
     """uvloop.Loop with fastlisten's servers."""
