@@ -4,6 +4,7 @@ from fastlisten._bind import bind, create_server, serve
 from fastlisten._core.connection import Connection
 from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
 from fastlisten._listener import Listener, ListenerStats, ServeResult
+from fastlisten._patch import patch, unpatch
 
 __version__ = "0.1.0"
 
@@ -18,5 +19,7 @@ __all__ = [
     "create_server",
     "get_host_entry",
     "get_host_name",
+    "patch",
     "serve",
+    "unpatch",
 ]

@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
     _add_serve(commands)
     _add_hosts(commands)
+    _add_run(commands)
     return top
 
 
@@ -197,6 +198,25 @@ def _add_hosts(commands: argparse._SubParsersAction[Parser]) -> None:
         help="a host name or an address (default: this machine)",
     )
     hosts.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
+    run = commands.add_parser(
+        "run",
+        usage="fastlisten run [-h] [-m MODULE | SCRIPT] [ARGUMENTS ...]",
+        help="run a Python program as it is, with fastlisten's servers in it",
+        description="Run a Python program as it is, after fastlisten.patch(): socket, socketserver, "
+        "http.server, asyncio's selector loop and uvloop are fastlisten's in it, and in the Python programs "
+        "that it starts.",
+    )
+    program = run.add_mutually_exclusive_group()
+    program.add_argument("-m", dest="module", metavar="MODULE", help="a module, as for python -m")
+    program.add_argument(
+        "script",
+        metavar="SCRIPT",
+        nargs="?",
+        help="a file, or the name of an installed command, such as flask",
+    )
 
 
 def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:

@@ -9,9 +9,10 @@ from fastlisten.cli import output
 from fastlisten.cli.arguments import parser
 from fastlisten.cli.errors import INTERRUPTED, CommandError
 from fastlisten.cli.hosts import hosts_command
+from fastlisten.cli.run import run_command, split
 from fastlisten.cli.serve import serve_command
 
-COMMANDS = {"serve": serve_command, "hosts": hosts_command}
+COMMANDS = {"serve": serve_command, "hosts": hosts_command, "run": run_command}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +20,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output.open_closed_streams()
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # odd paths
     try:
-        options = parser().parse_args(arguments)
+        own, program = split(list(sys.argv[1:] if arguments is None else arguments))
+        options = parser().parse_args(own)
+        options.arguments = program
         return COMMANDS[options.command](options)
     except CommandError as error:
         line = " ".join(str(error).split())
