@@ -114,7 +114,7 @@ def _patch_asyncio(module: ModuleType) -> None:
 
 
 def _patch_uvloop(module: ModuleType) -> None:
-    from fastlisten.aio import UvloopEventLoop
+    from fastlisten.aio._uvloop import UvloopEventLoop
 
     _replace(module, "Loop", UvloopEventLoop)
 

@@ -274,6 +274,31 @@ def test_a_call_that_is_cancelled_closes_the_client(kind: str) -> None:
     run_on(OURS[kind], main)
 
 
+def test_anyios_listeners_have_our_transports(kind: str) -> None:
+    """They accept by themselves, and hand each client to connect_accepted_socket()."""
+    anyio = pytest.importorskip("anyio")
+    local_address = pytest.importorskip("anyio.abc").SocketAttribute.local_address
+
+    async def main() -> None:
+        served: asyncio.Future[Any] = running().create_future()
+
+        async def echo(stream: Any) -> None:
+            async with stream:
+                served.set_result(stream._transport)
+                await stream.send(await stream.receive())
+
+        listener = await anyio.create_tcp_listener(local_host="127.0.0.1")
+        async with anyio.create_task_group() as group:
+            group.start_soon(listener.serve, echo)
+            address = listener.extra(local_address)
+            assert await in_thread(exchange, address, b"x") == b"x"
+            assert type(await served) is aio.Transport
+            group.cancel_scope.cancel()
+        await listener.aclose()
+
+    run_on(OURS[kind], main)
+
+
 # --- what has to know our transports
 
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Boxes that stand for several files, and files that have no box: they import for others.
-FOLDERS = {"fastlisten.cli": "fastlisten.cli."}
+FOLDERS = {"fastlisten.cli": "fastlisten.cli.", "fastlisten._startup": "fastlisten._startup."}
 NO_BOX = {"fastlisten", "fastlisten.__main__", "fastlisten.aio", "fastlisten.http", "fastlisten._core"}
 
 

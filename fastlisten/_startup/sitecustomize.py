@@ -23,10 +23,10 @@ def _import_hidden() -> None:
 
 def _patch() -> None:
     try:
-        import fastlisten
+        from fastlisten._patch import patch
     except ImportError:
         return  # another Python than the one that fastlisten is installed for
-    fastlisten.patch()
+    patch()
 
 
 _patch()

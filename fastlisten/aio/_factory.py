@@ -48,12 +48,16 @@ def serving(base: Any) -> type[Serving]:
     if isinstance(base, type):
         if issubclass(base, Serving):
             return base
+        if base is SelectorEventLoop:
+            return EventLoop
         if issubclass(base, SelectorEventLoop):
             return type(base.__name__, (Serving, base), {"__module__": base.__module__})
         uvloop = sys.modules.get("uvloop.loop")
         if uvloop is not None and issubclass(base, uvloop.Loop):
-            from fastlisten.aio._uvloop import ServingUvloop
+            from fastlisten.aio._uvloop import ServingUvloop, UvloopEventLoop
 
+            if issubclass(UvloopEventLoop, base):
+                return UvloopEventLoop
             return type(base.__name__, (ServingUvloop, base), {"__module__": base.__module__})
     raise TypeError(f"{base!r} is no class of selector event loops, asyncio's or uvloop's")
 
