@@ -26,6 +26,16 @@ def patch(*, socket: bool = True, socketserver: bool = True, http: bool = True, 
 
     Call it before whatever uses these names is imported: a module that has taken an original before, or has
     derived a class from it, keeps it.  A RuntimeWarning names those, but for the standard library's own.
+
+    >>> import subprocess, sys
+    >>> program = '''
+    ... import fastlisten
+    ... fastlisten.patch()
+    ... from socketserver import TCPServer
+    ... print(TCPServer.__bases__[0])
+    ... '''
+    >>> print(subprocess.check_output([sys.executable, "-c", program], text=True).strip())
+    <class 'fastlisten.socketserver.AcceptMixIn'>
     """
     wanted = {
         "socket": (socket, _patch_socket),
@@ -58,6 +68,9 @@ def unpatch() -> None:
     """Put the originals back in all that patch() has changed, if it has changed anything.
 
     What was made of ours meanwhile stays so: a class derived from one, a name that somebody has taken.
+
+    >>> import fastlisten
+    >>> fastlisten.unpatch()
     """
     with _lock:
         _finder.waiting.clear()

@@ -29,5 +29,6 @@ def _patch() -> None:
     patch()
 
 
-_patch()
-_import_hidden()
+if __name__ == "sitecustomize":  # and not somebody who looks at all modules of the package
+    _patch()
+    _import_hidden()
