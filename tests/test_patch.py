@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from helpers import LIMIT, posix_only
-from helpers.programs import line_of, plain_environment, python, run, running
+from helpers.programs import line_of, plain_environment, python, run, running, wait_until_asleep
 
 # Whether each of these is ours: by the bases of the classes, and where the function was made.
 WHOSE = """
@@ -281,6 +281,7 @@ def test_a_signal_ends_the_program_as_without_us(number: int, tmp_path: Path) ->
     for how in ([], ["-m", "fastlisten", "run"]):
         with running([sys.executable, *how, str(where)]) as process:
             assert int(line_of(process)) == process.pid
+            wait_until_asleep(process)
             process.send_signal(number)
             out, _ = process.communicate(timeout=LIMIT)
             ended.append((process.returncode, out))
