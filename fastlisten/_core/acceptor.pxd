@@ -44,6 +44,7 @@ cdef class Acceptor:
     cdef bint stands_still(self) noexcept nogil
     cdef void after_fork(self) noexcept
     cdef void enter(self) noexcept nogil
+    cdef void wait_for_fork(self) noexcept nogil
     cdef void leave(self) noexcept nogil
     cdef outcome_t take(self, client_t *client) noexcept nogil
     cdef outcome_t wait_and_accept(self, client_t *client) noexcept nogil

@@ -186,7 +186,11 @@ cdef class Acceptor:
     cdef void enter(self) noexcept nogil:
         """Somebody accepts from now on; not while a thread forks."""
         port_swap(&self.touching, port_thread())
-        while port_get(&self.forking) and self.stands_still():
+        if port_get(&self.forking):
+            self.wait_for_fork()
+
+    cdef void wait_for_fork(self) noexcept nogil:
+        while self.stands_still():
             port_swap(&self.touching, WAITING)
             port_sleep(1)
             port_swap(&self.touching, port_thread())
