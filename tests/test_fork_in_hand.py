@@ -202,6 +202,6 @@ def test_a_fork_beside_a_client_that_is_being_accepted(way: str) -> None:
         accepted, handled, refused, dropped = json.loads(line_of(process))
         assert process.wait(LIMIT) == 0
     assert (strangers, uncounted) == (0, 0)
-    assert took < 0.05  # nobody is waited for in vain
+    assert took < 0.09  # nobody is waited for in vain, which would take 0.1 s
     assert (handled, refused, dropped) == (told["answered"], told["refused"], 0)
     assert accepted == handled + refused > FORKS

@@ -26,7 +26,8 @@ from helpers.serve import MODES, modes
 
 pytestmark = needs("Linux")
 
-SOON = 1.0
+# It takes milliseconds; a machine may be busy.
+SOON = 3.0
 
 # Has descriptor argv[1], and makes its description blocking: again and again, or once for each line it reads.
 OTHER = """
@@ -184,7 +185,7 @@ def test_a_signal(mode: dict[str, Any], number: int, flipped: Listener) -> None:
     with running(SERVES, str(fd), repr(mode), pass_fds=[fd]) as process:
         wait_until_it_sleeps(flipped, str(process.pid))
         process.send_signal(number)
-        assert process.wait(SOON + 1) == 0
+        assert process.wait(SOON) == 0
         assert line_of(process) == ("KeyboardInterrupt" if number == signal.SIGINT else "stopped")
 
 
@@ -198,7 +199,7 @@ def test_a_fork_waits_for_nobody(flipped: Listener) -> None:
                 os._exit(0)
             took = time.monotonic() - began
             os.waitpid(child, 0)
-            assert took < SOON / 2
+            assert took < SOON
 
 
 # --- event loops
