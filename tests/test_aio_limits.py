@@ -3,14 +3,16 @@
 import asyncio
 import logging
 import os
+import signal
 import socket
 import threading
+import warnings
 from typing import Any
 
 import pytest
 
-from fastlisten import aio
-from helpers import LIMIT, connect, exchange, needs, programs, under_wine
+from fastlisten import aio, bind
+from helpers import LIMIT, LOOPBACK, connect, exchange, needs, programs, under_wine, wait_until
 from helpers.aio import Echo, Notes, Run, in_thread, run, server, turns
 
 __all__ = ["run"]  # a fixture
@@ -236,3 +238,31 @@ def test_room_is_made_for_as_many_descriptors_as_there_may_be_connections() -> N
         asyncio.run(main())
         """
     assert programs.run(code).stdout.strip() == "True"
+
+
+@needs("fork")
+def test_a_forked_child_closes_the_listener_of_a_busy_server() -> None:
+    """The thread that refuses is the parent's: the child's close() must not wait for it."""
+
+    async def main() -> None:
+        listener = bind(LOOPBACK)
+        running = await aio.create_server(Echo, sock=listener, busy="reset", pending=5)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads
+            child = os.fork()
+        if child == 0:
+            try:
+                listener.close()
+            finally:
+                os._exit(0)
+        try:
+            wait_until(lambda: os.waitpid(child, os.WNOHANG)[0] == child)
+        except AssertionError:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
+        finally:
+            running.close()
+            await running.wait_closed()
+
+    asyncio.run(main())
