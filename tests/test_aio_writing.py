@@ -11,7 +11,7 @@ import pytest
 
 from fastlisten import aio
 from helpers import connect, needs, posix_only, read_all, under_wine
-from helpers.aio import BIG, SMALL_BUFFER, Notes, Run, asyncios, in_thread, run, server
+from helpers.aio import BIG, SMALL_BUFFER, Notes, Run, asyncios, in_thread, run, server, turns
 
 __all__ = ["run"]  # a fixture
 
@@ -345,3 +345,32 @@ def test_a_protocol_that_asks_for_the_socket_while_it_is_made_gets_the_one(run: 
                     assert os.fstat(asked[0].fileno())
 
     run(main())
+
+
+def test_write_eof_in_resume_writing_ends_the_stream_once(run: Run) -> None:
+    """A second shutdown() fails when the client has ended, too, and the connection was lost for that."""
+
+    class EndsWhenSent(Notes):
+        keep_open = True
+
+        def eof_received(self) -> bool:
+            self.transport.write(bytes(BIG))
+            return super().eof_received()
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self.transport.write_eof()
+
+    async def main() -> Any:
+        async with server(EndsWhenSent) as serving:
+            with connect(serving.address) as client:
+                client.shutdown(socket.SHUT_WR)
+                assert len(await in_thread(read_all, client)) == BIG
+                protocol = await serving.first()
+                await turns()
+                assert not protocol.lost.done()
+                protocol.transport.close()
+                return await protocol.lost
+
+    assert run(main()) is None
+    assert run.reports == []

@@ -773,6 +773,7 @@ cdef class Transport(Watched):
 
     cdef int flush(self) except -1:
         """The kernel takes more: send what is kept, as much as one wake may."""
+        cdef bint end_follows = self.eof_sent  # resume_writing() that ends the stream has done so itself
         cdef int code = self.buffer.send(self.fd)
         if code != 0 and not port_would_block(code) and code != PORT_EINTR:
             return self.fail(code, "Fatal write error on socket transport")
@@ -787,7 +788,7 @@ cdef class Transport(Watched):
             if self.closing:
                 self.lost = 1
                 return self.lose()
-            if self.eof_sent and port_shutdown(self.fd, PORT_SHUT_WRITE) != 0:
+            if end_follows and port_shutdown(self.fd, PORT_SHUT_WRITE) != 0:
                 return self.fail(port_error(), "Fatal write error on socket transport")
         return 0
 
