@@ -1,5 +1,6 @@
-"""A model of a Listener: random serve, stop, pause, fork, close, dup and clients, and who is owed what.
+"""A model of a Listener and of an asyncio server: who is owed what, whatever is done with them.
 
+Random serve, stop, pause, resume, fork, close, dup, settimeout and clients.
 The model knows each client and where it is: in the kernel's queue, in ours (`pending`), or with a handler,
 which it keeps until it speaks.  After each step the counters and what the clients see have to agree with it.
 """
@@ -9,6 +10,7 @@ import contextlib
 import itertools
 import os
 import select
+import signal
 import socket
 import threading
 import warnings
@@ -26,7 +28,8 @@ from hypothesis.stateful import (
 )
 
 import fastlisten
-from helpers import LIMIT, Serving, connect, posix_only, read_all, reset, told, wait_until
+from fastlisten import aio
+from helpers import LIMIT, Serving, connect, posix_only, reset, told, wait_until
 from helpers.fuzzing import Fuzz
 from helpers.internals import is_served
 
@@ -43,6 +46,7 @@ MODES: list[tuple[dict[str, Any], int, int | None]] = [
     ({"busy": b"full", "pending": 1, "threads": 2}, 2, 1),
     ({"busy": b"full", "pending": 3, "threads": 3, "max_connections": 1}, 1, 3),
 ]
+Wait = Callable[[Callable[[], Any]], Any]
 # Fewer than any listener's queue holds, and enough for each mode to be full.
 CROWD = 12
 
@@ -82,23 +86,38 @@ class Client:
             self.sock.close()
         self.gone = True
 
-    def gets(self, *expected: bytes) -> None:
-        """Assert that it was told one of these and then the end; b"" is a reset, too."""
+    def gets(self, expected: bytes, wait: Wait) -> None:
+        """Assert that it is told this and then the end; b"" is a reset, too."""
         if self.gone:
             return
-        try:
-            found = read_all(self.sock)
-        except ConnectionError:
-            found = b""
-        assert found in expected, (self.text, found, expected)
+        found = b""
+
+        def ended() -> bool:
+            nonlocal found
+            try:
+                data = self.sock.recv(100)
+            except BlockingIOError:
+                return False
+            except ConnectionError:
+                data = found = b""
+            found += data
+            return not data
+
+        self.sock.setblocking(False)
+        wait(ended)
+        assert found == expected, self.text
         self.sock.close()
         self.gone = True
 
 
 class Books:
-    """Where the clients are, by the model."""
+    """Where the clients are, by the model.
 
-    def __init__(self) -> None:
+    wait: waits until something is true; for an event loop it has to run.
+    """
+
+    def __init__(self, wait: Wait = wait_until) -> None:
+        self.wait = wait
         self.kernel: list[Client] = []
         self.queue: list[Client] = []
         self.handlers: list[Client] = []
@@ -108,13 +127,16 @@ class Books:
         self.pending: int | None = None
         self.full = b""
 
+    def told(self, client: Client, expected: bytes) -> None:
+        client.gets(expected, self.wait)
+
     def clients(self) -> list[Client]:
         return self.kernel + self.queue + self.handlers
 
     def handle(self, client: Client) -> None:
         """A handler has it: it is answered if it has spoken."""
         if client.done:
-            client.gets(client.text)
+            self.told(client, client.text)
             self.handled += 1
         else:
             self.handlers.append(client)
@@ -130,7 +152,7 @@ class Books:
                 self.queue.append(self.kernel.pop(0))
                 self.serve_queue()
             else:
-                self.kernel.pop(0).gets(self.full)
+                self.told(self.kernel.pop(0), self.full)
                 self.refused += 1
 
     def serve_queue(self) -> None:
@@ -148,27 +170,83 @@ class Books:
     def end(self) -> None:
         """Nobody is served any more: who waits in our queue is dropped."""
         for client in self.queue:
-            client.gets(b"")
+            self.told(client, b"")
         self.dropped += len(self.queue)
         self.queue.clear()
         self.places, self.pending = 0, None
 
+    def fits(self, crowd: int) -> bool:
+        """Whether so many have a place at once: who is refused else depends on how fast the handlers are."""
+        return self.pending is None or crowd + len(self.queue) <= self.pending
+
+    def come(self, listener: Any, speaks: bool, paused: bool) -> None:
+        """Another client, unless there are many."""
+        if len(self.clients()) >= CROWD or (paused and not self.fits(len(self.kernel) + 1)):
+            return
+        try:
+            client = Client(listener)
+        except ConnectionResetError:  # a refusal can be quicker than the end of connect()
+            assert self.full == b""
+            assert len(self.queue) == self.pending
+            self.refused += 1
+            return
+        if speaks:
+            client.speak()
+        self.kernel.append(client)
+
+    def silent(self) -> list[Client]:
+        return [client for client in self.clients() if not client.done]
+
+    def one(self, which: int, act: str) -> None:
+        """One of those who have not spoken speaks, leaves or resets."""
+        client = self.silent()[which % len(self.silent())]
+        if act == "speak":
+            client.speak()
+        else:
+            client.leave(act == "reset")
+
     def agree(self, listener: Any) -> None:
         """Assert that the counters become what they have to be; they follow what clients are told."""
         try:
-            wait_until(lambda: self.agrees(listener.stats()))
-        except AssertionError as error:
+            self.wait(lambda: self.agrees(listener.stats()))
+        except (AssertionError, TimeoutError) as error:
             raise AssertionError(f"{listener.stats()}, not {self.counts()}") from error
 
     def counts(self) -> tuple[int, int, int, int]:
         return self.handled, len(self.queue) + len(self.handlers), self.refused, self.dropped
 
-    def agrees(self, stats: Any) -> bool:
+    def balance(self, stats: Any) -> None:
         assert stats.accepted == stats.handled + stats.active + stats.refused + stats.dropped
         assert stats.active >= 0
+
+    def agrees(self, stats: Any) -> bool:
+        self.balance(stats)
         assert dict(stats.accept_errors) == {}
         assert stats.handler_errors == 0
         return bool((stats.handled, stats.active, stats.refused, stats.dropped) == self.counts())
+
+
+def in_child(act: Callable[[], None]) -> None:
+    """Do this in a forked process, and assert that it worked."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads
+        child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            act()
+            status = 0
+        finally:
+            os._exit(status)
+    try:
+        wait_until(lambda: os.waitpid(child, os.WNOHANG) == (child, 0))
+    except (AssertionError, ChildProcessError):  # it hangs, or has failed
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        raise
+
+
+ACTS = st.sampled_from(["speak", "leave", "reset"])
 
 
 class ListenerMachine(RuleBasedStateMachine):
@@ -268,7 +346,7 @@ class ListenerMachine(RuleBasedStateMachine):
 
     def cut_off(self, clients: list[Client]) -> None:
         for client in clients:
-            client.gets(b"")
+            self.books.told(client, b"")
         self.books.handled += len(clients)
         self.books.handlers.clear()
 
@@ -286,13 +364,9 @@ class ListenerMachine(RuleBasedStateMachine):
 
     @rule()
     def resume(self) -> None:
-        if self.fits(len(self.books.kernel)):
+        if self.books.fits(len(self.books.kernel)):
             self.listener.resume()
             self.paused = False
-
-    def fits(self, crowd: int) -> bool:
-        """Whether so many have a place at once: who is refused else depends on how fast the handlers are."""
-        return self.books.pending is None or crowd + len(self.books.queue) <= self.books.pending
 
     @rule()
     def close(self) -> None:
@@ -303,7 +377,7 @@ class ListenerMachine(RuleBasedStateMachine):
             self.ends(0, len(with_handlers))
         self.cut_off(with_handlers)
         for client in self.books.kernel:
-            client.gets(b"")
+            self.books.told(client, b"")
         self.books.kernel.clear()
         self.books.agree(self.listener)
         for act in (
@@ -346,7 +420,7 @@ class ListenerMachine(RuleBasedStateMachine):
                 connection.settimeout(LIMIT)
                 answer(connection)
                 connection.close()
-                client.gets(client.text)
+                self.books.told(client, client.text)
                 self.books.handled += mine
                 count -= 1
         assert count == 0
@@ -405,62 +479,36 @@ class ListenerMachine(RuleBasedStateMachine):
         """Whatever a child does with the listener, the model here does not change."""
         if act == "accept" and (self.books.kernel or self.served is not None):
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads
-            child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                stats = self.listener.stats()
-                assert stats.accepted == stats.handled + stats.active + stats.refused + stats.dropped
-                if act == "stop":
-                    self.listener.stop()
-                elif act == "pause":
-                    self.listener.pause()
-                elif act == "drain 0":
-                    self.listener.stop(drain=0)
-                elif act == "accept":
-                    with connect(self.listener) as client, self.listener.accept_many()[0] as connection:
-                        client.sendall(b"child")
-                        assert connection.recv(5) == b"child"
-                if act != "nothing":
-                    self.listener.close()
-                status = 0
-            finally:
-                os._exit(status)
-        assert os.waitpid(child, 0)[1] == 0
+
+        def look() -> None:
+            self.books.balance(self.listener.stats())
+            if act == "stop":
+                self.listener.stop()
+            elif act == "pause":
+                self.listener.pause()
+            elif act == "drain 0":
+                self.listener.stop(drain=0)
+            elif act == "accept":
+                with connect(self.listener) as client, self.listener.accept_many()[0] as connection:
+                    client.sendall(b"child")
+                    assert connection.recv(5) == b"child"
+            if act != "nothing":
+                self.listener.close()
+
+        in_child(look)
 
     # --- what clients do
 
     @rule(count=st.integers(1, 4), speaks=st.booleans())
     def come(self, count: int, speaks: bool) -> None:
         for _ in range(count):
-            waiting = len(self.books.kernel)
-            if len(self.books.clients()) >= CROWD:
-                return
-            if self.paused and not self.fits(waiting + 1):
-                return
-            try:
-                client = Client(self.listener)
-            except ConnectionResetError:  # a refusal can be quicker than the end of connect()
-                assert self.books.full == b""
-                assert len(self.books.queue) == self.books.pending
-                self.books.refused += 1
-                continue
-            if speaks:
-                client.speak()
-            self.books.kernel.append(client)
+            self.books.come(self.listener, speaks, self.paused)
             self.settle()
 
-    @precondition(lambda self: any(not client.done for client in self.books.clients()))
-    @rule(which=st.integers(0, CROWD), act=st.sampled_from(["speak", "leave", "reset"]))
+    @precondition(lambda self: self.books.silent())
+    @rule(which=st.integers(0, CROWD), act=ACTS)
     def one(self, which: int, act: str) -> None:
-        silent = [client for client in self.books.clients() if not client.done]
-        client = silent[which % len(silent)]
-        if act == "speak":
-            client.speak()
-        else:
-            client.leave(act == "reset")
+        self.books.one(which, act)
 
     @precondition(lambda self: any(not client.gone for client in self.books.kernel))
     @rule(which=st.integers(0, CROWD), rst=st.booleans())
@@ -497,7 +545,141 @@ class ListenerMachine(RuleBasedStateMachine):
         assert free == self.spare
 
 
+class Answers(asyncio.Protocol):
+    """Answers the one message of a client and hangs up."""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+        self.transport.close()
+
+
+# Limits of an asyncio server, how many connections there may be, and how many may wait for one.
+LIMITS: list[tuple[dict[str, Any], int, int | None]] = [
+    ({}, CROWD, None),
+    ({"max_connections": 2}, 2, None),
+    ({"max_connections": 1, "exhausted": "shed"}, 1, None),
+    ({"max_connections": 1, "busy": b"full", "pending": 2}, 1, 2),
+    ({"max_connections": 2, "busy": "reset", "pending": 1}, 2, 1),
+]
+
+
+class ServerMachine(RuleBasedStateMachine):
+    """An asyncio server beside its Books; the event loop runs until they agree."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner(loop_factory=asyncio.SelectorEventLoop)
+        self.books = Books(self.turns)
+
+    def turns(self, condition: Callable[[], Any]) -> None:
+        """Run the event loop until the condition is true."""
+
+        async def until() -> None:
+            async with asyncio.timeout(LIMIT):
+                while not condition():
+                    await asyncio.sleep(0)
+
+        self.runner.run(until())
+
+    @initialize(limits=st.sampled_from(LIMITS), unix=st.booleans())
+    def bind(self, limits: tuple[dict[str, Any], int, int | None], unix: bool) -> None:
+        options, self.books.places, self.books.pending = limits
+        self.books.full = options["busy"] if options.get("busy") not in (None, "reset") else b""
+        self.listener = fastlisten.bind(f"unix:@fastlisten-model-{os.getpid()}" if unix else ("127.0.0.1", 0))
+        self.create = aio.create_unix_server if unix else aio.create_server
+        self.server = self.runner.run(self.create(Answers, sock=self.listener, **options))
+        self.paused = False
+
+    @rule()
+    def start_again(self) -> None:
+        self.runner.run(self.server.start_serving())
+
+    @rule()
+    def pause(self) -> None:
+        self.server.pause()
+        self.paused = True
+
+    @rule()
+    def resume(self) -> None:
+        if self.books.fits(len(self.books.kernel)):
+            self.server.resume()
+            self.paused = False
+
+    @rule(how=st.sampled_from(["serve", "iterate", "await"]))
+    def take_twice(self, how: str) -> None:
+        acts: dict[str, Callable[[], Any]] = {
+            "serve": lambda: self.listener.serve(answer),
+            "iterate": lambda: next(iter(self.listener)),
+            "await": lambda: self.runner.run(self.listener.accept_async()),
+        }
+        assert told(acts[how])[0] is RuntimeError
+
+    @rule(timeout=st.sampled_from([None, 0, 5]))
+    def settimeout(self, timeout: float | None) -> None:
+        """The event loop must not wait inside accept()."""
+        self.listener.settimeout(timeout)
+        with self.listener.dup() as twin:
+            twin.settimeout(5)
+            twin.settimeout(None)
+
+    @rule(closes=st.booleans())
+    def fork(self, closes: bool) -> None:
+        def look() -> None:
+            self.books.balance(self.server.stats())
+            if closes:
+                self.listener.close()
+
+        in_child(look)
+
+    @rule(count=st.integers(1, 4), speaks=st.booleans())
+    def come(self, count: int, speaks: bool) -> None:
+        for _ in range(count):
+            self.books.come(self.listener, speaks, self.paused)
+            self.settle()
+
+    @precondition(lambda self: self.books.silent())
+    @rule(which=st.integers(0, CROWD), act=ACTS)
+    def one(self, which: int, act: str) -> None:
+        self.books.one(which, act)
+
+    @invariant()
+    def settle(self) -> None:
+        if hasattr(self, "server"):
+            self.books.finish()
+            if not self.paused:
+                self.books.take()
+            self.books.agree(self.server)
+            assert self.server.stats().paused == self.paused
+            assert self.server.is_serving()
+
+    def teardown(self) -> None:
+        """Connections go on after close(); who waits in a queue is closed."""
+        if hasattr(self, "server"):
+            self.server.close()
+            self.server.close()
+            self.books.end()
+            for client in self.books.kernel:
+                self.books.told(client, b"")
+            assert self.listener.fileno() == -1
+            assert told(lambda: self.runner.run(self.server.start_serving()))[0] is RuntimeError
+            for client in self.books.handlers:
+                client.speak()
+            self.books.finish()
+            self.books.agree(self.server)
+            self.runner.run(self.server.wait_closed())
+        self.runner.close()
+
+
 @pytest.mark.timeout(120)
 @posix_only("uses unix names and fork")
 def test_a_listener(fuzz: Fuzz) -> None:
-    fuzz.machine(ListenerMachine, examples=30, steps=25)
+    fuzz.machine(ListenerMachine, examples=25, steps=25)
+
+
+@pytest.mark.timeout(120)
+@posix_only("uses unix names and fork")
+def test_an_asyncio_server(fuzz: Fuzz) -> None:
+    fuzz.machine(ServerMachine, examples=25, steps=25)
