@@ -23,7 +23,7 @@ MODES: dict[str, dict[str, Any]] = {
 modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
 
 # winsock2.h and winerror.h
-WOULD_BLOCK, INTERRUPTED = 10035, 10004
+WOULD_BLOCK, INTERRUPTED, ABORTED = 10035, 10004, 995
 THIS_CONNECTION_ONLY = [
     *[10053, 10054, 64],  # WSAECONNABORTED, WSAECONNRESET, ERROR_NETNAME_DELETED
     *[10042, 10043, 10044],  # WSAENOPROTOOPT, WSAEPROTONOSUPPORT, WSAESOCKTNOSUPPORT
@@ -115,7 +115,7 @@ def name_of(code: int) -> str:
 
 
 @modes
-@pytest.mark.parametrize("code", [WOULD_BLOCK, INTERRUPTED])
+@pytest.mark.parametrize("code", [WOULD_BLOCK, INTERRUPTED, ABORTED])
 def test_again_and_interrupted_are_no_errors(accepts_fail: Any, mode: Any, code: int) -> None:
     with fastlisten.bind(LOOPBACK) as listener:
         accepts_fail(code, 3)
