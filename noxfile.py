@@ -130,6 +130,16 @@ def extras(session: nox.Session) -> None:
 
 
 @nox.session
+def peers(session: nox.Session) -> None:
+    """Other projects' server tests, on their loop and on ours; arguments are `short` or names of suites."""
+    script = ".ci/peer_suites/run.py"
+    needs = session.run("python", script, "--needs", *session.posargs, silent=True)
+    session.install("pytest>=9", "pytest-timeout>=2.4", *str(needs).split())
+    install_wheel(session)
+    session.run("python", script, *session.posargs)
+
+
+@nox.session
 def packaging(session: nox.Session) -> None:
     """What the sdist and the wheel hold; arguments are more trees in which to look for generated C."""
     dist = build_wheel(session)
