@@ -111,7 +111,7 @@ def unpack(suite: Suite, source: Path, folder: Path) -> Path:
 
 
 def run(suite: Suite, loop: str, side: str, root: Path, tests: list[str], limit: int) -> Result:
-    """Run these tests in the tree; side: "base" or "ours"."""
+    """Run these tests in the tree; side: "base" or "ours".  What they print lies beside it."""
     result = root.parent / f"{loop}.json"
     result.unlink(missing_ok=True)
     environment = os.environ | suite.environment
@@ -119,7 +119,7 @@ def run(suite: Suite, loop: str, side: str, root: Path, tests: list[str], limit:
     environment |= {"PEER_LOOP": loop, "PEER_OURS": "1" if side == "ours" else "", "PEER_RESULT": str(result)}
     first = ("-q", "-p", "no:cacheprovider", "-p", "peer_loop", "-p", "pytest_timeout")
     command = [sys.executable, "-m", "pytest", *first, f"--timeout={TEST_LIMIT}", *suite.options, *tests]
-    log = root.parent / f"{loop}.log"
+    log = root.parent / (f"{loop}.log" if tests == suite.tests else f"{loop}-again.log")
     with log.open("w", encoding="utf-8") as output:
         try:
             subprocess.run(

@@ -53,12 +53,14 @@ class Serving:
         Raises ValueError and TypeError where asyncio's own does, and what ends a TLS handshake.
         """
         loop = asyncio.get_running_loop()
-        if sock.type != socket.SOCK_STREAM:
-            raise ValueError(f"a stream socket is needed, not {sock!r}")
-        if isinstance(sock, _ssl.SSLSocket):
-            raise TypeError("a socket that speaks TLS already cannot be taken")
-        if not ssl and not (ssl_handshake_timeout is None and ssl_shutdown_timeout is None):
-            raise ValueError("ssl_handshake_timeout and ssl_shutdown_timeout need ssl")
+        timeouts = {
+            "ssl_handshake_timeout": ssl_handshake_timeout,
+            "ssl_shutdown_timeout": ssl_shutdown_timeout,
+        }
+        without_tls = not ssl and any(timeout is not None for timeout in timeouts.values())
+        if sock.type != socket.SOCK_STREAM or isinstance(sock, _ssl.SSLSocket) or without_tls:
+            refuse: Any = SelectorEventLoop.connect_accepted_socket  # in asyncio's words
+            await refuse(self, protocol_factory, sock, ssl=ssl, **timeouts)
         sock.setblocking(False)
         waiter: asyncio.Future[None] = loop.create_future()
         if self._adopted is None:
