@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import chain, groupby
 from statistics import median
 
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .results import Results, Summary, rank_test
 from .servers import BASELINE, SERVERS
-from .workloads import CLIENTS, WORKLOADS
+from .workloads import CLIENTS, FAMILIES, WORKLOADS
 
 SURE = 0.01
 """A difference is called one when chance alone would make it this seldom: of a hundred rows of
@@ -21,40 +21,65 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}" if value < 100 else f"{value:.0f}"
 
 
-README_WORKLOADS = ("close", "echo", "http")
+def baseline(workload: str) -> str:
+    """Return what the ratios of a workload are to, in words."""
+    name = WORKLOADS[workload].baseline
+    return "the C loop" if name == BASELINE else name
 
 
 def readme(results: Results, picture: str) -> str:
     """Return what FIGURES.md says of a run, in Markdown. `picture`: the path to its picture.
 
-    Raises ValueError when the run has none of README_WORKLOADS.
+    Raises ValueError when the run has none of FAMILIES.
     """
-    rows = [row for row in results.summaries() if row.workload in README_WORKLOADS]
-    if not rows:
-        raise ValueError(f"the run has none of {', '.join(README_WORKLOADS)}")
-    cells = {(row.server, row.workload): _cell(row) for row in rows}
-    workloads = tuple(name for name in README_WORKLOADS if any(row.workload == name for row in rows))
-    servers = [name for name in SERVERS if any(row.server == name for row in rows)]
-    titles = [f"{name}: {WORKLOADS[name].about}" for name in workloads]
+    tables = families(results.summaries())
+    if not tables:
+        raise ValueError(f"the run has none of {', '.join(chain(*FAMILIES))}")
     measured = dict.fromkeys(row.workload for row in results.summaries())
     only = "" if measured.keys() == WORKLOADS.keys() else f"--only {','.join(measured)} "
     lines = [
-        "µs of the server's CPU for one connection, user + system = **total**, and in brackets the "
-        f"total's ratio to the C `accept4` loop; median of {max(row.rounds for row in rows)} rounds.",
+        "µs of the server's CPU for one connection, or for one answer where it has several, "
+        "user + system = **total**, and in brackets the total's ratio to the baseline; "
+        f"median of {max(row.rounds for row in chain(*tables))} rounds.",
         f"{_machine(results)}; commit {results.machine['commit'] or 'unknown'}; "
         f"`python -m benchmarks {only}"
         f"--rounds {results.settings['rounds']} --cpu {results.settings['cpu_seconds']:g}`.",
         "",
         f"![The same as bars]({picture})",
-        "",
-        f"| server | {' | '.join(titles)} |",
+    ]
+    for rows in tables:
+        lines += ["", *_markdown(rows)]
+    return "\n".join(lines)
+
+
+def families(summaries: list[Summary]) -> list[list[Summary]]:
+    """Return the rows of each of FAMILIES that has any."""
+    found = ([row for row in summaries if row.workload in family] for family in FAMILIES)
+    return [rows for rows in found if rows]
+
+
+def _markdown(rows: list[Summary]) -> list[str]:
+    """Return the lines of a table with a column for each workload and number of clients."""
+    cells = {(row.server, row.workload, row.concurrency): _cell(row) for row in rows}
+    columns = list(dict.fromkeys((row.workload, row.concurrency) for row in rows))
+    several = len(columns) > len({workload for workload, _ in columns})
+    titles = [
+        f"{workload}: {WORKLOADS[workload].about}" + f", {_clients(clients)}" * several
+        for workload, clients in columns
+    ]
+    lines = [
+        f"| server, to {baseline(rows[0].workload)} | {' | '.join(titles)} |",
         f"|---|{'---|' * len(titles)}",
     ]
-    for server in servers:
+    for server in [name for name in SERVERS if any(row.server == name for row in rows)]:
         name = f"**{server}**" if server.startswith("fastlisten") else server
-        words = " | ".join(cells.get((server, workload), "") for workload in workloads)
+        words = " | ".join(cells.get((server, *column), "") for column in columns)
         lines.append(f"| {name} | {words} |")
-    return "\n".join(lines)
+    return lines
+
+
+def _clients(number: int) -> str:
+    return f"{number:,} client" + "s" * (number != 1)
 
 
 def _cell(row: Summary) -> str:
@@ -97,7 +122,7 @@ def _table(name: str, rows: list[Summary]) -> Table:
         table.add_column(title, justify="right")
     for metric in rows[0].columns:
         table.add_column("total" if split else METRICS.get(metric, metric), justify="right")
-    table.add_column("to the C loop", justify="right")
+    table.add_column(f"to {baseline(name)}", justify="right")
     for row in rows:
         ratio = (
             f"{row.ratio:.2f} ({row.ratio_low:.2f} to {row.ratio_high:.2f})" if row.ratio is not None else ""
@@ -159,17 +184,17 @@ def verdict(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[str, float]:
 def compare(old: Results, new: Results, console: Console) -> bool:
     """Print, for each figure that both runs have, whether it is better or worse; False if they have none.
 
-    Compared are the ratios to the C loop of the same round, so that a machine that is slower today
-    does not make everything worse. Where there are none, for memory and for the C loop itself, the
+    Compared are the ratios to the baseline of the same round, so that a machine that is slower today
+    does not make everything worse. Where there are none, for memory and for the baseline itself, the
     figures are: those tell of the machine too.
     """
     before = {row.key: row for row in old.summaries()}
     pairs = [(then, now) for now in new.summaries() if (then := before.get(now.key))]
-    table = Table(title=f"against {old.date}: ratios to the C loop, or figures", title_justify="left")
+    table = Table(title=f"against {old.date}: ratios to the baseline, or figures", title_justify="left")
     for column in ("workload", "clients", "server", "then", "now", "verdict", "p"):
         table.add_column(column)
     for then, now in pairs:
-        if then.ratios and now.ratios and now.server != BASELINE:
+        if then.ratios and now.ratios and now.server != WORKLOADS[now.workload].baseline:
             values = then.ratios, now.ratios
             words = [f"{median(ratios):.3f}" for ratios in values]
         else:

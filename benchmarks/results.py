@@ -17,7 +17,7 @@ from typing import Any
 
 from ._build import cc, compiler_version
 from .runner import Sample, Settings
-from .servers import BASELINE, SERVERS
+from .servers import SERVERS
 from .workloads import WORKLOADS
 
 SCHEMA = 1
@@ -59,7 +59,10 @@ def machine() -> dict[str, Any]:
 
     To be called before the run: the load average is to be the machine's without it.
     """
-    packages = ("fastlisten", "uvloop", "gevent", "trio", "Cython")
+    packages = (
+        *("fastlisten", "uvloop", "aiofastnet", "uvicorn", "httptools", "aiohttp"),
+        *("gevent", "trio", "Cython"),
+    )
     release = re.match(r"\d+\.\d+\.\d+", platform.release())
     return {
         "system": platform.system(),
@@ -100,7 +103,7 @@ class Summary:
     system: float
     """The median shared out by all rounds' ticks; both 0 where there is no split, or not enough of it."""
     ratio: float | None
-    """Median of the ratios to BASELINE in the same round; None without BASELINE."""
+    """Median of the ratios to the workload's baseline in the same round; None without it."""
     ratio_low: float
     ratio_high: float
     ratios: tuple[float, ...]
@@ -187,7 +190,7 @@ class Results:
         figure = WORKLOADS[workload].figure
         samples = cells[key]
         values = [sample.figures[figure] for sample in samples.values()]
-        base = cells.get((workload, concurrency, BASELINE), {})
+        base = cells.get((workload, concurrency, WORKLOADS[workload].baseline), {})
         # Memory has no ratio: a held connection costs the C loop none.
         ratios = tuple(
             sample.figures[figure] / base[turn].figures[figure]

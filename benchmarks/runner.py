@@ -36,10 +36,10 @@ LOAD_LIMIT = 120
 """Seconds one run of the load generator may take."""
 
 WARM_UP = 500
-"""Connections before the measured ones, to warm caches."""
+"""Answers before the measured ones, to warm caches."""
 
 CONNECTIONS = (200, 400_000)
-"""Least and most connections of a sample."""
+"""Least and most answers of a sample."""
 
 BURSTS = 8
 """Bursts of a sample."""
@@ -167,18 +167,26 @@ def running(server: Server, work: str, core: int | None, *prefix: str) -> Iterat
 
 
 def load_command(
-    work: str, port: int, pid: int, warm_up: int, count: int, concurrency: int, bursts: int = 1
+    work: str,
+    port: int,
+    pid: int,
+    warm_up: int,
+    count: int,
+    concurrency: int,
+    bursts: int = 1,
+    requests: int = 1,
+    size: int = 0,
 ) -> list[str]:
-    """Return the command of the load generator."""
-    numbers = (port, pid, warm_up, count, concurrency, bursts, LOAD_LIMIT)
+    """Return the command of the load generator; load.c says what the numbers mean."""
+    numbers = (port, pid, warm_up, count, concurrency, bursts, LOAD_LIMIT, requests, size)
     return [str(build("load.c")), work, *map(str, numbers)]
 
 
 def load(
-    server: Running, work: str, warm_up: int, count: int, concurrency: int, bursts: int = 1
+    server: Running, work: str, warm_up: int, count: int, concurrency: int, *more: int
 ) -> dict[str, float]:
-    """Run the load generator on a server and return what it measured, raw."""
-    command = load_command(work, server.port, server.process.pid, warm_up, count, concurrency, bursts)
+    """Run the load generator on a server and return what it measured, raw. more: as load_command()."""
+    command = load_command(work, server.port, server.process.pid, warm_up, count, concurrency, *more)
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise SampleError(answer.stderr.strip())
@@ -187,8 +195,9 @@ def load(
 
 
 def figures(raw: dict[str, float]) -> dict[str, float]:
-    """Turn the generator's raw answer into figures a connection."""
-    n = raw["connections"]
+    """Turn the generator's raw answer into figures an answer; a connection has one unless the workload
+    says otherwise."""
+    n = raw["answers"]
     cpu = raw["cpu_ns"] / n / 1e3
     ticks = raw["user_ticks"] + raw["system_ticks"]
     return {
@@ -210,18 +219,19 @@ def figures(raw: dict[str, float]) -> dict[str, float]:
 
 
 def measure_load(server: Running, cell: Cell, settings: Settings, sizes: Sizes) -> dict[str, float]:
-    """Connections in a closed loop: so many as take `cpu_seconds`."""
+    """Answers in a closed loop: so many as take `cpu_seconds`."""
     work = cell.workload.work
+    more = (1, cell.workload.requests, cell.workload.size)
     count = sizes.get(cell)
     if count is None:
-        probe = load(server, work, WARM_UP, settings.probe, cell.concurrency)
+        probe = load(server, work, WARM_UP, settings.probe, cell.concurrency, *more)
         least, most = CONNECTIONS
-        count = round(settings.cpu_seconds / (probe["cpu_ns"] * 1e-9 / settings.probe))
+        count = round(settings.cpu_seconds / (probe["cpu_ns"] * 1e-9 / probe["answers"]))
         # A run should be long against its own beginning and end.
         count = max(min(count, most), least, 4 * cell.concurrency)
         sizes[cell] = count
-        return figures(load(server, work, 0, count, cell.concurrency))
-    return figures(load(server, work, WARM_UP + settings.probe, count, cell.concurrency))
+        return figures(load(server, work, 0, count, cell.concurrency, *more))
+    return figures(load(server, work, WARM_UP + settings.probe, count, cell.concurrency, *more))
 
 
 def measure_burst(server: Running, cell: Cell, _: Settings, __: Sizes) -> dict[str, float]:

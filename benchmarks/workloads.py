@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Literal
 
-from .servers import BASELINE, SERVERS, Server
+from .servers import BASELINE, LOOPS, SERVERS, Server
 
 Method = Literal["load", "burst", "hold", "take", "ab", "wrk"]
 
@@ -25,17 +25,23 @@ class Workload:
     """The metric in a sample that stands for the workload: what is compared."""
     unit: str
     servers: tuple[str, ...] = ()
-    """Servers to run, () for all that do the work, BASELINE first."""
+    """Servers to run, () for all that do the work."""
     about: str = ""
     columns: tuple[str, ...] = ()
     """The metrics that its table has, `figure` among them; () for `figure` alone."""
+    baseline: str = BASELINE
+    """The server that the figures are also given as ratios to, those of the same round."""
+    requests: int = 1
+    """Answers on one connection; 0 keeps it for the whole run. Figures are for one answer."""
+    size: int = 0
+    """Bytes of a message, there and back; 0 where it is no message."""
 
     def missing(self) -> str:
         """Return the command that the method lacks on this machine, "" when it can run."""
         return self.method if self.method in COMMANDS and shutil.which(self.method) is None else ""
 
     def choose(self, only: frozenset[str]) -> list[Server]:
-        """Return the servers for this workload, `only` those named (and BASELINE) if any are."""
+        """Return the servers for this workload, `only` those named (and the baseline) if any are."""
         names = self.servers or tuple(
             name
             for name in SERVERS
@@ -44,7 +50,7 @@ class Workload:
         return [
             SERVERS[name]
             for name in names
-            if self.work in SERVERS[name].works and (not only or name in only or name == BASELINE)
+            if self.work in SERVERS[name].works and (not only or name in only or name == self.baseline)
         ]
 
 
@@ -68,6 +74,52 @@ _FAST = (
     "fastlisten-uvloop-protocol",
 )
 _HTTP = ("ThreadingHTTPServer", "fastlisten-ThreadingHTTPServer")
+
+REQUESTS = {"": (1, "a new connection each"), "-10": (10, "10 on a connection"), "-kept": (0, "kept alive")}
+"""What the name of a framework's workload ends with, the requests of a connection, and in words."""
+
+SIZES = {"64": 64, "4k": 4 * 1024, "256k": 256 * 1024}
+"""Bytes of the messages, by the name that they have in a workload's."""
+
+
+def _requests(framework: str) -> list[Workload]:
+    """A request of a framework's program, on connections of one, of ten and of all requests."""
+    return [
+        Workload(
+            framework + end,
+            "request",
+            "load",
+            (CLIENTS,),
+            "cpu_us",
+            "µs",
+            tuple(f"{loop}-{framework}" for loop in LOOPS),
+            about=f"a request, {words}",
+            baseline=f"uvloop-{framework}",
+            requests=requests,
+        )
+        for end, (requests, words) in REQUESTS.items()
+    ]
+
+
+def _messages(name: str, api: str) -> list[Workload]:
+    """Messages there and back on connections that are kept, by protocols or by streams."""
+    return [
+        Workload(
+            f"{name}-{length}",
+            "message",
+            "load",
+            (1, CLIENTS) if length == "64" else (CLIENTS,),
+            "cpu_us",
+            "µs",
+            tuple(f"{loop}-{api}" for loop in LOOPS),
+            about=f"a message of {size:,} bytes there and back, connections kept, {api}",
+            baseline=f"uvloop-{api}",
+            requests=0,
+            size=size,
+        )
+        for length, size in SIZES.items()
+    ]
+
 
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
@@ -149,8 +201,20 @@ WORKLOADS: dict[str, Workload] = {
             (*_EVIDENCE, *_FAST),
             about="echo with 1 to 10,000 clients at once",
         ),
+        *_requests("uvicorn"),
+        *_requests("aiohttp"),
+        *_messages("message", "protocol"),
+        *_messages("stream", "streams"),
     )
 }
 
 QUICK = ("close", "echo")
 """The workloads of --quick."""
+
+FAMILIES = (
+    ("close", "echo", "http"),
+    *(tuple(framework + end for end in REQUESTS) for framework in ("uvicorn", "aiohttp")),
+    *(tuple(f"{name}-{length}" for length in SIZES) for name in ("message", "stream")),
+)
+"""The workloads that are drawn and that FIGURES.md has tables of, as far as a run has them; each family has
+its own servers and one baseline."""

@@ -293,9 +293,77 @@ def test_the_load_generator_checks_every_answer(answer: Any, fine: Any) -> None:
         thread.join(20)
     assert result.returncode == (0 if fine else 1)
     if fine:
-        assert json.loads(result.stdout)["connections"] == 2
+        assert json.loads(result.stdout)["answers"] == 2
     else:
         assert result.stderr == "load: answer: wrong (after 1 answers)\n"
+
+
+WHOLE = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\nhello\n"
+SHORT = WHOLE.replace(b"hello", b"hallo")
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ([WHOLE[:20], WHOLE[20:], WHOLE], ""),
+        ([SHORT], "load: answer: wrong (after 0 answers)\n"),
+        ([WHOLE, SHORT], "load: answer: wrong (after 1 answers)\n"),
+        ([WHOLE[:20]], "load: the server has closed: wrong (after 0 answers)\n"),
+    ],
+    ids=["in parts", "another byte", "another byte at last", "closed"],
+)
+def test_the_load_generator_asks_again_on_a_connection(answers: Any, told: Any) -> None:
+    """Two requests, of which the last one asks the server to close; answers may come in parts."""
+    from benchmarks.runner import load_command
+
+    asked = b""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            nonlocal asked
+            connection, _ = listener.accept()
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with connection:
+                for answer in answers:
+                    if answer != WHOLE[20:]:
+                        asked += connection.recv(1000)
+                    connection.sendall(answer)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        command = load_command("request", listener.getsockname()[1], 0, 0, 2, 1, requests=2)
+        result = programs.run(command, status=None)
+        thread.join(20)
+    assert (result.returncode, result.stderr) == (bool(told), told)
+    if not told:
+        assert json.loads(result.stdout)["answers"] == 2
+        first, last, rest = asked.split(b"\r\n\r\n")
+        assert (last, rest) == (first + b"\r\nConnection: close", b"")
+
+
+LASTING = [
+    ("fastlisten-EventLoop-uvicorn", "request", 10, 0),
+    ("fastlisten-UvloopEventLoop-aiohttp", "request", 1, 0),
+    ("aiofastnet-uvloop-aiohttp", "request", 10, 0),
+    ("fastlisten-UvloopEventLoop-protocol", "message", 0, 64),
+    ("fastlisten-EventLoop-streams", "message", 0, 256 * 1024),
+    ("aiofastnet-asyncio-protocol", "message", 0, 4096),
+]
+
+
+@pytest.mark.parametrize(("name", "work", "requests", "size"), LASTING, ids=[case[0] for case in LASTING])
+def test_a_server_answers_often_on_a_connection(name: Any, work: Any, requests: Any, size: Any) -> None:
+    """Every loop's way of being made and both frameworks' programs are tried with the real package."""
+    from benchmarks.runner import load_command, running
+    from benchmarks.servers import SERVERS
+
+    if missing := SERVERS[name].missing():
+        pytest.skip(f"needs {missing}")
+    with running(SERVERS[name], work, None) as server:
+        command = load_command(work, server.port, 0, 0, 95, 4, requests=requests, size=size)
+        result = programs.run(command, status=None)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["answers"] == (100 if requests == 10 else 95)
 
 
 def test_the_load_generator_ends_at_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,7 +456,7 @@ def test_a_drop_in_answers_each_connection(name: Any) -> None:
         command = load_command("http", server.port, 0, 0, 100, 10)
         result = programs.run(command, status=None)
     assert (result.returncode, result.stderr) == (0, "")
-    assert json.loads(result.stdout)["connections"] == 100
+    assert json.loads(result.stdout)["answers"] == 100
 
 
 def test_a_busy_server_refuses_with_a_reset() -> None:

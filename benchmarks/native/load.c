@@ -4,7 +4,13 @@
  * the previous connection of the same socket with a reset (connect(2), "dissolve the association"),
  * after its end of stream was read. So neither side keeps a TIME_WAIT, no port runs out however long
  * the run, and no descriptor is made or registered anew. epoll reports the end of stream only
- * (EPOLLRDHUP): every answer here is short and fits the socket's buffer, so one recv has all of it.
+ * (EPOLLRDHUP): an answer with the end behind it is short and fits the socket's buffer, so one recv has
+ * all of it.
+ *
+ * A client may ask several times on one connection, or keep it for the whole run: REQUESTS, 1 unless
+ * said otherwise, 0 to keep it. Then epoll reports what comes (EPOLLIN), too, and room for what could
+ * not be sent at once (EPOLLOUT). The last of several requests asks the server to close; a message is
+ * of SIZE bytes and is sent back. COUNT is that of answers.
  *
  * Prints one line of JSON. Exits with 1 and a line on standard error on the first wrong answer.
  */
@@ -22,36 +28,48 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { EVENTS = 256, ANSWER_LIMIT = 4096 };
+enum { EVENTS = 256, ANSWER_LIMIT = 4096, CHUNK = 256 * 1024 };
 
 /* What a client says and what it must hear. `answer` is compared from the first byte on; a longer
- * answer is right only where `prefix` says so (the rest of an HTTP answer differs by server). */
+ * answer is right only where `prefix` says so (the rest of an HTTP answer differs by server).
+ * `last`: what it says the last time on a connection, where that differs. */
 struct work {
     const char *name;
     const char *question;
     const char *answer;
     bool prefix;
     bool reset_is_right;
+    const char *last;
 };
 
+#define BODY "hello\n"
+#define REQUEST "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: load\r\nAccept: */*\r\n"
+
 static const struct work WORKS[] = {
-    {"close", "", "", false, false},
-    {"echo", "hello, fastlisten\n", "hello, fastlisten\n", false, false},
-    {"http",
-     "GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUser-Agent: load\r\nAccept: */*\r\n\r\n",
-     "HTTP/1.", true, false},
+    {"close", "", "", false, false, NULL},
+    {"echo", "hello, fastlisten\n", "hello, fastlisten\n", false, false, NULL},
+    {"http", REQUEST "\r\n", "HTTP/1.", true, false, NULL},
+    {"request", REQUEST "\r\n", "HTTP/1.", true, false, REQUEST "Connection: close\r\n\r\n"},
+    {"message", "", "", false, false, NULL}, /* its question and answer are made: SIZE bytes */
     /* A refusal is a reset, an end of stream, or a few bytes of excuse. */
-    {"shed", "", "", true, true},
+    {"shed", "", "", true, true, NULL},
 };
 
 struct slot {
     int fd;
     bool open; /* a dissolved socket still reports an error: nobody's business */
     bool connecting;
+    bool asking; /* no whole answer yet */
+    long asked;  /* how often on this connection */
+    size_t sent, got;
     uint64_t start;
+    char *answer; /* the parts that came, where the connection goes on; not those of a message */
 };
 
 static const struct work *work = &WORKS[0];
+static long requests = 1; /* on one connection; 0: it is kept */
+static char *message;
+static size_t size;
 static struct sockaddr_in server;
 static struct slot *slots;
 static int epoll_fd;
@@ -80,21 +98,44 @@ static void watch(int operation, long i, uint32_t events)
         fail("epoll_ctl");
 }
 
+static void say(struct slot *s)
+{
+    const char *question = work->last && s->asked == requests ? work->last : work->question;
+    size_t length = size ? size : strlen(question);
+    if (size)
+        question = message;
+    if (s->sent == length)
+        return;
+    ssize_t n = send(s->fd, question + s->sent, length - s->sent, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (n > 0)
+        s->sent += (size_t)n;
+    if (s->sent != length && !work->reset_is_right && !(size && (n >= 0 || errno == EAGAIN)))
+        fail("send");
+}
+
 static void ask(struct slot *s)
 {
-    size_t length = strlen(work->question);
-    if (length == 0)
-        return;
-    ssize_t n = send(s->fd, work->question, length, MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (n != (ssize_t)length && !work->reset_is_right)
-        fail("send");
+    s->asking = true;
+    s->asked++;
+    s->sent = s->got = 0;
+    say(s);
+}
+
+static uint32_t interest(void)
+{
+    return EPOLLRDHUP | (requests == 1 ? 0 : EPOLLIN) | (size ? EPOLLOUT : 0);
 }
 
 static void begin(long i)
 {
     struct slot *s = &slots[i];
-    s->open = true;
     s->start = now();
+    if (s->open) { /* it is kept */
+        ask(s);
+        return;
+    }
+    s->open = true;
+    s->asked = 0;
     if (connect(s->fd, (struct sockaddr *)&server, sizeof server) == 0) {
         ask(s);
         return;
@@ -103,7 +144,7 @@ static void begin(long i)
         fail("connect");
     /* The server's queue is full: the kernel tries again, as for any client. */
     s->connecting = true;
-    watch(EPOLL_CTL_MOD, i, EPOLLRDHUP | EPOLLOUT);
+    watch(EPOLL_CTL_MOD, i, interest() | EPOLLOUT);
 }
 
 static void dissolve(long i)
@@ -114,11 +155,49 @@ static void dissolve(long i)
     slots[i].open = false;
 }
 
+/* True for a right HTTP answer, false while it has no whole body yet; a wrong one ends the run. */
 static bool http_is_whole(const char *answer)
 {
     const char *status = strchr(answer, ' ');
     const char *body = strstr(answer, "\r\n\r\n");
-    return status && strncmp(status, " 200 ", 5) == 0 && body && strcmp(body + 4, "hello\n") == 0;
+    if (!body || strlen(body + 4) < strlen(BODY))
+        return false;
+    errno = 0;
+    if (!status || strncmp(status, " 200 ", 5) != 0 || strcmp(body + 4, BODY) != 0)
+        fail("answer");
+    return true;
+}
+
+/* True when slot s has its whole answer on a connection that goes on. */
+static bool whole(struct slot *s, uint32_t events)
+{
+    static char chunk[CHUNK];
+    if (events & EPOLLOUT)
+        say(s);
+    for (;;) {
+        char *into = size ? chunk : s->answer + s->got;
+        size_t room = size ? sizeof chunk : ANSWER_LIMIT - s->got;
+        ssize_t n = recv(s->fd, into, room, MSG_DONTWAIT);
+        if (n < 0 && errno == EAGAIN)
+            return false;
+        if (n < 0)
+            fail("recv");
+        errno = 0;
+        if (n == 0)
+            fail("the server has closed");
+        if (size && ((size_t)n > s->sent - s->got || memcmp(chunk, message + s->got, (size_t)n) != 0))
+            fail("answer");
+        s->got += (size_t)n;
+        if (size && s->got < size)
+            continue;
+        if (size)
+            return true;
+        s->answer[s->got] = '\0';
+        if (http_is_whole(s->answer))
+            return true;
+        if (s->got == ANSWER_LIMIT)
+            fail("answer");
+    }
 }
 
 /* True when slot i has its whole answer and the end of the stream. */
@@ -137,12 +216,14 @@ static bool end(long i, uint32_t events)
             fail("connect");
         }
         s->connecting = false;
-        watch(EPOLL_CTL_MOD, i, EPOLLRDHUP);
+        watch(EPOLL_CTL_MOD, i, interest());
         if (error)
             return true;
         ask(s);
         if (!(events & (EPOLLRDHUP | EPOLLERR)))
             return false;
+    } else if (s->asked != requests) {
+        return s->asking && whole(s, events);
     } else if (!(events & (EPOLLRDHUP | EPOLLERR))) {
         return false; /* EPOLLHUP alone is an echo of our own dissolve */
     }
@@ -160,7 +241,7 @@ static bool end(long i, uint32_t events)
     errno = 0;
     if (strncmp(answer, work->answer, length) != 0 || (!work->prefix && (size_t)n != length))
         fail("answer");
-    if (strcmp(work->name, "http") == 0 && !http_is_whole(answer))
+    if (strncmp(work->answer, "HTTP", 4) == 0 && !http_is_whole(answer))
         fail("answer");
     return true;
 }
@@ -180,7 +261,14 @@ static int collect(int timeout_ms, long long *left_to_begin)
         if (!slots[i].open || !end(i, events[k].events))
             continue;
         latencies[answered++] = now() - slots[i].start;
-        dissolve(i);
+        slots[i].asking = false;
+        if (slots[i].asked < requests) {
+            slots[i].start = now();
+            ask(&slots[i]);
+            continue;
+        }
+        if (requests)
+            dissolve(i);
         if (*left_to_begin > 0) {
             (*left_to_begin)--;
             begin(i);
@@ -189,11 +277,13 @@ static int collect(int timeout_ms, long long *left_to_begin)
     return n;
 }
 
-/* `count` connections, at most `concurrency` at once, and none left over at the end. */
+/* `count` answers, a multiple of `requests`, by at most `concurrency` clients at once; none is left over at
+ * the end, and none is connected unless it is kept. */
 static void run(long long count, long concurrency)
 {
-    long first = concurrency < count ? concurrency : (long)count;
-    long long left = count - first;
+    long long turns = requests ? count / requests : count;
+    long first = concurrency < turns ? concurrency : (long)turns;
+    long long left = turns - first;
     answered = 0;
     for (long i = 0; i < first; i++) {
         begin(i);
@@ -283,6 +373,20 @@ static void hold(long concurrency)
         dissolve(i);
 }
 
+static void make_message(void)
+{
+    if (!(message = malloc(size)))
+        fail("malloc");
+    for (size_t i = 0; i < size; i++) /* no two parts of 256 bytes are alike */
+        message[i] = (char)(i * 7 + (i >> 8) * 13);
+}
+
+/* At least so many answers: each connection has all its requests. */
+static long long whole_connections(long long count)
+{
+    return requests > 1 ? (count + requests - 1) / requests * requests : count;
+}
+
 static long long number(const char *text, long long least)
 {
     char *end_of_number;
@@ -297,8 +401,9 @@ static long long number(const char *text, long long least)
 
 int main(int argc, char **argv)
 {
-    if (argc != 9) {
-        fprintf(stderr, "usage: load WORK PORT PID WARMUP COUNT CONCURRENCY BURSTS LIMIT_SECONDS\n");
+    if (argc != 11) {
+        fprintf(stderr, "usage: load WORK PORT PID WARMUP COUNT CONCURRENCY BURSTS LIMIT_SECONDS "
+                        "REQUESTS SIZE\n");
         return 2;
     }
     bool holding = strcmp(argv[1], "hold") == 0;
@@ -318,6 +423,14 @@ int main(int argc, char **argv)
     long concurrency = (long)number(argv[6], 1);
     long long bursts = number(argv[7], 1); /* rounds of `count`, each begun when the last is over */
     deadline = now() + (uint64_t)number(argv[8], 1) * 1000000000u;
+    requests = (long)number(argv[9], 0);
+    size = (size_t)number(argv[10], 0);
+    if (size)
+        make_message();
+    count = whole_connections(count);
+    warmup = whole_connections(warmup);
+    if (!requests && warmup < concurrency)
+        warmup = concurrency; /* all are connected before the clock is read */
 
     if ((epoll_fd = epoll_create1(EPOLL_CLOEXEC)) < 0)
         fail("epoll_create1");
@@ -332,7 +445,9 @@ int main(int argc, char **argv)
         slots[i].fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
         if (slots[i].fd < 0)
             fail("socket");
-        watch(EPOLL_CTL_ADD, i, EPOLLRDHUP);
+        if (requests != 1 && !size && !(slots[i].answer = malloc(ANSWER_LIMIT + 1)))
+            fail("malloc");
+        watch(EPOLL_CTL_ADD, i, interest());
     }
     if (holding) {
         hold(concurrency);
@@ -367,7 +482,7 @@ int main(int argc, char **argv)
     latencies = pooled;
     qsort(latencies, (size_t)total, sizeof *latencies, by_size);
     qsort(elapsed, (size_t)bursts, sizeof *elapsed, by_size);
-    printf("{\"connections\": %lld, \"cpu_ns\": %" PRIu64 ", \"user_ticks\": %lu, "
+    printf("{\"answers\": %lld, \"cpu_ns\": %" PRIu64 ", \"user_ticks\": %lu, "
            "\"system_ticks\": %lu, \"wall_ns\": %" PRIu64 ", \"load_cpu_ns\": %" PRIu64 ", "
            "\"last_ns\": %" PRIu64 ", \"p50_ns\": %" PRIu64 ", \"p99_ns\": %" PRIu64
            ", \"p999_ns\": %" PRIu64 "}\n",

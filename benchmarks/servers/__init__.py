@@ -18,6 +18,10 @@ free_threading.py adds `compute`: echo after a millisecond of Python."""
 ALL = ANSWERS | {"hold"}
 """The same, and `hold`: keep the client and do nothing."""
 
+LASTING = frozenset({"echo", "message"})
+"""What the servers of event loops do: `message` is to send back what comes until the client ends. A
+framework's program does `request`: it answers HTTP requests until a client asks it to close."""
+
 
 @dataclass(frozen=True)
 class Server:
@@ -55,6 +59,16 @@ _AIO = "fastlisten.aio"
 
 DEFER = 5
 """Seconds of TCP_DEFER_ACCEPT in the rows that have it."""
+
+LOOPS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "asyncio": ("asyncio.new_event_loop", ()),
+    "uvloop": ("uvloop.new_event_loop", ("uvloop",)),
+    "aiofastnet-asyncio": ("aiofastnet.loop_factory()", ("aiofastnet",)),
+    "aiofastnet-uvloop": ("aiofastnet.loop_factory(uvloop.new_event_loop)", ("aiofastnet", "uvloop")),
+    "fastlisten-EventLoop": ("fastlisten.aio.EventLoop", (_AIO,)),
+    "fastlisten-UvloopEventLoop": ("fastlisten.aio.UvloopEventLoop", (_AIO, "uvloop")),
+}
+"""The event loops: how each is made, and what it needs."""
 
 SERVERS: dict[str, Server] = {
     server.name: server
@@ -108,10 +122,35 @@ SERVERS: dict[str, Server] = {
             frozenset({"http"}),
             "http.server.ThreadingHTTPServer, do_GET writes the answer",
         ),
-        Server("asyncio-protocol", "aio", "protocol", ("asyncio",), ALL, "create_server"),
-        Server("asyncio-streams", "aio", "streams", ("asyncio",), ALL, "start_server"),
-        Server("uvloop-protocol", "aio", "protocol", ("uvloop",), ALL, "create_server", ("uvloop",)),
-        Server("uvloop-streams", "aio", "streams", ("uvloop",), ALL, "start_server", ("uvloop",)),
+        *(
+            Server(
+                f"{loop}-{api}",
+                "aio",
+                api,
+                (loop,),
+                LASTING | ALL if loop in ("asyncio", "uvloop") else LASTING,
+                f"{call}, on {factory}",
+                needs,
+            )
+            for loop, (factory, needs) in LOOPS.items()
+            for api, call in (("protocol", "create_server"), ("streams", "start_server"))
+        ),
+        *(
+            Server(
+                f"{loop}-{framework}",
+                "frameworks",
+                framework,
+                (loop,),
+                frozenset({"request"}),
+                f"{framework}, {settings}, on {factory}",
+                (*packages, *needs),
+            )
+            for framework, settings, packages in (
+                ("uvicorn", "httptools, no access log, no lifespan", ("uvicorn", "httptools")),
+                ("aiohttp", "web.Application, no access log", ("aiohttp",)),
+            )
+            for loop, (factory, needs) in LOOPS.items()
+        ),
         Server(
             "gevent",
             "greenlets",

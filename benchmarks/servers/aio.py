@@ -1,27 +1,39 @@
-"""asyncio and uvloop, each with protocols and with streams, and the same on fastlisten.aio.
+"""The event loops, each with protocols and with streams, and asyncio's and uvloop's with fastlisten.aio.
 
-`module` has create_server() and start_server(): "" for the loop's own and asyncio's, else fastlisten.aio,
-with `defer_accept` in seconds, 0 for without.
+`loop`: a name in LOOPS.  `module` has create_server() and start_server(): "" for the loop's own and
+asyncio's, else fastlisten.aio, with `defer_accept` in seconds, 0 for without.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, cast
 
 from .handlers import ADDRESS, BACKLOG, HTTP_ANSWER, QUESTION_LIMIT
 
+MESSAGE_LIMIT = 256 * 1024
+"""Bytes that a stream's read() may bring: the longest message."""
 
-def _run(loop: str, main: Coroutine[Any, Any, None]) -> None:
-    if loop == "uvloop":
-        import uvloop
 
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(main)
+def loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return what makes the event loop of that name in LOOPS."""
+    if loop.startswith("aiofastnet-"):
+        import aiofastnet
+
+        return aiofastnet.loop_factory(loop_factory(loop.removeprefix("aiofastnet-")))
+    if loop.startswith("fastlisten-"):
+        factory = getattr(importlib.import_module("fastlisten.aio"), loop.removeprefix("fastlisten-"))
     else:
-        asyncio.run(main)
+        factory = importlib.import_module(loop).new_event_loop
+    return cast(Callable[[], asyncio.AbstractEventLoop], factory)
+
+
+def run(loop: str, main: Coroutine[Any, Any, None]) -> None:
+    """Run it on the event loop of that name."""
+    with asyncio.Runner(loop_factory=loop_factory(loop)) as runner:
+        runner.run(main)
 
 
 class _Close(asyncio.Protocol):
@@ -56,11 +68,17 @@ class _Http(_Talk):
             self.transport.close()
 
 
+class _Messages(_Talk):
+    def data_received(self, data: bytes) -> None:
+        self.transport.write(data)
+
+
 PROTOCOLS: dict[str, type[asyncio.Protocol]] = {
     "close": _Close,
     "echo": _Echo,
     "http": _Http,
     "hold": _Hold,
+    "message": _Messages,
 }
 
 
@@ -74,7 +92,7 @@ def protocol(work: str, loop: str, module: str = "", defer_accept: int = 0) -> N
         print(server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()
 
-    _run(loop, main())
+    run(loop, main())
 
 
 async def _answer(work: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -85,6 +103,10 @@ async def _answer(work: str, reader: asyncio.StreamReader, writer: asyncio.Strea
         writer.write(HTTP_ANSWER)
     elif work == "hold":
         await reader.read(1)
+    elif work == "message":
+        while data := await reader.read(MESSAGE_LIMIT):
+            writer.write(data)
+            await writer.drain()
     writer.close()
 
 
@@ -103,4 +125,4 @@ def streams(work: str, loop: str, module: str = "asyncio", defer_accept: int = 0
         print(server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()
 
-    _run(loop, main())
+    run(loop, main())
