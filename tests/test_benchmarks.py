@@ -249,6 +249,37 @@ def test_figures_without_a_ratio_are_compared_too(tmp_path: Path, capsys: pytest
 
 
 @needs_extra
+def test_ours_and_the_others_differ_in_colour_without_a_split_too(tmp_path: Path) -> None:
+    """The samples of a quick run are too short to tell user from system."""
+    from benchmarks.results import Results, machine
+    from benchmarks.runner import Sample, Settings
+
+    servers = ("c-accept", "socket.accept", "fastlisten-serve", "uvloop-protocol")
+    samples = [Sample("close", 64, server, 0, {"cpu_us": 1.0}) for server in servers]
+    Results.of(Settings(1, 0.1), machine(), samples, []).write(tmp_path / "run.json")
+    answer = run("--show", tmp_path / "run.json", "--out", tmp_path / "picture")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    drawn = (tmp_path / "picture.svg").read_text()
+    assert [drawn.count(f"fill: {colour}") for colour in ("#5aae61", "#7f9cc0")] == [1 + 1, 3 + 1]  # + legend
+
+
+@needs_extra
+def test_bars_of_a_group_stand_side_by_side_the_best_first() -> None:
+    from benchmarks.picture import GAP, places
+    from benchmarks.results import Results
+    from benchmarks.runner import Sample
+
+    costs = {"TCPServer": 5, "asyncio-protocol": 9, "fastlisten-asyncio-protocol": 4, "c-accept": 1}
+    samples = [Sample("close", 64, server, 0, {"cpu_us": float(cost)}) for server, cost in costs.items()]
+    assert [(place, row.server) for place, row in places(Results("", {}, {}, samples, []).summaries())] == [
+        (0, "c-accept"),
+        (1 + GAP, "TCPServer"),
+        (2 + 2 * GAP, "fastlisten-asyncio-protocol"),
+        (3 + 2 * GAP, "asyncio-protocol"),
+    ]
+
+
+@needs_extra
 def test_the_burst_is_told_by_four_percentiles(capsys: pytest.CaptureFixture[str]) -> None:
     from rich.console import Console
 

@@ -23,6 +23,15 @@ LASTING = frozenset({"echo", "message"})
 framework's program does `request`: it answers HTTP requests until a client asks it to close."""
 
 
+GROUPS = {
+    **dict.fromkeys(("program", "accept_loop", "serve", "accept_many_loop", "iterate", "refuse"), "loop"),
+    **dict.fromkeys(("tcp_server", "http_server"), "socketserver"),
+    **dict.fromkeys(("streams", "stream_server", "serve_tcp", "iterate_async"), "task"),
+}
+"""Functions that serve alike: in a loop, as a socketserver, with a task or a greenlet a client. Any other
+is a group of its own."""
+
+
 @dataclass(frozen=True)
 class Server:
     """A row: how to start it, what it can do, and with which settings it runs."""
@@ -36,6 +45,11 @@ class Server:
     settings: str
     needs: tuple[str, ...] = ()
     """Modules or commands that must be installed."""
+
+    @property
+    def group(self) -> str:
+        """Servers of one group are compared with each other first."""
+        return GROUPS.get(self.function, self.function)
 
     def missing(self) -> str:
         """Return what this server lacks on this machine, "" when it can run."""
