@@ -39,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="CPU time of the server for one connection, for fastlisten and its peers.",
         epilog="python -m benchmarks instructions --help: the count that CI guards; "
-        "python -m benchmarks import --help: the cost of the import",
+        "python -m benchmarks import --help: the cost of the import; "
+        "python -m benchmarks aims --help: what was aimed at, and what a run says of it",
     )
     p.add_argument("--quick", action="store_true", help="under 60 s: close and echo, short samples")
     p.add_argument(
@@ -175,6 +176,10 @@ def main(arguments: Sequence[str]) -> int:
         from . import importing
 
         return importing.main(arguments[1:])
+    if arguments and arguments[0] == "aims":
+        from . import aims
+
+        return aims.main(arguments[1:])
     options = parser().parse_args(arguments)
     # A file is wider than the 80 columns that are assumed of it.
     console = Console() if sys.stdout.isatty() else Console(width=120)

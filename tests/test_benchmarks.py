@@ -514,6 +514,35 @@ def test_rounds_end_before_the_limit() -> None:
     assert too_late(order, 6, 7, 10), "three rounds would take 10.5 s"
 
 
+def test_an_aim_is_a_ratio_of_the_same_round() -> None:
+    """The median of go is 8, that of trio 4: a ratio of 2."""
+    from benchmarks.aims import Aim
+    from benchmarks.results import Results
+    from benchmarks.runner import Sample
+
+    costs = {"go": (2.0, 20.0, 8.0), "trio": (4.0, 40.0, 4.0, 1.0)}
+    samples = [
+        Sample("echo", 64, server, turn, {"cpu_us": cost})
+        for server, rounds in costs.items()
+        for turn, cost in enumerate(rounds)
+    ]
+    results = Results("", {}, {}, samples, [])
+    told = "| echo | go | trio | 0.50 | 0.50 (0.50 to 1.25; 0.50 to 2.00) | reached |"
+    assert Aim("echo", "go", "trio", 0.5).line(results) == told
+    assert Aim("echo", "go", "trio", 0.49).line(results).endswith("| **missed** |")
+    assert Aim("echo", "go", "trio", 0.5, clients=1).line(results) == ""
+
+
+def test_what_is_aimed_at_can_be_measured() -> None:
+    from benchmarks.aims import AIMS
+    from benchmarks.workloads import WORKLOADS
+
+    for aim in AIMS:
+        workload = WORKLOADS[aim.workload]
+        assert {aim.server, aim.against} <= {server.name for server in workload.choose(frozenset())}
+        assert aim.clients in workload.concurrency
+
+
 def test_growth_is_told_by_counts_on_one_build_and_by_ratios_on_another() -> None:
     from benchmarks.instructions import complaints
 
