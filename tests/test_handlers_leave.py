@@ -24,9 +24,10 @@ THREADS = 4
 # argv[2]; "plain" is a thread for each place, around socket.accept().  The first THREADS handlers wait for
 # one another, so that it is known who has one: the last of them to come leaves by `leave`, the others answer.
 SERVES = """
-import json, os, signal, socket, sys, threading
+import json, os, signal, socket, sys, threading, warnings
 import fastlisten
 from helpers import wait_until
+warnings.simplefilter("ignore", DeprecationWarning)  # of fork() beside threads: an exception from 3.15 on
 
 fd, way, what = int(sys.argv[1]), *sys.argv[2:4]
 THREADS = 4

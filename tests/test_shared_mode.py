@@ -25,6 +25,7 @@ from helpers.programs import line_of, running
 from helpers.serve import MODES, modes
 
 pytestmark = needs("Linux")
+FORKS = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # 3.12: beside threads
 
 # It takes milliseconds; a machine may be busy.
 SOON = 3.0
@@ -189,6 +190,7 @@ def test_a_signal(mode: dict[str, Any], number: int, flipped: Listener) -> None:
         assert line_of(process) == ("KeyboardInterrupt" if number == signal.SIGINT else "stopped")
 
 
+@FORKS
 def test_a_fork_waits_for_nobody(flipped: Listener) -> None:
     """Whoever sleeps in accept() has no client."""
     with serving(flipped, echo, threads=2):
@@ -322,6 +324,7 @@ def test_who_served_restores_the_mode(listener: Listener) -> None:
 
 
 @needs("fork")
+@FORKS
 def test_a_child_that_detaches_leaves_its_parent_s_loop_alone(listener: Listener) -> None:
     with serving(listener, echo, **MODES["threads"]):
         assert exchange(listener) == b"ping"
