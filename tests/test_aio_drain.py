@@ -524,7 +524,8 @@ def test_a_loop_that_is_closed_in_a_drain_leaves_nothing(limits: Any) -> None:
         await turns()
 
     def run_and_drop() -> None:
-        asyncio.run(main())
+        with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
+            runner.run(main())
         gc.collect()
 
     clients: list[socket.socket] = []
@@ -538,7 +539,7 @@ def test_a_loop_that_is_closed_in_a_drain_leaves_nothing(limits: Any) -> None:
 
 def test_on_a_closed_loop_it_is_a_close() -> None:
     """Nobody can be served there."""
-    loop = asyncio.new_event_loop()
+    loop = asyncio.SelectorEventLoop()
     server = loop.run_until_complete(aio.create_server(Answer, "127.0.0.1", 0))
     loop.close()
     server.close(drain=LIMIT)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from fastlisten import aio
-from helpers import LIMIT, connect, exchange, posix_only, read_all
+from helpers import LIMIT, connect, exchange, needs, posix_only, read_all
 from helpers.aio import BIG, LOOPS, Echo, Notes, in_thread
 from helpers.certificates import tls_contexts
 from helpers.programs import run as run_program
@@ -125,6 +125,7 @@ def test_the_options_of_a_loop_are_its_servers_defaults(kind: str, tmp_path: Pat
     run_on(factory, main)
 
 
+@needs("the openssl command")
 def test_others_read_these_of_a_server(kind: str, tmp_path: Path) -> None:
     """websockets reads _ssl_context, and tests of others _active_count."""
     context, _ = tls_contexts(tmp_path)
@@ -208,6 +209,7 @@ def test_it_may_be_a_buffered_protocol_and_be_closed_in_connection_made(kind: st
     run_on(OURS[kind], main)
 
 
+@needs("the openssl command")
 def test_a_client_that_was_accepted_elsewhere_over_tls(kind: str, tmp_path: Path) -> None:
     context, trusting = tls_contexts(tmp_path)
 
@@ -316,7 +318,7 @@ def test_nobody_else_may_watch_a_transports_descriptor(kind: str) -> None:
                 assert await in_thread(client.recv, 1) == b"x"
                 (transport,) = server._connections.clients()
                 number = transport.get_extra_info("socket").fileno()
-                with socket.socket(fileno=os.dup(number)) as copy:
+                with transport.get_extra_info("socket").dup() as copy:
                     for watch in (loop.add_reader, loop.add_writer):
                         with pytest.raises(RuntimeError, match="is used by transport <fastlisten"):
                             watch(number, print)
@@ -338,6 +340,7 @@ def test_nobody_else_may_watch_a_transports_descriptor(kind: str) -> None:
     run_on(OURS[kind], main)
 
 
+@needs("the openssl command")
 def test_start_tls_of_our_transport(kind: str, tmp_path: Path) -> None:
     """On uvloop it said that the transport is not supported; and TLS inside of it, too."""
     context, trusting = tls_contexts(tmp_path)

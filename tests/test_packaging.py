@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import pkgutil
 from types import ModuleType
@@ -12,10 +13,14 @@ import pytest
 import fastlisten
 from helpers.programs import run
 
+# Those that cannot be imported without a package that is no dependency.
+OPTIONAL = {"fastlisten.aio._uvloop": "uvloop"}
+
 MODULES = sorted(
     name
     for _, name, _ in pkgutil.walk_packages(fastlisten.__path__, "fastlisten.")
     if not name.endswith("__main__")
+    and (name not in OPTIONAL or importlib.util.find_spec(OPTIONAL[name]) is not None)
 )
 
 

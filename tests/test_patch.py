@@ -209,10 +209,19 @@ def test_run_runs_a_folder_with_a_main(tmp_path: Path) -> None:
     assert ours(json.loads(done.stdout)) == OURS
 
 
-def test_run_starts_an_installed_command() -> None:
-    """By its name alone, as `flask` or `hypercorn` is: here our own."""
-    done = run([sys.executable, "-m", "fastlisten", "run", "fastlisten", "--version"])
-    assert done.stdout == "fastlisten 0.1.0\n"
+@posix_only("a command is a file that can be executed")
+def test_run_starts_an_installed_command(tmp_path: Path) -> None:
+    """By its name alone, as `flask` or `hypercorn` is."""
+    command = tmp_path / "some-server"
+    command.write_text(f"#!{sys.executable}\n{WHOSE}print(json.dumps([whose(), sys.argv[1:]]))\n")
+    command.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
+    done = run(
+        [sys.executable, "-m", "fastlisten", "run", "some-server", "-x"],
+        environment=plain_environment(PATH=path),
+    )
+    told, arguments = json.loads(done.stdout)
+    assert (ours(told), arguments) == (OURS, ["-x"])
 
 
 def test_another_sitecustomize_still_comes(tmp_path: Path) -> None:
