@@ -121,7 +121,8 @@ def run(suite: Suite, loop: str, side: str, root: Path, tests: list[str], limit:
     environment |= {"PEER_LOOP": loop, "PEER_OURS": "1" if side == "ours" else "", "PEER_RESULT": str(result)}
     first = ("-q", "-p", "no:cacheprovider", "-p", "peer_loop", "-p", "pytest_timeout")
     command = [sys.executable, "-m", "pytest", *first, f"--timeout={TEST_LIMIT}", *suite.options, *tests]
-    log = root.parent / (f"{loop}.log" if tests == suite.tests else f"{loop}-again.log")
+    whole = tests == suite.tests
+    log = root.parent / (f"{loop}.log" if whole else f"{loop}-again.log")
     with log.open("w", encoding="utf-8") as output:
         try:
             subprocess.run(
@@ -139,7 +140,7 @@ def run(suite: Suite, loop: str, side: str, root: Path, tests: list[str], limit:
     done = Result(0, {})
     if result.exists():
         done = Result(**json.loads(result.read_text(encoding="utf-8")))
-    if not done.outcomes:
+    if whole and not done.outcomes:
         print(*log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:], sep="\n")
     return done
 
