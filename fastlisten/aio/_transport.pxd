@@ -22,7 +22,8 @@ cdef class Connections:
     cdef dict transports        # weak references to the open ones, by descriptor
     cdef object kind            # the class of the last protocol, and whether that is a BufferedProtocol
     cdef bint buffered
-    cdef char *scratch
+    cdef char *memory
+    cdef char *scratch          # in it, from the middle of a page on
 
     cdef int begin(self) except -1
     cdef int leave(self) except -1

@@ -46,6 +46,11 @@ from fastlisten.aio._hub cimport Hub, Watched
 cdef enum:
     CHUNK = 256 * 1024
 
+# recv() copies slowly to shortly behind the place of a page that it copies from, and that is often the page's
+# begin, as malloc()'s is for a large block: the processor's "rep movsb", glibc's bug 30994.
+cdef enum:
+    PAGE = 4096
+
 # What is kept to be sent is joined when the pieces are smaller than this.
 cdef enum:
     SMALL = 64 * 1024
@@ -115,9 +120,10 @@ cdef class Connections:
     """
 
     def __cinit__(self, Hub hub not None, factory):
-        self.scratch = <char *>malloc(CHUNK)
-        if self.scratch is NULL:
+        self.memory = <char *>malloc(CHUNK + PAGE)
+        if self.memory is NULL:
             raise MemoryError
+        self.scratch = self.memory + ((PAGE // 2 - <size_t>self.memory) & (PAGE - 1))
         self.hub = hub
         self.factory = factory
         self.transports = {}
@@ -126,7 +132,7 @@ cdef class Connections:
         _all_connections.add(self)
 
     def __dealloc__(self):
-        free(self.scratch)
+        free(self.memory)
 
     cdef int begin(self) except -1:
         """The server starts; the connections' context is the one it starts in."""
