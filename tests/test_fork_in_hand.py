@@ -19,7 +19,7 @@ from helpers.programs import line_of, running
 
 pytestmark = needs("fork", "Linux")
 
-FORKS = 200
+FORKS = 60
 CLIENTS = 4
 
 # Each child looks for connections beside those of handlers; some children live on until the program ends.

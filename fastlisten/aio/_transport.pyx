@@ -23,7 +23,7 @@ from cpython.contextvars cimport (
 )
 from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from fastlisten._core.connection cimport (
     SHORT_ADDRESS,
@@ -197,6 +197,7 @@ def adopt(Connections connections not None, State state not None, sock, protocol
     """
     cdef port_address nobody
     cdef Transport transport
+    memset(&nobody, 0, sizeof(nobody))
     try:
         peer = sock.getpeername()
     except OSError:
