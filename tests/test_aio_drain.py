@@ -557,12 +557,14 @@ FORKS = """if True:
         listener = fastlisten.bind("127.0.0.1:0")
         server = await aio.create_server(Echo, sock=listener, **ast.literal_eval(sys.argv[1]))
         server.pause()
+        loop = asyncio.get_running_loop()
         with connect(server.sockets[0].getsockname()):
             if sys.argv[2] == "before":
                 server.close(drain=30)
             child = os.fork()
             if child == 0:
                 signal.alarm(20)
+                asyncio._set_running_loop(loop)  # from 3.14 on none runs in a child
                 server.close(drain=0.1)  # there may be a client: who is queued is for both to take
                 await server.wait_closed()
                 os._exit(0 if server.sockets == () else 1)
