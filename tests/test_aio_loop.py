@@ -257,7 +257,8 @@ def test_what_connect_accepted_socket_refuses(kind: str) -> None:
             found.append(await refused(loop, accepted, ssl_shutdown_timeout=1.0))
             with pytest.raises(LookupError):
                 await loop.connect_accepted_socket(BrokenFactory, accepted)
-            assert accepted.fileno() >= 0
+            if type(loop) is OURS[kind]:  # some versions of asyncio close it
+                assert accepted.fileno() >= 0
             return found
 
     answers = run_on(OURS[kind], main)
