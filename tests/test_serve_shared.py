@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from typing import cast
@@ -53,7 +54,7 @@ def test_a_duplicate_does_not_keep_a_loop_in_accept(
             served.wait()
         finally:
             if act is Listener.detach:
-                os.close(cast(int, number))
+                socket.socket(fileno=cast(int, number)).close()
             second.close()
 
 
