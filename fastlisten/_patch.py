@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.machinery
-import importlib.util
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 # What was replaced: (where, name) and the original.
 _replaced: dict[tuple[Any, str], Any] = {}
@@ -91,25 +91,31 @@ def _replace(where: Any, name: str, ours: Any) -> None:
 # --- the modules ------------------------------------------------------------------------------------
 
 
-def _patch_names(module: ModuleType, drop_in: str) -> None:
+def _patch_names(module: ModuleType, drop_in: ModuleType) -> None:
     """Put the drop-in's own names in the place of the module's."""
     theirs = vars(module)
-    for name, ours in vars(importlib.import_module(drop_in)).items():
+    for name, ours in vars(drop_in).items():
         public = name in theirs and not name.startswith("_")
         if public and ours is not theirs[name] and getattr(ours, "__module__", None) is not None:
             _replace(module, name, ours)
 
 
 def _patch_socket(module: ModuleType) -> None:
-    _patch_names(module, "fastlisten.socket")
+    from fastlisten import socket
+
+    _patch_names(module, socket)
 
 
 def _patch_socketserver(module: ModuleType) -> None:
-    _patch_names(module, "fastlisten.socketserver")
+    from fastlisten import socketserver
+
+    _patch_names(module, socketserver)
 
 
 def _patch_http(module: ModuleType) -> None:
-    _patch_names(module, "fastlisten.http.server")
+    from fastlisten.http import server
+
+    _patch_names(module, server)
 
 
 def _patch_asyncio(module: ModuleType) -> None:
@@ -176,7 +182,7 @@ class _Finder:
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
+    ) -> ModuleSpec | None:
         if name not in self.waiting:
             return None
         for finder in sys.meta_path:
@@ -184,7 +190,7 @@ class _Finder:
             spec: Any = None if finder is self or find is None else find(name, path, target)
             if spec is not None:
                 spec.loader = _Loader(spec.loader)
-                found: importlib.machinery.ModuleSpec = spec
+                found: ModuleSpec = spec
                 return found
         return None
 
