@@ -158,10 +158,11 @@ cdef class Acceptor:
             with nogil:
                 port_sleep(1)  # most often that is all
             thread = port_get(&self.touching)
-            for i in range(self.count):
-                if thread > WAITING and not port_get(&self.sources[i].gone):
-                    port_set_nonblocking(self.sources[i].fd, 1)
-                    port_interrupt(self.sources[i].fd, thread)  # it cannot end: we have the GIL
+            if thread > WAITING:
+                self.set_modes()
+                for i in range(self.count):
+                    if not port_get(&self.sources[i].gone):
+                        port_interrupt(self.sources[i].fd, thread)  # it cannot end: we have the GIL
 
     # --- fork -----------------------------------------------------------------------------------------
     # A client that is being accepted while another thread forks is the child's as well, and nobody there
@@ -397,13 +398,13 @@ cdef class Acceptor:
         self.deadline = port_get(&state.deadline)
         if not port_get(&state.draining) or port_now() >= self.deadline:
             return True
-        self.set_modes()
+        self.set_modes()  # nobody may come any more who would end a sleep in accept()
         if self.to_drain < 0:
             self.to_drain = self.queued()
         return self.to_drain == 0
 
     cdef void set_modes(self) noexcept nogil:
-        """Once more, for a drain: nobody may come any more who would end a sleep in accept()."""
+        """Once more: another process may have made them blocking."""
         cdef int i
         for i in range(self.count):
             if not port_get(&self.sources[i].gone):
