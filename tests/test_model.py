@@ -249,7 +249,30 @@ def in_child(act: Callable[[], None]) -> None:
 ACTS = st.sampled_from(["speak", "leave", "reset"])
 
 
-class ListenerMachine(RuleBasedStateMachine):
+class Crowd(RuleBasedStateMachine):
+    """What clients do, whoever serves them."""
+
+    listener: fastlisten.Listener
+    books: Books
+    paused: bool
+
+    def settle(self) -> None:
+        """Compare what is with the Books."""
+        raise NotImplementedError
+
+    @rule(count=st.integers(1, 4), speaks=st.booleans())
+    def come(self, count: int, speaks: bool) -> None:
+        for _ in range(count):
+            self.books.come(self.listener, speaks, self.paused)
+            self.settle()
+
+    @precondition(lambda self: self.books.silent())
+    @rule(which=st.integers(0, CROWD), act=ACTS)
+    def one(self, which: int, act: str) -> None:
+        self.books.one(which, act)
+
+
+class ListenerMachine(Crowd):
     """A Listener beside its Books, and whether it is served, is paused, has a stop to answer."""
 
     def __init__(self) -> None:
@@ -499,17 +522,6 @@ class ListenerMachine(RuleBasedStateMachine):
 
     # --- what clients do
 
-    @rule(count=st.integers(1, 4), speaks=st.booleans())
-    def come(self, count: int, speaks: bool) -> None:
-        for _ in range(count):
-            self.books.come(self.listener, speaks, self.paused)
-            self.settle()
-
-    @precondition(lambda self: self.books.silent())
-    @rule(which=st.integers(0, CROWD), act=ACTS)
-    def one(self, which: int, act: str) -> None:
-        self.books.one(which, act)
-
     @precondition(lambda self: any(not client.gone for client in self.books.kernel))
     @rule(which=st.integers(0, CROWD), rst=st.booleans())
     def one_gives_up(self, which: int, rst: bool) -> None:
@@ -566,7 +578,7 @@ LIMITS: list[tuple[dict[str, Any], int, int | None]] = [
 ]
 
 
-class ServerMachine(RuleBasedStateMachine):
+class ServerMachine(Crowd):
     """An asyncio server beside its Books; the event loop runs until they agree."""
 
     def __init__(self) -> None:
@@ -633,17 +645,6 @@ class ServerMachine(RuleBasedStateMachine):
                 self.listener.close()
 
         in_child(look)
-
-    @rule(count=st.integers(1, 4), speaks=st.booleans())
-    def come(self, count: int, speaks: bool) -> None:
-        for _ in range(count):
-            self.books.come(self.listener, speaks, self.paused)
-            self.settle()
-
-    @precondition(lambda self: self.books.silent())
-    @rule(which=st.integers(0, CROWD), act=ACTS)
-    def one(self, which: int, act: str) -> None:
-        self.books.one(which, act)
 
     @invariant()
     def settle(self) -> None:
