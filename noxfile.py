@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import nox
+from filelock import FileLock  # nox's virtualenv has it
 
 nox.needs_version = ">=2025.2.9"
 nox.options.default_venv_backend = "venv"
@@ -56,11 +57,13 @@ def build_wheel(session: nox.Session) -> Path:
     dist = ROOT / "build" / "dist" / str(suffix).strip().strip(".").replace(".", "-")
     state = "\n".join(f"{name} {(ROOT / name).stat().st_mtime_ns}" for name in git_files())
     stamp = dist / "built-from"
-    if not stamp.exists() or stamp.read_text(encoding="utf-8") != state:
-        shutil.rmtree(dist, ignore_errors=True)
-        session.install("build")
-        session.run("python", "-m", "build", "--outdir", str(dist), str(ROOT))
-        stamp.write_text(state, encoding="utf-8")
+    dist.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{dist}.lock"):  # sessions may run side by side
+        if not stamp.exists() or stamp.read_text(encoding="utf-8") != state:
+            shutil.rmtree(dist, ignore_errors=True)
+            session.install("build")
+            session.run("python", "-m", "build", "--outdir", str(dist), str(ROOT))
+            stamp.write_text(state, encoding="utf-8")
     return dist
 
 
