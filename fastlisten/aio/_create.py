@@ -195,9 +195,9 @@ def check_defaults(options: dict[str, Any]) -> None:
 
     Raises TypeError and ValueError as create_server() does.
     """
-    limits = {name: value for name, value in options.items() if name in declared(ServeOptions)}
+    limits = {name: options[name] for name in declared(ServeOptions).keys() & options.keys()}
     checked_limits(**({"exhausted": "pause"} | limits))
-    own = {name: value for name, value in options.items() if name in declared(BindOptions)}
+    own = {name: options[name] for name in declared(BindOptions).keys() & options.keys()}
     socket_options(checked(BindOptions, "create_server", **own))
 
 
