@@ -25,7 +25,7 @@ class Serving:
 
     server_options: ClassVar[dict[str, Any]] = {}  # what create_server() is given unless its caller says it
 
-    _adopted: Connections | None = None  # those that connect_accepted_socket() was given
+    _adopted: tuple[Connections, State] | None = None  # those that connect_accepted_socket() was given
 
     async def create_server(
         self, protocol_factory: Factory, host: Any = None, port: Any = None, **options: Any
@@ -64,7 +64,7 @@ class Serving:
         sock.setblocking(False)
         waiter: asyncio.Future[None] = loop.create_future()
         if self._adopted is None:
-            self._adopted = Connections(Hub(loop), protocol_factory)
+            self._adopted = Connections(Hub(loop), None), State(sock)
         over_tls = None
         if ssl:
             context = None if isinstance(ssl, bool) else ssl
@@ -72,7 +72,7 @@ class Serving:
                 loop, protocol_factory, context, ssl_handshake_timeout, ssl_shutdown_timeout, waiter
             )
         protocol = over_tls or protocol_factory()
-        transport = adopt(self._adopted, State(sock), sock, protocol)
+        transport = adopt(*self._adopted, sock, protocol)
         if over_tls is None:
             loop.call_soon(_done, waiter)
         try:

@@ -116,7 +116,7 @@ cdef class Owner:
 cdef class Connections:
     """What the connections of one server share: the hub, the protocols' factory, the memory to receive into.
 
-    hub: the Hub that watches them.  factory: makes a protocol for each connection.
+    hub: the Hub that watches them.  factory: makes a protocol for each; None: adopt() is given them.
     """
 
     def __cinit__(self, Hub hub not None, factory):
