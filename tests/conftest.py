@@ -57,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.timeout(seconds + 600), append=False)
 
 
+def pytest_collection_finish() -> None:
+    """Have the garbage collector leave out what is there before the first test: it is much, and none is garbage."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     for name, count in config.stash.get(FUZZED, {}).items():
         terminalreporter.line(f"{name}: {count} examples")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import select
 import socketserver as original
 import threading
 from collections.abc import Callable
@@ -28,7 +29,7 @@ def answered(fd: int) -> bool:
 def answer(fd: int) -> None:
     """Send back what a client says first."""
     while not answered(fd):
-        pass
+        select.select([fd], [], [])
 
 
 class Served:
