@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Have the garbage collector leave out what is there before the first test: it is much, and none is garbage."""
+    """Have the garbage collector leave out what is there before the first test: much, and no garbage."""
     gc.collect()
     gc.freeze()
 

@@ -270,7 +270,7 @@ def main(mode: str, *calls: str) -> None:
     logger.addHandler(records)
     logger.setLevel(logging.INFO)
     logger.propagate = False
-    gc.freeze()  # what is imported by now is nobody's garbage, and looking through it takes most of open_now()
+    gc.freeze()  # open_now() took most of its time to look through what is imported by now
     cells: dict[str, Cell] = {}
     for call, code in {**CALLS, **LOOPS_CALLS}.items():
         if calls and call not in calls:

@@ -1,17 +1,20 @@
 """What tests look at that is not public: named here alone, so that a renaming changes one line."""
 
+from __future__ import annotations
+
 import asyncio
 import functools
 from collections.abc import Callable
-from typing import Any
-
-import pytest
+from typing import TYPE_CHECKING, Any
 
 from fastlisten import _awaiting, aio
 from fastlisten._core.accept import Shortage
 from fastlisten._endpoint import endpoint_of, resolve
 from fastlisten.aio import _server
 from fastlisten.aio._hub import Hub
+
+if TYPE_CHECKING:
+    import pytest
 
 __all__ = ["endpoint_of", "resolve"]
 
@@ -49,9 +52,16 @@ def failures_of(server: aio.Server) -> int:
 
 def set_polling(monkeypatch: pytest.MonkeyPatch | None, polled: bool) -> None:
     """Have the hubs made from now on watch by a poller of their own, or by the loop; None: for good."""
-    (monkeypatch or pytest.MonkeyPatch()).setattr(_server, "Hub", functools.partial(Hub, polled=polled))
+    _replace(monkeypatch, _server, "Hub", functools.partial(Hub, polled=polled))
 
 
 def pretend_a_proactor(monkeypatch: pytest.MonkeyPatch | None) -> None:
     """Have the selector event loop taken for one that cannot watch descriptors; None: for good."""
-    (monkeypatch or pytest.MonkeyPatch()).setattr(_awaiting, "_Proactor", asyncio.SelectorEventLoop)
+    _replace(monkeypatch, _awaiting, "_Proactor", asyncio.SelectorEventLoop)
+
+
+def _replace(monkeypatch: pytest.MonkeyPatch | None, module: Any, name: str, value: Any) -> None:
+    if monkeypatch is None:
+        setattr(module, name, value)
+    else:
+        monkeypatch.setattr(module, name, value)

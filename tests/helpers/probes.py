@@ -1,4 +1,9 @@
-"""What a test may need of the system, and the marks that skip it where that is missing."""
+"""What a test may need of the system, and the marks that skip it where that is missing.
+
+What a program of a test imports lies here too, so pytest, which takes long, is imported where it is used.
+"""
+
+from __future__ import annotations
 
 import functools
 import os
@@ -7,10 +12,12 @@ import socket
 import sys
 import sysconfig
 from collections.abc import Callable
-
-import pytest
+from typing import TYPE_CHECKING
 
 from helpers.addresses import NOBODYS
+
+if TYPE_CHECKING:
+    import pytest
 
 # Descriptors, and places in a listener's queue, for a test with two thousand clients.
 THOUSANDS = 2500
@@ -109,15 +116,21 @@ PROBES: dict[str, Callable[[], bool]] = {
 
 def needs(*names: str) -> pytest.MarkDecorator:
     """Mark a test that is skipped, by name, where the system lacks one of PROBES."""
+    import pytest
+
     missing = [name for name in names if not PROBES[name]()]
     return pytest.mark.skipif(bool(missing), reason="needs " + " and ".join(missing or names))
 
 
 def posix_only(reason: str) -> pytest.MarkDecorator:
     """Mark a test that has no meaning on Windows, with the reason."""
+    import pytest
+
     return pytest.mark.skipif(os.name == "nt", reason=f"POSIX only: {reason}")
 
 
 def not_under_wine(reason: str) -> pytest.MarkDecorator:
     """Mark a test that Wine cannot carry, with the reason; it runs on Windows itself."""
+    import pytest
+
     return pytest.mark.skipif(under_wine(), reason=f"not under Wine: {reason}")
