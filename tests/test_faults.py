@@ -379,8 +379,9 @@ def test_a_drain_that_gets_no_thread_to_watch_its_time_still_ends(faults: Faults
     assert faults.python(NO_REAPER, repr(mode)) == ["RuntimeError", [1, 0]]
 
 
+# serve() imports logging; the signal is to come after that.
 SIGNAL_BEFORE_THE_FIRST_WAIT = """
-import ast, json, signal, sys, fastlisten
+import ast, json, logging, signal, sys, fastlisten
 from helpers.faults import change_plan
 with fastlisten.bind(("127.0.0.1", 0)) as listener:
     change_plan(signal=[(signal.SIGINT.value, 1)])

@@ -6,6 +6,7 @@ A transport reads as soon as it is made.  It is watched (_hub.pyx) only when the
 import asyncio
 import logging
 import os
+import socket
 import sys
 import warnings
 import weakref
@@ -67,6 +68,9 @@ cdef object _all_connections = weakref.WeakSet()
 cdef object _warn = warnings.warn
 cdef object _asyncio_log = logging.getLogger("asyncio")
 cdef object _StandardSocket = StandardSocket
+# In a socket's type: that the descriptor is non-blocking already.  Without it the object has to be told, which
+# is a system call.
+cdef int _nonblocking = getattr(socket, "SOCK_NONBLOCK", 0)
 cdef object _BaseEventLoop = asyncio.BaseEventLoop
 cdef object _BufferedProtocol = asyncio.BufferedProtocol
 cdef object _Protocol = asyncio.Protocol
@@ -977,8 +981,9 @@ cdef class Transport(Watched):
             if self.fd == PORT_NO_SOCKET:
                 return None
             self.sock = _StandardSocket(
-                self.state.family, self.state.type, self.state.protocol, fileno=self.fd)
-            self.sock.setblocking(False)
+                self.state.family, self.state.type | _nonblocking, self.state.protocol, fileno=self.fd)
+            if not _nonblocking:
+                self.sock.setblocking(False)
             self.show()
         return self.sock
 
