@@ -30,8 +30,8 @@ Exhausted = str | Callable[[OSError, int], float]
 
 
 class ServeResult(NamedTuple):
-    """What a stop did: connections whose handlers finished after it, and connections that were cut, those that
-    `busy=` had waiting for a handler among them.
+    """What a stop did: connections whose handlers finished after it, and connections that were cut, with them
+    those that waited for a handler with `busy=`.
 
     >>> finished, cut = ServeResult(finished=3, cut=0)
     """
@@ -194,7 +194,9 @@ class Listener(StandardSocket):
         seconds, clients that the kernel had queued are still handled, and connections whose handlers take
         longer than that are cut.  0 cuts at once.
 
-        Without a serve() that runs, the next one returns at once, after such a drain.  Raises ValueError for a drain below 0.
+        Without a serve() that runs, the next one returns at once, after such a drain.
+
+        Raises ValueError for a drain below 0.
         """
         if drain is not None and not drain >= 0:
             raise ValueError(f"drain must not be negative, not {drain!r}")
