@@ -26,6 +26,10 @@ if "uvloop" in LOOPS:
     OURS["uvloop"] = aio.UvloopEventLoop
 
 
+# Loops that aio.create_server() may be called on.
+EVERY = OURS | {f"{name}'s own": factory for name, factory in LOOPS.items()}
+
+
 @pytest.fixture(params=OURS)
 def kind(request: pytest.FixtureRequest) -> str:
     """Which loop: asyncio's or uvloop's."""
@@ -307,12 +311,13 @@ def test_anyios_listeners_have_our_transports(kind: str) -> None:
 # --- what has to know our transports
 
 
-def test_nobody_else_may_watch_a_transports_descriptor(kind: str) -> None:
+@pytest.mark.parametrize("loop_name", EVERY)
+def test_nobody_else_may_watch_a_transports_descriptor(loop_name: str) -> None:
     """As with the loop's own transports, while it is open: there were two readers of a socket."""
 
     async def main() -> None:
         loop = running()
-        server = await loop.create_server(Echo, "127.0.0.1", 0)
+        server = await aio.create_server(Echo, "127.0.0.1", 0)
         async with server:
             with connect(server.sockets[0].getsockname()) as client:
                 client.sendall(b"x")
@@ -338,11 +343,12 @@ def test_nobody_else_may_watch_a_transports_descriptor(kind: str) -> None:
                 transport.abort()
                 assert await in_thread(read_all, client) == b""
 
-    run_on(OURS[kind], main)
+    run_on(EVERY[loop_name], main)
 
 
+@pytest.mark.parametrize("loop_name", EVERY)
 @needs("the openssl command")
-def test_start_tls_of_our_transport(kind: str, tmp_path: Path) -> None:
+def test_start_tls_of_our_transport(loop_name: str, tmp_path: Path) -> None:
     """On uvloop it said that the transport is not supported; and TLS inside of it, too."""
     context, trusting = tls_contexts(tmp_path)
 
@@ -357,7 +363,7 @@ def test_start_tls_of_our_transport(kind: str, tmp_path: Path) -> None:
                     transport.pause_reading()
                     made.set_result((transport, self))
 
-        server = await loop.create_server(Later, "127.0.0.1", 0)
+        server = await aio.create_server(Later, "127.0.0.1", 0)
         async with server:
             with connect(server.sockets[0].getsockname()) as client:
                 transport, protocol = await made
@@ -371,16 +377,17 @@ def test_start_tls_of_our_transport(kind: str, tmp_path: Path) -> None:
                     assert await in_thread(tls.recv, 9) == b"secret"
                     over.abort()
 
-    run_on(OURS[kind], main)
+    run_on(EVERY[loop_name], main)
 
 
-def test_sendfile_of_our_transport(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loop_name", EVERY)
+def test_sendfile_of_our_transport(loop_name: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"0123456789" * (BIG // 10))
 
     async def main() -> None:
         loop = running()
-        server = await loop.create_server(Notes, "127.0.0.1", 0)
+        server = await aio.create_server(Notes, "127.0.0.1", 0)
         async with server:
             with connect(server.sockets[0].getsockname()) as client, path.open("rb") as file:
                 while not server._connections.clients():
@@ -394,7 +401,7 @@ def test_sendfile_of_our_transport(kind: str, tmp_path: Path) -> None:
                 transport.close()
                 assert await reading == path.read_bytes()[5:]
 
-    run_on(OURS[kind], main)
+    run_on(EVERY[loop_name], main)
 
 
 def test_a_connection_that_holds_up_the_loop_is_named(kind: str, caplog: pytest.LogCaptureFixture) -> None:

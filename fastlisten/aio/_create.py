@@ -109,6 +109,10 @@ async def _serve(
 ) -> Server:
     """A Server on bound sockets, which it owns; on failure they are closed."""
     loop = asyncio.get_running_loop()
+    if "uvloop" in sys.modules:
+        from fastlisten.aio._uvloop_transports import teach
+
+        teach(loop)
     if ssl:  # as asyncio asks
         factory = functools.partial(over_tls, loop, factory, ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     try:

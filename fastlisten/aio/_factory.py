@@ -54,11 +54,12 @@ def serving(base: Any) -> type[Serving]:
             return type(base.__name__, (Serving, base), {"__module__": base.__module__})
         uvloop = sys.modules.get("uvloop.loop")
         if uvloop is not None and issubclass(base, uvloop.Loop):
-            from fastlisten.aio._uvloop import ServingUvloop, UvloopEventLoop
+            from fastlisten.aio._uvloop import UvloopEventLoop
+            from fastlisten.aio._uvloop_transports import KnowsTransports
 
             if issubclass(UvloopEventLoop, base):
                 return UvloopEventLoop
-            return type(base.__name__, (ServingUvloop, base), {"__module__": base.__module__})
+            return type(base.__name__, (Serving, KnowsTransports, base), {"__module__": base.__module__})
     raise TypeError(f"{base!r} is no class of selector event loops, asyncio's or uvloop's")
 
 
