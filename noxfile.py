@@ -119,11 +119,15 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def extras(session: nox.Session) -> None:
-    """The tests that the suite leaves out, whole or in part, for want of packages."""
+    """The tests that the suite leaves out, whole or in part, for want of packages; arguments are pytest's, in
+    place of the names of their files."""
     session.install(*INSTALL_TESTS, *EXTRAS["bench"], *EXTRAS["compat"])
     install_wheel(session)
     tree = copy_tree(session)
     session.chdir(tree)
+    if session.posargs:
+        session.run(*PYTEST, *session.posargs)
+        return
     words = ("importorskip", "find_spec", "helpers.aio")
     files = sorted(tree.glob("tests/test_*.py"))
     files = [file for file in files if any(word in file.read_text(encoding="utf-8") for word in words)]

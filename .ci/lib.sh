@@ -83,14 +83,20 @@ print(*tomllib.load(open(sys.argv[1], "rb"))["build-system"]["requires"], sep="\
     mv "$dir/.getting" "$dir/.wanted"
 }
 
+# nox_version: the X.Y of the CPython that nox runs on, the newest of those that every package has wheels for
+nox_version() {
+    local version
+    for version in 3.13 3.12 3.11; do
+        if host_python "$version" > /dev/null; then echo "$version"; return; fi
+    done
+    die 'CPython 3.11, 3.12 or 3.13 with its headers is needed'
+}
+
 # sessions TREE ENVIRONMENTS ARGUMENT...: nox, with these arguments, in a copy of the tree that source_copy made
 sessions() {
-    local tree=$1 environments=$2 version python
+    local tree=$1 environments=$2 python
     shift 2
-    for version in 3.13 3.12 3.11; do
-        python=$(host_python $version) && break
-    done
-    [ -n "$python" ] || die 'CPython 3.11 or later with its headers is needed'
+    python=$(host_python "$(nox_version)")
     (
         exec 6> "$CACHE/nox.lock"
         flock 6
