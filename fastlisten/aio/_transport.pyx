@@ -892,6 +892,10 @@ cdef class Transport(Watched):
     # --- what asyncio's sendfile() asks ------------------------------------------------------------
 
     @property
+    def _loop(self):
+        return self.hub.loop
+
+    @property
     def _protocol_paused(self):
         return self.buffer is not None and bool(self.buffer.paused)
 
