@@ -22,6 +22,7 @@ cdef class Hub:
     cdef object transports  # the loop's table by descriptor, which nobody else may watch; None without one
     cdef object add_reader, remove_reader, add_writer, remove_writer  # the loop's
     cdef port_socket poller
+    cdef bint registered    # the loop watches the poller
     cdef dict watched       # what the poller watches, by descriptor
     cdef object queue       # what call_soon() was given; None when the loop does not show it
     cdef Py_ssize_t guess   # what scheduled() says then, never the same twice
@@ -50,4 +51,5 @@ cdef class Hub:
 
     cdef int turn_soon(self, Watched what) except -1
     cdef int end_soon(self, Watched what) except -1
-    cdef void close(self) noexcept
+    cdef int close(self) except -1
+    cdef void close_poller(self) noexcept

@@ -99,10 +99,17 @@ cdef class Hub:
             self.poller = port_poller()
 
     def __dealloc__(self):
-        self.close()
+        self.close_poller()
 
-    cdef void close(self) noexcept:
+    cdef int close(self) except -1:
         """Close the poller, which nobody needs any more; somebody may hold on to a Watched for long."""
+        if self.registered and not self.loop.is_closed():
+            self.remove_reader(self.poller)
+        self.registered = False
+        self.close_poller()
+        return 0
+
+    cdef void close_poller(self) noexcept:
         if self.poller != PORT_NO_SOCKET:
             port_close(self.poller)
             self.poller = PORT_NO_SOCKET
@@ -116,23 +123,18 @@ cdef class Hub:
         return self.have_loop_watch(what, events)
 
     cdef int poll_for(self, Watched what, short events) except -1:
-        """Watch by the poller, which the event loop watches while anything is."""
-        cdef bint first = not self.watched
-        cdef int code
-        if first:
+        """Watch by the poller, which the event loop watches from the first time on: it is never ready while
+        nothing is watched."""
+        if not self.registered:
             watch_with(self.add_reader, self.loop, self.poller, self._ready)
+            self.registered = True
         if port_poller_set(self.poller, what.fd, what.watched_for, events) != 0:
-            code = port_error()
-            if first:
-                self.remove_reader(self.poller)
-            port_raise(code)
+            port_raise(port_error())
         what.watched_for = events
         if events:
             self.watched[what.fd] = what
         else:
             self.watched.pop(what.fd, None)
-            if not self.watched:
-                self.remove_reader(self.poller)
         return 0
 
     cdef int have_loop_watch(self, Watched what, short events) except -1:
@@ -154,8 +156,7 @@ cdef class Hub:
     cdef int forget(self, Watched what) except -1:
         """What could not be unwatched is about to be closed: its number may be another's then."""
         what.watched_for = 0
-        if self.watched.pop(what.fd, None) is not None and not self.watched:
-            self.remove_reader(self.poller)
+        self.watched.pop(what.fd, None)
         return 0
 
     cdef int give_poller_up(self, int code) except -1:
@@ -163,7 +164,6 @@ cdef class Hub:
         cdef Watched what
         cdef short events
         watched, self.watched = list(self.watched.values()), {}
-        self.remove_reader(self.poller)
         self.close()
         try:
             port_raise(code)
