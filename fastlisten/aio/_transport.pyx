@@ -68,8 +68,7 @@ cdef object _all_connections = weakref.WeakSet()
 cdef object _warn = warnings.warn
 cdef object _asyncio_log = logging.getLogger("asyncio")
 cdef object _StandardSocket = StandardSocket
-# In a socket's type: that the descriptor is non-blocking already.  Without it the object has to be told, which
-# is a system call.
+# In a socket's type: that the descriptor is non-blocking already.  Else the object has to be told, by a call.
 cdef int _nonblocking = getattr(socket, "SOCK_NONBLOCK", 0)
 cdef object _BaseEventLoop = asyncio.BaseEventLoop
 cdef object _BufferedProtocol = asyncio.BufferedProtocol
