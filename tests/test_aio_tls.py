@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastlisten import aio
+from fastlisten.aio._tls import TlsTransport
 from helpers import connect, needs, read_all
 from helpers.aio import Echo, Run, in_thread, run, server
 
@@ -149,5 +150,21 @@ def test_a_client_that_stalls_in_the_handshake_hurts_nobody(run: Run, tls: Any) 
                 await writer.wait_closed()
             while serving.server.stats().active:
                 await asyncio.sleep(0)
+
+    run(main())
+
+
+@needs("the openssl command")
+def test_a_server_speaks_tls_by_a_transport_of_ours(run: Run, tls: Any) -> None:
+    async def main() -> None:
+        async with server(Echo, ssl=tls[0]) as serving:
+            _, writer = await asyncio.open_connection(
+                *serving.address, ssl=tls[1], server_hostname="localhost"
+            )
+            transport = (await serving.first()).transport
+            assert type(transport) is TlsTransport
+            assert isinstance(transport, asyncio.Transport)
+            writer.close()
+            await writer.wait_closed()
 
     run(main())

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import inspect
 import os
 import socket
 import ssl as _ssl
 import sys
-from asyncio import sslproto
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, cast
 
@@ -19,6 +17,8 @@ from fastlisten._core.accept import REUSE_ADDRESS
 from fastlisten._options import BindOptions, Checked, ServeOptions, checked, declared, socket_options
 from fastlisten._unix_path import OwnPath, permissions, refuse_taken
 from fastlisten.aio._server import Factory, Server, checked_limits
+from fastlisten.aio._tls import TlsSettings, TlsTransport
+from fastlisten.aio._transport import Transport
 
 # asyncio's own functions, from before anybody puts ours in their place.
 _bind_tcp = asyncio.BaseEventLoop.create_server
@@ -71,27 +71,55 @@ def _set_options(sockets: Iterable[socket.socket], options: Iterable[tuple[str, 
                 raise ValueError(f"{name} is for TCP, not for {sock!r}")
 
 
-def over_tls(
+def tls_server(
     loop: asyncio.AbstractEventLoop,
-    factory: Factory,
-    context: _ssl.SSLContext,
+    context: _ssl.SSLContext | None,
     handshake_timeout: float | None,
     shutdown_timeout: float | None,
-    waiter: asyncio.Future[None] | None = None,
-) -> sslproto.SSLProtocol:
-    """A protocol that speaks TLS with the client and has the factory's protocol behind it.
-
-    waiter: is told when the handshake is over; None when nobody waits for it.
-    """
-    return sslproto.SSLProtocol(
-        cast(asyncio.BaseEventLoop, loop),
-        factory(),
+) -> TlsSettings:
+    """How a server of this loop speaks TLS; None for asyncio's own timeouts."""
+    return TlsSettings(
+        loop,
         context,
-        cast(Any, waiter),
         server_side=True,
-        ssl_handshake_timeout=cast(Any, handshake_timeout),
-        ssl_shutdown_timeout=cast(Any, shutdown_timeout),
+        handshake_timeout=handshake_timeout,
+        shutdown_timeout=shutdown_timeout,
     )
+
+
+async def start_tls(
+    loop: asyncio.AbstractEventLoop,
+    transport: Transport,
+    protocol: asyncio.BaseProtocol,
+    sslcontext: _ssl.SSLContext,
+    *,
+    server_side: bool = False,
+    server_hostname: str | None = None,
+    ssl_handshake_timeout: float | None = None,
+    ssl_shutdown_timeout: float | None = None,
+) -> TlsTransport:
+    """loop.start_tls() on a transport of ours: returns the one that the protocol is to use from then on."""
+    waiter: asyncio.Future[None] = loop.create_future()
+    settings = TlsSettings(
+        loop,
+        sslcontext,
+        server_side=server_side,
+        server_hostname=server_hostname,
+        handshake_timeout=ssl_handshake_timeout,
+        shutdown_timeout=ssl_shutdown_timeout,
+    )
+    over_tls = TlsTransport(settings, protocol, waiter, made=True)
+    over_tls.begin_on(transport)
+    try:
+        await waiter
+    except BaseException:
+        transport.close()
+        raise
+    return over_tls
+
+
+def _tls_factory(settings: TlsSettings, factory: Factory) -> Factory:
+    return lambda: TlsTransport(settings, factory())
 
 
 async def _serve(
@@ -114,7 +142,7 @@ async def _serve(
 
         teach(loop)
     if ssl:  # as asyncio asks
-        factory = functools.partial(over_tls, loop, factory, ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+        factory = _tls_factory(tls_server(loop, ssl, ssl_handshake_timeout, ssl_shutdown_timeout), factory)
     try:
         _set_options(sockets, options)
         server = Server(loop, sockets, factory, backlog, limits, path, ssl)

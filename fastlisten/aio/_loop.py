@@ -11,7 +11,8 @@ from fastlisten._core.state import State
 from fastlisten.aio import _create
 from fastlisten.aio._hub import Hub
 from fastlisten.aio._server import Factory, Server
-from fastlisten.aio._transport import Connections, adopt, hubs_of
+from fastlisten.aio._tls import TlsTransport
+from fastlisten.aio._transport import Connections, Transport, adopt, hubs_of
 
 # asyncio's own, from before anybody puts ours in its place.
 SelectorEventLoop = asyncio.SelectorEventLoop
@@ -65,14 +66,13 @@ class Serving:
         waiter: asyncio.Future[None] = loop.create_future()
         if self._adopted is None:
             self._adopted = Connections(Hub(loop), None), State(sock)
-        over_tls = None
+        protocol = protocol_factory()
+        over_tls: TlsTransport | None = None
         if ssl:
             context = None if isinstance(ssl, bool) else ssl
-            over_tls = _create.over_tls(
-                loop, protocol_factory, context, ssl_handshake_timeout, ssl_shutdown_timeout, waiter
-            )
-        protocol = over_tls or protocol_factory()
-        transport = adopt(*self._adopted, sock, protocol)
+            settings = _create.tls_server(loop, context, ssl_handshake_timeout, ssl_shutdown_timeout)
+            over_tls = TlsTransport(settings, protocol, waiter)
+        transport = adopt(*self._adopted, sock, over_tls or protocol)
         if over_tls is None:
             loop.call_soon(_done, waiter)
         try:
@@ -80,9 +80,15 @@ class Serving:
         except BaseException:
             transport.close()
             raise
-        if over_tls is None:
-            return transport, protocol
-        return over_tls._app_transport, over_tls._app_protocol
+        return over_tls or transport, protocol
+
+    async def start_tls(self, transport: Any, protocol: Any, sslcontext: Any, **options: Any) -> Any:
+        """As asyncio's; over a transport of ours it is our own TLS."""
+        if type(transport) is Transport and isinstance(sslcontext, _ssl.SSLContext):
+            return await _create.start_tls(
+                asyncio.get_running_loop(), transport, protocol, sslcontext, **options
+            )
+        return await super().start_tls(transport, protocol, sslcontext, **options)  # type: ignore[misc]
 
     def set_debug(self, enabled: bool) -> None:
         """As asyncio's; a connection that holds up the loop is then told of by its own name."""

@@ -11,8 +11,9 @@ import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
-from fastlisten.aio._create import create_server, create_unix_server
+from fastlisten.aio._create import create_server, create_unix_server, start_tls
 from fastlisten.aio._server import Factory, Server
+from fastlisten.aio._transport import Transport
 
 ClientConnected = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None] | None]
 
@@ -60,13 +61,18 @@ async def _guarded(coroutine: Awaitable[None], writer: asyncio.StreamWriter) -> 
 
 
 class _StartsTls:
-    """The event loop, as StreamWriter.start_tls() asks for it: with asyncio's start_tls().
+    """The event loop, as StreamWriter.start_tls() asks for it: with a start_tls() that takes our transports.
 
-    uvloop's own takes uvloop's transports only.
+    uvloop's own takes uvloop's only.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.start_tls = functools.partial(asyncio.BaseEventLoop.start_tls, cast(Any, loop))
+        self._loop = loop
+
+    async def start_tls(self, transport: Any, *args: Any, **options: Any) -> Any:
+        if type(transport) is Transport:
+            return await start_tls(self._loop, transport, *args, **options)
+        return await asyncio.BaseEventLoop.start_tls(cast(Any, self._loop), transport, *args, **options)
 
 
 def _with_start_tls(

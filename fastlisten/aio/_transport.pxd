@@ -7,8 +7,32 @@ from fastlisten._core.state cimport state_t
 from fastlisten.aio._hub cimport Hub, Watched
 
 
+# How much one recv() takes at most, and how much one wake sends on one connection; asyncio's own size.
+cdef enum:
+    CHUNK = 256 * 1024
+
+# What is kept to be sent is joined when the pieces are smaller than this.
+cdef enum:
+    SMALL = 64 * 1024
+
+
 cdef class Owner:
     cdef int connection_gone(self) except -1
+
+
+cdef enum takes_t:      # how a protocol takes what is received
+    AS_BYTES            # data_received()
+    IN_ITS_BUFFER       # get_buffer() and buffer_updated()
+    IN_OURS             # received() of a Receiver
+
+
+cdef class Receiver:
+    cdef int received(self, char *data, Py_ssize_t length) except -1
+
+
+cdef takes_t how_it_takes(loop, protocol) except *
+cdef bytes taken_back(protocol)
+cdef tuple write_limits(high, low, Py_ssize_t default)
 
 
 @cython.final
@@ -20,8 +44,8 @@ cdef class Connections:
     cdef object __weakref__
     cdef readonly int64_t active
     cdef dict transports        # weak references to the open ones, by descriptor
-    cdef object kind            # the class of the last protocol, and whether that is a BufferedProtocol
-    cdef bint buffered
+    cdef object kind            # the class of the last protocol, and how such a one takes what is received
+    cdef takes_t takes
     cdef char *memory
     cdef char *scratch          # in it, from the middle of a page on
 
@@ -75,7 +99,7 @@ cdef class Transport(Watched):
     cdef object error               # what connection_lost() gets
     cdef int lost                   # connection_lost() is due or done; counts the writes after that
     cdef due_t due                  # at its next turn
-    cdef bint buffered              # the protocol is a BufferedProtocol
+    cdef takes_t takes              # how the protocol takes what is received
     cdef bint connected             # there is a protocol
     cdef bint holding               # the protocol is being called by us
     cdef bint closing, paused, ended, eof_sent
@@ -87,7 +111,7 @@ cdef class Transport(Watched):
     cdef int read(self) except -1
     cdef Py_ssize_t receive(self, char *buffer, Py_ssize_t length, int *code) noexcept
     cdef int read_on(self) except -1
-    cdef int hand_over(self, Py_ssize_t got, bint buffered) except -1
+    cdef int hand_over(self, Py_ssize_t got, takes_t takes) except -1
     cdef int received_eof(self) except -1
     cdef int watch_or_end(self, short events) except -1
     cdef int unwatch(self) except -1

@@ -43,18 +43,10 @@ from fastlisten._core.state cimport (
 )
 from fastlisten.aio._hub cimport Hub, Watched
 
-# How much one recv() takes at most, and how much one wake sends on one connection; asyncio's own size.
-cdef enum:
-    CHUNK = 256 * 1024
-
 # recv() copies slowly to shortly behind the place of a page that it copies from, and that is often the page's
 # begin, as malloc()'s is for a large block: the processor's "rep movsb", glibc's bug 30994.
 cdef enum:
     PAGE = 4096
-
-# What is kept to be sent is joined when the pieces are smaller than this.
-cdef enum:
-    SMALL = 64 * 1024
 
 # Between these many kept bytes the protocol may write or has to pause; asyncio's own marks.
 cdef enum:
@@ -161,6 +153,57 @@ cdef class Connections:
         """The open Transports."""
         return [transport for weak in list(self.transports.values())
                 if (transport := weak()) is not None]
+
+
+# --- Its protocol -------------------------------------------------------------------------------------------
+
+cdef class Receiver:
+    """A protocol that takes what is received by a call of C's: a layer between transport and application.
+
+    For anything else it is called as every protocol is.
+    """
+
+    cdef int received(self, char *data, Py_ssize_t length) except -1:
+        """The client has sent this.  The memory is the caller's, and the receiver may write to it."""
+        raise NotImplementedError
+
+
+cdef takes_t how_it_takes(loop, protocol) except *:
+    """How a protocol takes what is received."""
+    if isinstance(protocol, Receiver):
+        return IN_OURS
+    if isinstance(protocol, _BufferedProtocol) or (
+            # what uvloop asks for
+            not isinstance(loop, _BaseEventLoop) and hasattr(protocol, "get_buffer")
+            and not isinstance(protocol, _Protocol)):
+        return IN_ITS_BUFFER
+    return AS_BYTES
+
+
+cdef bytes taken_back(protocol):
+    """What a stream has and nobody has read yet, taken from it; None when there is nothing.
+
+    What the client sent right after its last line, a ClientHello with it, is TLS's.  Before 3.13.12 and
+    3.14.3 asyncio's streams forgot it: cpython's gh-142352.
+    """
+    reader = getattr(protocol, "_stream_reader", None)
+    if not isinstance(reader, _StreamReader) or not reader._buffer:
+        return None
+    taken = bytes(reader._buffer)
+    reader._buffer.clear()
+    reader._paused = False  # start_tls() reads again
+    return taken
+
+
+cdef tuple write_limits(high, low, Py_ssize_t default):
+    """The marks of a write buffer, (low, high), from what set_write_buffer_limits() was given."""
+    if high is None:
+        high = default if low is None else 4 * low
+    if low is None:
+        low = high // 4
+    if not high >= low >= 0:
+        raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+    return min(low, sys.maxsize), min(high, sys.maxsize)
 
 
 # --- A connection -------------------------------------------------------------------------------------------
@@ -429,10 +472,10 @@ cdef class Transport(Watched):
         cdef Py_ssize_t got
         cdef int code = 0
         cdef Py_buffer view
-        cdef bint buffered = self.buffered  # get_buffer() may set another protocol
+        cdef takes_t takes = self.takes  # get_buffer() may set another protocol
         if self.closing or self.paused or self.ended:
             return 0
-        if not buffered:
+        if takes != IN_ITS_BUFFER:
             got = self.receive(self.connections.scratch, CHUNK, &code)
         else:
             try:
@@ -453,7 +496,7 @@ cdef class Transport(Watched):
             buffer = None
         if got > 0:
             try:
-                self.hand_over(got, buffered)
+                self.hand_over(got, takes)
             finally:
                 self.read_on()
             return 0
@@ -484,17 +527,19 @@ cdef class Transport(Watched):
             return self.again(READ)
         return 0
 
-    cdef int hand_over(self, Py_ssize_t got, bint buffered) except -1:
+    cdef int hand_over(self, Py_ssize_t got, takes_t takes) except -1:
         """Give the protocol what recv() brought, into its own buffer or the scratch that all share."""
         try:
-            if buffered:
+            if takes == AS_BYTES:
+                self.protocol.data_received(PyBytes_FromStringAndSize(self.connections.scratch, got))
+            elif takes == IN_ITS_BUFFER:
                 self.protocol.buffer_updated(got)
             else:
-                self.protocol.data_received(PyBytes_FromStringAndSize(self.connections.scratch, got))
+                (<Receiver>self.protocol).received(self.connections.scratch, got)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:
-            name = "buffer_updated" if buffered else "data_received"
+            name = "data_received" if takes == AS_BYTES else "buffer_updated"
             self.fatal(error, f"Fatal error: protocol.{name}() call failed.")
         return 0
 
@@ -843,14 +888,9 @@ cdef class Transport(Watched):
     def set_write_buffer_limits(self, high=None, low=None):
         """Set the marks, in bytes, between which the protocol may write or has to pause."""
         cdef WriteBuffer buffer
-        if high is None:
-            high = HIGH if low is None else 4 * low
-        if low is None:
-            low = high // 4
-        if not high >= low >= 0:
-            raise ValueError(f"high ({high!r}) must be >= low ({low!r}) must be >= 0")
+        limits = write_limits(high, low, HIGH)
         buffer = self.write_buffer()
-        buffer.low, buffer.high = min(low, sys.maxsize), min(high, sys.maxsize)
+        buffer.low, buffer.high = limits
         self.maybe_pause()
 
     cdef int maybe_pause(self) except -1:
@@ -878,14 +918,10 @@ cdef class Transport(Watched):
 
     @property
     def _start_tls_compatible(self):
-        # Asked just before another protocol is set.  What the client sent right after its last line, a
-        # ClientHello with it, is that one's.  Before 3.13.12 and 3.14.3 asyncio's streams forgot it:
-        # cpython's gh-142352.
-        reader = getattr(self.protocol, "_stream_reader", None)
-        if isinstance(reader, _StreamReader) and reader._buffer:
-            self.unread = bytes(reader._buffer) + (self.unread or b"")
-            reader._buffer.clear()
-            reader._paused = False  # start_tls() reads again
+        # Asked just before another protocol is set.
+        cdef bytes taken = taken_back(self.protocol)
+        if taken is not None:
+            self.unread = taken + (self.unread or b"")
         return True
 
     # --- what asyncio's sendfile() asks ------------------------------------------------------------
@@ -937,12 +973,10 @@ cdef class Transport(Watched):
         self.protocol = protocol
         kind = protocol.__class__  # type() would not see through a proxy
         if kind is not self.connections.kind:
-            self.connections.buffered = isinstance(protocol, _BufferedProtocol) or (
-                # what uvloop asks for
-                not isinstance(self.hub.loop, _BaseEventLoop) and hasattr(protocol, "get_buffer")
-                and not isinstance(protocol, _Protocol))
-            self.connections.kind = kind
-        self.buffered = self.connections.buffered
+            self.connections.takes = how_it_takes(self.hub.loop, protocol)
+            # A Receiver is found by its type, and what another object says of its class is not that.
+            self.connections.kind = None if self.connections.takes == IN_OURS else kind
+        self.takes = self.connections.takes
         self.connected = True
         return 0
 
