@@ -5,6 +5,7 @@ from fastlisten._core.connection import Connection
 from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
 from fastlisten._listener import Listener, ListenerStats, ServeResult
 from fastlisten._patch import patch, unpatch
+from fastlisten._tls import TLSConnection
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "Listener",
     "ListenerStats",
     "ServeResult",
+    "TLSConnection",
     "bind",
     "create_server",
     "get_host_entry",

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
@@ -19,13 +20,16 @@ from fastlisten._core.standard import StandardSocket, green_library, refuse_gree
 from fastlisten._core.state import State, queue
 from fastlisten._endpoint import Endpoint, endpoint_of
 from fastlisten._options import Checked, InnerOptions, checked
+from fastlisten._tls import HANDSHAKE_TIMEOUT, TLSConnection, TLSHandler
 from fastlisten._unix_path import OwnPath
 
 if TYPE_CHECKING:
+    from ssl import SSLContext
+
     from fastlisten._awaiting import AsyncAcceptor
 
-Handler = Callable[[Connection], object]
-OnError = Callable[[Exception, Connection], object]
+Handler = Callable[[Connection], object] | Callable[[TLSConnection], object]
+OnError = Callable[[Exception, Connection], object] | Callable[[Exception, TLSConnection], object]
 Exhausted = str | Callable[[OSError, int], float]
 
 
@@ -50,6 +54,9 @@ class ListenerStats(NamedTuple):
     moment accepted = handled + active + refused + dropped.
     paused: by pause().  threads, idle_threads: of the serve() that runs.  queue_depth, queue_limit: of the
     kernel's queue, None where it does not tell.
+    tls_failures: handshakes of serve(ssl=...) that failed, {reason: count}: "timeout"; "closed" (by the
+    client, or a stop); "not TLS"; "version" and "cipher" (nothing in common); "client certificate" (none, or
+    not accepted); "alert" (the client refused); "other".  Such a client counts as handled.
 
     >>> import fastlisten, socket
     >>> with fastlisten.bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
@@ -74,6 +81,7 @@ class ListenerStats(NamedTuple):
     queue_depth: int | None
     queue_limit: int | None
     since: float
+    tls_failures: Any = MappingProxyType({})
 
 
 class Listener(StandardSocket):
@@ -133,6 +141,8 @@ class Listener(StandardSocket):
         busy: str | bytes | None = None,
         exhausted: Exhausted = "pause",
         on_error: OnError | None = None,
+        ssl: SSLContext | None = None,
+        handshake_timeout: float | None = None,
     ) -> ServeResult:
         """Call `handler(connection)` for each client until stop(); the connection is closed on return.
 
@@ -145,6 +155,10 @@ class Listener(StandardSocket):
         for that, or a callable(exception, attempt) that returns the seconds to pause; what it raises, and
         ValueError for what is no such number, ends the loop.
         on_error(exception, connection): gets what a handler raised; without it the log gets it.
+        ssl: the ssl.SSLContext of a server; the handler gets a TLSConnection then.  Its handshake is in the
+        handler's thread, and holds up no accept.  Who does not get through it is closed, counted
+        (ListenerStats.tls_failures) and told to the log at level DEBUG.  `busy` is sent as it is, before TLS.
+        handshake_timeout: how long a whole handshake may take, in seconds; None is 10.
 
         Returns a ServeResult.  Raises what ends the loop: KeyboardInterrupt and SystemExit, also out of a
         handler; OSError of the listener; RuntimeError when somebody else serves this Listener already, or
@@ -158,11 +172,13 @@ class Listener(StandardSocket):
             busy=busy,
             exhausted=exhausted,
             on_error=on_error,
+            ssl=ssl,
+            handshake_timeout=handshake_timeout,
         )
         return ServeResult(*make_loop([self], handler, options).run())
 
     def __iter__(self) -> Iterator[Connection]:
-        """Connections until stop(); each is the caller's to close."""
+        """Connections until stop(); each is the caller's to close.  TLS is for serve() only."""
         return _connections(self)
 
     def __aiter__(self) -> AsyncIterator[Connection]:
@@ -222,6 +238,7 @@ class Listener(StandardSocket):
             queue_depth=depth,
             queue_limit=limit,
             since=self._since,
+            tls_failures=self._state.tls_failures(),
         )
 
     def close(self) -> None:
@@ -284,7 +301,10 @@ def serve_options(handler: Handler, **options: Any) -> Checked:
     """The options of serve() as one checked value; TypeError or ValueError names what is wrong."""
     if not callable(handler):
         raise TypeError(f"handler must be callable, not {type(handler).__name__}")
-    return checked(InnerOptions, "serve", **options)
+    found = checked(InnerOptions, "serve", **options)
+    if found.handshake_timeout is not None and found.ssl is None:
+        raise ValueError("handshake_timeout is only meaningful with ssl")
+    return found
 
 
 def make_loop(listeners: Sequence[Listener], handler: Handler | None, options: Checked) -> Loop:
@@ -293,7 +313,12 @@ def make_loop(listeners: Sequence[Listener], handler: Handler | None, options: C
     refuse_green("serve()")
     if len({*listeners}) < len(listeners):
         raise ValueError("a listener is given more than once")
-    return Loop([(listener.fileno(), listener._state) for listener in listeners], handler, options)
+    handle: Any = handler
+    if options.ssl is not None:
+        seconds = HANDSHAKE_TIMEOUT if options.handshake_timeout is None else options.handshake_timeout
+        handle = TLSHandler(handle, options.on_error, options.ssl, seconds)
+        options = Checked({**vars(options), "on_error": options.on_error and handle.on_error})
+    return Loop([(listener.fileno(), listener._state) for listener in listeners], handle, options)
 
 
 def _connections(listener: Listener) -> Iterator[Connection]:

@@ -2,7 +2,16 @@
 
 import socket
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+else:
+    SSLContext = Any
+
+
+# A time that poll() still counts in milliseconds, in seconds; a longer one is as good as without end.
+LONGEST = 1e6
 
 
 class Option(NamedTuple):
@@ -77,6 +86,30 @@ def _callable(name: str, value: Any) -> Any:
     return value
 
 
+def _context(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    import ssl  # only for who has one already: it is much to import
+
+    if not isinstance(value, ssl.SSLContext):
+        raise TypeError(f"{name} must be an ssl.SSLContext or None, not {type(value).__name__}")
+    try:
+        value.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_side=True)
+    except (ValueError, ssl.SSLError) as error:  # a client's
+        raise ValueError(f"{name}: {error}") from None
+    return value
+
+
+def _seconds(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number of seconds, not {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, not {value!r}")
+    return min(value, LONGEST)
+
+
 class BindOptions(TypedDict, total=False):
     """What bind() takes beside the endpoint; its docstring says what each means."""
 
@@ -102,11 +135,18 @@ class ServeOptions(TypedDict, total=False):
     on_error: Annotated[Callable[[Exception, Any], object] | None, Option(None, _callable)]
 
 
-class AllOptions(BindOptions, ServeOptions, total=False):
+class TLSOptions(TypedDict, total=False):
+    """And what it takes for TLS, which asyncio's servers have other names for."""
+
+    ssl: Annotated[SSLContext | None, Option(None, _context)]
+    handshake_timeout: Annotated[float | None, Option(None, _seconds)]
+
+
+class AllOptions(BindOptions, ServeOptions, TLSOptions, total=False):
     """What fastlisten.serve() takes."""
 
 
-class InnerOptions(ServeOptions, total=False):
+class InnerOptions(ServeOptions, TLSOptions, total=False):
     """And what the drop-in socketserver asks of the loop.
 
     leave: serve() returns without waiting for the handlers of its threads.  daemon: those are daemon threads.

@@ -14,7 +14,7 @@ from libc.string cimport memcpy
 from fastlisten._core.standard import StandardSocket
 
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport client_out, state_hold, state_t
+from fastlisten._core.state cimport client_out, state_hold, state_t, tls_failed
 
 
 # A recv() of at most this many bytes goes through the stack, so that its result is allocated once, at its
@@ -163,6 +163,8 @@ cdef class Connection:
     b'hello'
     """
 
+    ssl = None  # as opposed to that of a TLSConnection
+
     def __cinit__(self):
         self.fd = PORT_NO_SOCKET
         self.state = NULL
@@ -240,6 +242,11 @@ cdef class Connection:
             self._io_refs -= 1
         if self.closing:
             self.close()
+
+    def _tls_failed(self, str reason not None):
+        """Count with the listener why this client's TLS handshake failed; before the close."""
+        if self.state is not NULL:
+            tls_failed(self.state, reason)
 
     def detach(self):
         """Give the descriptor away: returns it as an int (-1 if closed); the caller closes it."""

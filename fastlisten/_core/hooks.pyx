@@ -48,7 +48,10 @@ cdef class RequestHooks:
     def in_line(self, Connection connection):
         """Handle a client in the thread of serve_forever()."""
         client_address = connection.peer
-        request = connection.socket()
+        self.request_in_line(connection.socket(), client_address)
+
+    cpdef request_in_line(self, request, client_address):
+        """The same for the client's socket."""
         try:
             if not self.plain and not self.server.verify_request(request, client_address):
                 self.server.shutdown_request(request)
@@ -66,14 +69,15 @@ cdef class RequestHooks:
                 self.server.shutdown_request(request)
                 raise
         except Exception as error:  # of a hook: the original's serve_forever() raises it
-            if self.failure is None:
-                self.failure = error
-            self.listener.stop()
+            self.fail(error)
 
     def in_thread(self, Connection connection):
         """Handle a client in a thread of the loop, as if the thread had been started for it alone."""
         client_address = connection.peer
-        request = connection.socket()
+        self.request_in_thread(connection.socket(), client_address)
+
+    cpdef request_in_thread(self, request, client_address):
+        """The same for the client's socket."""
         context = PyContext_CopyCurrent() if INHERITS_CONTEXT else PyContext_New()
         PyContext_Enter(context)
         try:
@@ -90,6 +94,12 @@ cdef class RequestHooks:
             threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
         finally:
             PyContext_Exit(context)
+
+    cpdef fail(self, error):
+        """End serve_forever(), which raises this."""
+        if self.failure is None:
+            self.failure = error
+        self.listener.stop()
 
     def raise_failure(self):
         """Raise what a hook raised in the thread of serve_forever()."""

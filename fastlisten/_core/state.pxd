@@ -5,7 +5,7 @@ from fastlisten._core.port cimport port_socket
 # How many failed accepts are told apart by their code; the error table knows fewer.
 cdef enum:
     CODES = 32
-
+    TLS_REASONS = 8         # TLS_FAILURES has as many
 
 cdef struct waker_t:            # all zeros: not open
     port_socket reader          # whoever waits polls this end
@@ -51,6 +51,7 @@ cdef struct state_t:
     int64_t handler_errors
     int64_t codes[CODES]        # failed accepts: the code, and how often (0: an unused place)
     int64_t counts[CODES]
+    int64_t tls_failures[TLS_REASONS]
 
 
 cdef void state_hold(state_t *state) noexcept nogil
@@ -63,6 +64,7 @@ cdef void client_refused(state_t *state) noexcept nogil
 cdef void client_dropped(state_t *state) noexcept nogil
 cdef void handler_failed(state_t *state) noexcept nogil
 cdef void accept_failed(state_t *state, int code) noexcept nogil
+cdef int tls_failed(state_t *state, str reason) except -1
 cdef int64_t connections_of(state_t *state) noexcept nogil
 
 

@@ -163,6 +163,25 @@ cdef void accept_failed(state_t *state, int code) noexcept nogil:
     port_add(&state.counts[i], 1)
 
 
+# Why a TLS handshake failed, in few enough words to watch each.
+TLS_FAILURES = (
+    "timeout",              # it was not through in time
+    "closed",               # the client left, or a stop cut it
+    "not TLS",              # what came was something else: plain HTTP, noise
+    "version",              # there is no version of TLS in common
+    "cipher",               # nor a cipher, a group or a signature algorithm
+    "client certificate",   # one was asked for, and none came, or one that is not accepted
+    "alert",                # the client refused, as one does that does not trust our certificate
+    "other",
+)
+
+
+cdef int tls_failed(state_t *state, str reason) except -1:
+    """A TLS handshake failed: count it by its reason."""
+    port_add(&state.tls_failures[<int>TLS_FAILURES.index(reason)], 1)
+    return 0
+
+
 cdef int64_t connections_of(state_t *state) noexcept nogil:
     """Clients handed out whose connections are neither closed nor taken over."""
     cdef int64_t handled = port_get(&state.handled)
@@ -394,6 +413,15 @@ cdef class State:
             "refused": refused,
             "dropped": dropped,
         }
+
+    def tls_failed(self, str reason not None):
+        """A TLS handshake failed for one of TLS_FAILURES: count it."""
+        tls_failed(self.at, reason)
+
+    def tls_failures(self):
+        """How many TLS handshakes have failed, by reason; those for which one has."""
+        return {TLS_FAILURES[i]: self.at.tls_failures[i]
+                for i in range(TLS_REASONS) if self.at.tls_failures[i]}
 
 
 cdef int take_all(Taker taker, tuple states) except -1:

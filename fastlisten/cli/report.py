@@ -159,6 +159,8 @@ def _counters(stats: ListenerStats, rate: float) -> str:
     if stats.handler_errors:
         parts.append(f"handler errors {stats.handler_errors}")
     parts += [f"{name} {count}" for name, count in sorted(stats.accept_errors.items())]
+    if stats.tls_failures:
+        parts.append(f"TLS failures {sum(stats.tls_failures.values())}")
     if stats.paused:
         parts.append("paused")
     return "  ".join(parts)
@@ -167,7 +169,11 @@ def _counters(stats: ListenerStats, rate: float) -> str:
 def _plain(stats: ListenerStats) -> dict[str, object]:
     """Return the stats as JSON can hold them."""
     values = stats._asdict()
-    return {**values, "accept_errors": dict(stats.accept_errors)}
+    return {
+        **values,
+        "accept_errors": dict(stats.accept_errors),
+        "tls_failures": dict(stats.tls_failures),
+    }
 
 
 def _connections(count: int) -> str:
