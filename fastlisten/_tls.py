@@ -5,6 +5,7 @@ ssl is imported only where somebody has a context already: it is much to import 
 
 from __future__ import annotations
 
+import _socket
 import contextlib
 import functools
 import selectors
@@ -83,6 +84,32 @@ def handshake(sock: SSLSocket, seconds: float, given_up: Callable[[], bool] | No
             return
 
 
+def wrap_accepted(sock: socket.socket, context: SSLContext, suppress_ragged_eofs: bool) -> SSLSocket:
+    """context.wrap_socket() of a server's client, without the handshake; `sock` is closed in any case.
+
+    With that, SSLSocket leaves itself unclosed when the client has sent a reset.
+    """
+    kind: Any = context.sslsocket_class
+    fresh = _closing(kind)._create(
+        sock,
+        server_side=True,
+        do_handshake_on_connect=False,
+        suppress_ragged_eofs=suppress_ragged_eofs,
+        context=context,
+    )
+    fresh.__class__ = kind
+    return fresh  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _closing(base: Any) -> Any:
+    class Closing(base):  # type: ignore[misc]
+        def __del__(self) -> None:
+            _socket.socket.close(self)
+
+    return Closing
+
+
 def failure_reason(error: OSError) -> str:
     """Which of TLS_FAILURES, which stats() counts, made a handshake fail."""
     if isinstance(error, TimeoutError) and error.errno is None:
@@ -99,7 +126,8 @@ def log_failure(peer: object, error: OSError) -> None:
     """Tell of a handshake that failed, to who wants to hear that much: any client can make one."""
     import logging  # not at the top: most never log
 
-    logging.getLogger("fastlisten").debug("the TLS handshake of %r failed: %s", peer, error)
+    # As text: the traceback of one that is kept would keep the socket open.
+    logging.getLogger("fastlisten").debug("the TLS handshake of %r failed: %s", peer, str(error))
 
 
 # --- the connection -------------------------------------------------------------------------------

@@ -7,6 +7,11 @@ Every name of the original is here and means the same.  What differs:
 - shutdown() in the thread that serves - in a handler, or in a signal handler - only asks the loop to end.
   The original waits there for itself, without end.
 - Out of descriptors or memory the servers pause, where the original spins.
+- A server whose `socket` is a listening ssl.SSLSocket (HTTPSServer, or `server.socket =
+  context.wrap_socket(server.socket, server_side=True)`) gives a handshake a deadline, `handshake_timeout`,
+  and a threading one does it in the handler's thread.  In the original a client that says nothing keeps all
+  others, and shutdown(), waiting.  Who does not get through is counted in `tls_failures`; as in the original
+  nothing more is said of it.  With do_handshake_on_connect=False the handshake is the handler's own affair.
 
 A hook that a subclass overrides is called where the original calls it.  What of the loop cannot work with it
 is then the original's: all of it for get_request() and service_actions(), the threads for verify_request()
@@ -22,17 +27,23 @@ import socketserver as _original
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from socketserver import __all__ as __all__
 from typing import TYPE_CHECKING, Any
 
 from fastlisten._core.accept import Shortage
+from fastlisten._core.connection import Connection
 from fastlisten._core.hooks import RequestHooks
 from fastlisten._core.loop import Loop
 from fastlisten._core.standard import StandardSocket
+from fastlisten._core.state import State
 from fastlisten._listener import Listener, make_loop, serve_options
 from fastlisten._options import Checked
+from fastlisten._tls import HANDSHAKE_TIMEOUT, failure_reason, handshake, log_failure, wrap_accepted
+
+if TYPE_CHECKING:
+    from ssl import SSLSocket
 
 # As many threads as clients, as in the original.
 UNLIMITED = 2**31 - 1
@@ -90,6 +101,9 @@ class AcceptMixIn:
     `class Server(AcceptMixIn, xmlrpc.server.SimpleXMLRPCServer): ...`
     """
 
+    # How long a TLS handshake may take, in seconds, where `socket` is a listening ssl.SSLSocket.
+    handshake_timeout: float = HANDSHAKE_TIMEOUT
+
     # What the original's classes, later in the order of the bases, have.
     socket: _socket.socket
     block_on_close: bool
@@ -103,6 +117,12 @@ class AcceptMixIn:
     _loops: tuple[Loop, ...] = ()  # whose threads may still have handlers at work
     _shortage: Shortage | None = None  # of get_request(), once it ran out of resources
     _pause: Any = None  # a lock: held while get_request() pauses, unless somebody ends that
+    _tls_counts: State | None = None  # has the failures of handshakes; nobody's clients
+
+    @property
+    def tls_failures(self) -> dict[str, int]:
+        """How many TLS handshakes have failed, by reason; ListenerStats has the reasons."""
+        return {} if self._tls_counts is None else self._tls_counts.tls_failures()
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown().
@@ -134,7 +154,7 @@ class AcceptMixIn:
         """Whether fastlisten's loop does what this server's class asks for."""
         sock = self.socket
         return (
-            (isinstance(sock, Listener) or type(sock) is _StandardSocket)
+            (isinstance(sock, Listener) or type(sock) is _StandardSocket or _is_tls(sock))
             and sock.fileno() >= 0
             and sock.type == _socket.SOCK_STREAM
             and (
@@ -147,7 +167,10 @@ class AcceptMixIn:
     def _serve(self, listener: Listener) -> bool:
         """Serve with the loop; returns False, and has done nothing, when another thread does so already."""
         hooks, options = self._hooks(listener)
-        loop = make_loop([listener], hooks.in_thread if options.leave else hooks.in_line, options)
+        handle: Callable[[Connection], None] = hooks.in_thread if options.leave else hooks.in_line
+        if _is_tls(self.socket):
+            handle = _over_tls(self, hooks, options.leave)
+        loop = make_loop([listener], handle, options)
         with _states:
             if self._listener is not None:
                 return False
@@ -176,10 +199,13 @@ class AcceptMixIn:
 
     def _hooks(self, listener: Listener) -> tuple[RequestHooks, Checked]:
         """What to do with a client, and the options of the loop that does it."""
+        plain = not _is_tls(self.socket)  # what RequestHooks does in fewer steps is not for an SSLSocket
         if not _untouched(self, _THREAD_HOOKS):
-            hooks = RequestHooks(self, listener, _untouched(self, _REQUEST_HOOKS | _INLINE_REQUEST_HOOKS))
+            plain = plain and _untouched(self, _REQUEST_HOOKS | _INLINE_REQUEST_HOOKS)
+            hooks = RequestHooks(self, listener, plain)
             return hooks, serve_options(hooks.in_line)
-        hooks = RequestHooks(self, listener, _untouched(self, _REQUEST_HOOKS | _THREAD_REQUEST_HOOKS))
+        plain = plain and _untouched(self, _REQUEST_HOOKS | _THREAD_REQUEST_HOOKS)
+        hooks = RequestHooks(self, listener, plain)
         return hooks, serve_options(
             hooks.in_thread, threads=(1, UNLIMITED), leave=True, daemon=self.daemon_threads, tick=TICK
         )
@@ -222,13 +248,16 @@ class AcceptMixIn:
         super().handle_request()  # type: ignore[misc]
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accept one client: (socket, address).
+        """Accept one client: (socket, address); over TLS, with its handshake, which has its deadline.
 
         Before an OSError that says that descriptors or memory ran out it pauses: the original's loop drops
         the error and tries again at once.
         """
+        get_request = super().get_request  # type: ignore[misc]
+        if _is_tls(self.socket) and get_request.__func__ is _original.TCPServer.get_request:
+            get_request = self._get_tls_request
         try:
-            request: tuple[Any, Any] = super().get_request()  # type: ignore[misc]
+            request: tuple[Any, Any] = get_request()
         except OSError as error:
             self._shortage = self._shortage or Shortage()
             self._pause_for(self._shortage.pause_after(error) or 0)
@@ -237,18 +266,82 @@ class AcceptMixIn:
             self._shortage.over()
         return request
 
+    def _get_tls_request(self) -> tuple[SSLSocket, Any]:
+        """What SSLSocket.accept() does, within the handshake's time, and no longer than until shutdown()."""
+        listener: Any = self.socket
+        sock, address = _StandardSocket.accept(listener)
+        return self._start_tls(sock, address, self._asked_to_end), address
+
+    def _start_tls(
+        self, sock: _socket.socket, address: Any, given_up: Callable[[], bool] | None
+    ) -> SSLSocket:
+        """Turn a client's socket, which is closed if that fails, into an SSLSocket after its handshake.
+
+        Raises OSError, which has been counted and logged, when the handshake fails.
+        """
+        listener: Any = self.socket
+        request = None
+        try:
+            request = wrap_accepted(sock, listener.context, listener.suppress_ragged_eofs)
+            vars(request)["do_handshake_on_connect"] = listener.do_handshake_on_connect
+            if listener.do_handshake_on_connect:
+                handshake(request, self.handshake_timeout, given_up)
+        except BaseException as error:
+            (request or sock).close()
+            if isinstance(error, OSError):
+                self._tls_failed(address, error)
+            raise
+        return request
+
+    def _tls_failed(self, address: Any, error: OSError) -> None:
+        with _states:
+            if self._tls_counts is None:
+                self._tls_counts = State(self.socket)
+        self._tls_counts.tls_failed(failure_reason(error))
+        log_failure(address, error)
+
+    def _asked_to_end(self) -> bool:
+        """Whether shutdown() or server_close() was called."""
+        return self._BaseServer__shutdown_request or self.socket.fileno() < 0
+
     def _pause_for(self, seconds: float) -> None:
         """Wait for so long, or until shutdown() or server_close()."""
         # Not an Event: a signal handler that calls shutdown() would wait for the lock in it that we hold.
         self._pause = pause = _thread.allocate_lock()
         pause.acquire()
-        if not self._BaseServer__shutdown_request and self.socket.fileno() >= 0:
+        if not self._asked_to_end():
             pause.acquire(timeout=seconds)
 
     def _end_pause(self) -> None:
         if self._pause is not None:
             with suppress(RuntimeError):  # it is over
                 self._pause.release()
+
+
+def _is_tls(sock: object) -> bool:
+    """Whether a listening socket is an ssl.SSLSocket that accepts as the original does."""
+    ssl = sys.modules.get("ssl")  # it is not ours to import: without it nobody has such a socket
+    return ssl is not None and isinstance(sock, ssl.SSLSocket) and type(sock).accept is ssl.SSLSocket.accept
+
+
+def _over_tls(server: AcceptMixIn, hooks: RequestHooks, in_thread: bool) -> Callable[[Connection], None]:
+    """What hooks.in_thread() or hooks.in_line() does, after the client's handshake in the same thread."""
+    handle = hooks.request_in_thread if in_thread else hooks.request_in_line
+    # In the thread of serve_forever(), shutdown() waits for it.
+    given_up = None if in_thread else server._asked_to_end
+
+    def handler(connection: Connection) -> None:
+        address = connection.peer
+        try:
+            request = server._start_tls(connection.socket(), address, given_up)
+        except OSError:
+            return  # as the original, whose get_request() has failed
+        except Exception as error:
+            hooks.fail(error)
+            return
+        handle(request, address)
+
+    return handler
 
 
 def _untouched(server: object, hooks: dict[str, Any]) -> bool:

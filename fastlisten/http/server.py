@@ -38,12 +38,12 @@ class ThreadingHTTPServer(_original.ThreadingHTTPServer, HTTPServer):
 if sys.version_info >= (3, 14):
 
     class HTTPSServer(_original.HTTPSServer, HTTPServer):
-        """As the original."""
+        """As the original, with a deadline for handshakes: `handshake_timeout`, in seconds."""
 
         __module__ = _original.__name__
 
     class ThreadingHTTPSServer(_original.ThreadingHTTPSServer, HTTPSServer):
-        """As the original."""
+        """As the original, with threads that are kept, and the handshakes in them."""
 
         __module__ = _original.__name__
 
