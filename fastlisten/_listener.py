@@ -206,9 +206,9 @@ class Listener(StandardSocket):
     def stop(self, drain: float | None = None) -> None:
         """Ask serve() to end, and return at once; any thread, handler or signal handler may call it.
 
-        drain: None takes nobody more from the kernel's queue and lets handlers end in their own time.  With
-        seconds, clients that the kernel had queued are still handled, and connections whose handlers take
-        longer than that are cut.  0 cuts at once.
+        drain: None takes nobody more from the kernel's queue and lets handlers end in their own time; who
+        waits for one, with `busy=`, is handled first.  With seconds, clients that the kernel had queued are
+        still handled, and connections whose handlers take longer than that are cut.  0 cuts at once.
 
         Without a serve() that runs, the next one returns at once, after such a drain.
 

@@ -19,7 +19,7 @@ import pytest
 
 import fastlisten
 from fastlisten import Listener, aio, bind, socketserver
-from helpers import LIMIT, LOOPBACK, connect, posix_only, read_all, reset, wait_until
+from helpers import LIMIT, LOOPBACK, connect, posix_only, read_all, reset, serving, wait_until
 from helpers.internals import is_served
 from helpers.serve import answer
 
@@ -218,6 +218,30 @@ def test_serve(mode: dict[str, Any], acts: list[str], listener: Listener) -> Non
     totals = agree(clients, listener.stats())
     assert totals["dropped"] == 0
     assert totals["handler_errors"] == (totals["handled"] if acts == MIXED else 0)
+
+
+@pytest.mark.parametrize("drain", [0, 0.05])
+@pytest.mark.parametrize("mode", [{}, {"threads": 1}, {"threads": 3, "max_connections": 1}], ids=str)
+def test_who_waits_for_a_handler_when_connections_are_cut_is_dropped(
+    mode: dict[str, Any], drain: float, listener: Listener
+) -> None:
+    """He was counted as handled when he was closed in a handler's place."""
+    handled = threading.Event()
+
+    def handler(connection: Any) -> None:
+        handled.set()
+        connection.recv(1)
+
+    with contextlib.ExitStack() as clients:
+        with serving(listener, handler, busy="reset", pending=3, **mode) as served:
+            for _ in range(3):
+                clients.enter_context(connect(listener))
+            assert handled.wait(LIMIT)
+            wait_until(lambda: listener.stats().accepted == 3)
+            listener.stop(drain)
+            assert served.wait() == (0, 3)
+        stats = listener.stats()
+        assert (stats.handled, stats.active, stats.refused, stats.dropped) == (1, 0, 0, 2)
 
 
 @modes

@@ -336,13 +336,16 @@ class ListenerMachine(Crowd):
     @precondition(lambda self: self.served is not None)
     @rule()
     def stop(self) -> None:
-        """Whoever is with a handler is waited for; the others stay in the kernel's queue."""
-        with_handlers = [*self.books.handlers]
+        """Whoever was accepted is handled and waited for; the others stay in the kernel's queue."""
+        accepted = self.books.handlers + self.books.queue
         self.listener.stop()
-        for client in with_handlers:
+        for client in accepted:
             client.speak()
-        self.ends(len(with_handlers), 0)
+        assert self.served is not None
+        assert self.served.wait() == (len(accepted), 0)
+        self.served = None
         self.books.finish()
+        self.books.end()
 
     @precondition(lambda self: self.served is not None)
     @rule()

@@ -126,6 +126,8 @@ cdef class Overload:
         """Wait for the next client that may be handled, and take it; for one thread at a time."""
         cdef port_pollfd poll
         cdef int ready, code
+        if self.acceptor.overdue():
+            return ENDED  # close() drops who waits
         if self.pop(client):
             return TAKEN
         if port_get(&self.refuser_gone):  # nobody else hears connections close
@@ -147,7 +149,7 @@ cdef class Overload:
         cdef bint some
         PyThread_acquire_lock(self.lock, WAIT_LOCK)
         some = self.waiting > 0 and not self.acceptor.stands_still() and (
-            self.most == 0 or self.acceptor.open_connections() < self.most or self.acceptor.overdue())
+            self.most == 0 or self.acceptor.open_connections() < self.most)
         if some:
             self.take_front(client)
             self.handling += 1
