@@ -90,6 +90,8 @@ class Listener(StandardSocket):
     bind() and create_server() make Listeners that listen.  Listener(family, type, proto) is bound and
     set to listen by hand, as a socket.socket is; Listener(fileno=N) takes descriptor N over and closes it.
 
+    TLS is for serve() alone: accept(), accept_many() and iteration give clients as they come.
+
     >>> import fastlisten, socket
     >>> def shout(connection):
     ...     connection.sendall(connection.recv(100).upper())
@@ -178,7 +180,7 @@ class Listener(StandardSocket):
         return ServeResult(*make_loop([self], handler, options).run())
 
     def __iter__(self) -> Iterator[Connection]:
-        """Connections until stop(); each is the caller's to close.  TLS is for serve() only."""
+        """Connections until stop(); each is the caller's to close."""
         return _connections(self)
 
     def __aiter__(self) -> AsyncIterator[Connection]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import _socket
 import contextlib
 import functools
+import math
 import selectors
 import socket
 import time
@@ -351,7 +352,7 @@ def _borrowing(base: Any) -> Any:
             if tls is None:
                 return
             timeout = self.gettimeout()
-            deadline = time.monotonic() + self.patience
+            deadline = time.monotonic() + min(self.patience, math.inf if timeout is None else timeout)
             try:
                 self.settimeout(0)
                 while True:
@@ -412,6 +413,7 @@ class TLSHandler:
             if self._on_error is not None:
                 self._failed[connection] = tls
             else:
+                sock.patience = 0
                 tls.close()
             raise
         except BaseException:  # what ends it all waits for nothing

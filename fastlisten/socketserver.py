@@ -254,7 +254,8 @@ class AcceptMixIn:
         the error and tries again at once.
         """
         get_request = super().get_request  # type: ignore[misc]
-        if _is_tls(self.socket) and get_request.__func__ is _original.TCPServer.get_request:
+        original = getattr(get_request, "__func__", None) is _original.TCPServer.get_request
+        if original and _is_tls(self.socket):
             get_request = self._get_tls_request
         try:
             request: tuple[Any, Any] = get_request()

@@ -230,3 +230,13 @@ def tls(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from helpers import certificates  # not above: ssl is slow to import
 
     return certificates.tls_contexts(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="session", name="pair")
+def localhost_pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Give the files of a certificate for localhost and of its key."""
+    if not PROBES["the openssl command"]():
+        pytest.skip("needs the openssl command")
+    from helpers import certificates
+
+    return certificates.certificate(tmp_path_factory.mktemp("pair"))

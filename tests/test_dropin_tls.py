@@ -18,18 +18,13 @@ import pytest
 import fastlisten.http.server
 from fastlisten import socketserver as dropin
 from helpers import LIMIT, connect, read_all, reset, wait_until
-from helpers.certificates import Pair, certificate, client_context, server_context
+from helpers.certificates import Pair, client_context, server_context
 from helpers.internals import listener_of
 from helpers.programs import line_of, run, running
 from helpers.socketservers import BOTH, THREADING, Echo, Served, server_class, serving
 
 AT_ONCE = 0.5  # seconds: within that, shutdown() returns
 SHORT = 0.3  # seconds: a deadline that a test waits for
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture(scope="module")

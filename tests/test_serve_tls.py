@@ -17,17 +17,12 @@ import pytest
 
 import fastlisten
 from fastlisten import Listener, TLSConnection
-from helpers import LIMIT, Serving, connect, posix_only, read_all, reset, serving, wait_until
+from helpers import LIMIT, Serving, connect, needs, posix_only, read_all, reset, serving, wait_until
 from helpers.certificates import Pair, certificate, client_context, expired, server_context
 from helpers.programs import line_of, run, running, wait_until_asleep
 from helpers.serve import THREADS
 
 SHORT = 0.3  # seconds: a deadline that a test waits for
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    return certificate(tmp_path_factory.mktemp("tls"))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +151,7 @@ def test_a_plain_connection_has_no_ssl(connection: Any) -> None:
 
 def test_the_end_is_said_after_much_was_sent(listener: Listener, context: Any, trusting: Any) -> None:
     """A client that does not pass over an end without close_notify gets it all."""
-    much = bytes(8 << 20)
+    much = bytes(2 << 20)
 
     def handler(connection: TLSConnection) -> None:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
@@ -165,6 +160,22 @@ def test_the_end_is_said_after_much_was_sent(listener: Listener, context: Any, t
     for _ in range(3):
         with exchange_with(listener, context, trusting, handler) as client:
             assert len(read_all(client)) == len(much)
+
+
+def test_the_end_waits_no_longer_than_a_write(listener: Listener, context: Any, trusting: Any) -> None:
+    """For a client that does not read."""
+    given_up: list[float] = []
+
+    def handler(connection: TLSConnection) -> None:
+        connection.settimeout(0.1)
+        with contextlib.suppress(TimeoutError):
+            while True:
+                connection.sendall(bytes(1 << 20))
+        given_up.append(time.monotonic())
+
+    with serving(listener, handler, ssl=context), tls_client(listener, trusting):
+        wait_until(lambda: given_up and listener.stats().active == 0)
+        assert time.monotonic() - given_up[0] < 2
 
 
 def test_who_shuts_down_can_still_receive(listener: Listener, context: Any, trusting: Any) -> None:
@@ -279,6 +290,7 @@ def test_what_a_handler_raises_is_logged(
     assert "LookupError: no such page" in caplog.text
 
 
+@needs("unix sockets")
 def test_several_endpoints_one_context(unix_path: str, context: Any, trusting: Any) -> None:
     with fastlisten.bind("127.0.0.1:0") as first, fastlisten.bind(f"unix:{unix_path}") as second:
         served = Serving(lambda: fastlisten.serve(echo, first, second, ssl=context, threads=2))
