@@ -5,7 +5,7 @@ from fastlisten._core.connection import Connection
 from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
 from fastlisten._listener import Listener, ListenerStats, ServeResult
 from fastlisten._patch import patch, unpatch
-from fastlisten._tls import TLSConnection
+from fastlisten._tls import TLSConnection, reloading
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "get_host_entry",
     "get_host_name",
     "patch",
+    "reloading",
     "serve",
     "unpatch",
 ]

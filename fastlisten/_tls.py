@@ -18,10 +18,14 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO
 from fastlisten._core.connection import Connection
 
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Sequence
     from ssl import SSLContext, SSLSocket
     from types import TracebackType
 
     from _typeshed import ReadableBuffer, WriteableBuffer
+
+    Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 # How long a handshake may take when nothing is said, in seconds: three losses of a packet, and a slow client.
 HANDSHAKE_TIMEOUT = 10.0
@@ -129,6 +133,36 @@ def log_failure(peer: object, error: OSError) -> None:
 
     # As text: the traceback of one that is kept would keep the socket open.
     logging.getLogger("fastlisten").debug("the TLS handshake of %r failed: %s", peer, str(error))
+
+
+def reloading(
+    certfile: Path | Sequence[Path | tuple[Path, Path | None]],
+    keyfile: Path | None = None,
+    *,
+    every: float = 10.0,
+) -> SSLContext:
+    """A server's ssl.SSLContext that serves new files to new connections when they change on disk.
+
+    certfile, keyfile: as for SSLContext.load_cert_chain(); a key that is encrypted is refused.  Or certfile
+    is a list of (certfile, keyfile): a client gets that for the name it asks for, or else the first.
+    every: how often the files are looked at, in seconds, at most, and only when a client comes.
+
+    A certificate and a key that do not belong together, not yet, are left alone, and the log says so once.
+    No handshake fails because of a change, and sessions go on across it.
+
+    It works wherever a context does: in serve(), for asyncio's servers and uvloop's, for a socket.  What is
+    set on it is for all certificates; its sni_callback is taken.
+
+    Raises OSError (FileNotFoundError, ssl.SSLError) as load_cert_chain(), ValueError, TypeError.
+
+    >>> import fastlisten
+    >>> fastlisten.reloading("no such file.pem")
+    Traceback (most recent call last):
+    FileNotFoundError: [Errno 2] No such file or directory
+    """
+    from fastlisten import _reloading
+
+    return _reloading.make(certfile, keyfile, every)
 
 
 # --- the connection -------------------------------------------------------------------------------
