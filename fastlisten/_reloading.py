@@ -87,13 +87,18 @@ class Pair:
         self.context, self.names = context, names
 
 
+def decoded(certfile: Path) -> dict[str, Any]:
+    """What SSLSocket.getpeercert() would tell of the first certificate in a file."""
+    # There is nothing public that decodes a certificate which was not verified.
+    return ssl._ssl._test_decode_cert(certfile)  # type: ignore[attr-defined, no-any-return]
+
+
 def _names_in(certfile: Path) -> frozenset[str]:
     """The names that a certificate is for, in lower case: RFC 6125, section 6.4."""
-    # There is nothing public that decodes a certificate which was not verified.
-    decoded: Any = ssl._ssl._test_decode_cert(certfile)  # type: ignore[attr-defined]
-    names = [value for kind, value in decoded.get("subjectAltName", ()) if kind == "DNS"]
+    cert = decoded(certfile)
+    names = [value for kind, value in cert.get("subjectAltName", ()) if kind == "DNS"]
     if not names:
-        names = [value for part in decoded.get("subject", ()) for kind, value in part if kind == "commonName"]
+        names = [value for part in cert.get("subject", ()) for kind, value in part if kind == "commonName"]
     return frozenset(name.lower() for name in names)
 
 

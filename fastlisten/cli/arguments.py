@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import fastlisten
-from fastlisten._options import BindOptions, ServeOptions, declared
+from fastlisten._options import BindOptions, ServeOptions, TLSOptions, declared
 from fastlisten.cli.errors import MISUSED, CommandError
 
 DEFAULT_ENDPOINT = "127.0.0.1:11000"
@@ -19,7 +19,7 @@ DEFAULT_DRAIN = 5.0
 
 # The options of bind() and of serve() by name. One that has no argument here is never given.
 BIND_OPTIONS = tuple(declared(BindOptions))
-SERVE_OPTIONS = tuple(declared(ServeOptions))
+SERVE_OPTIONS = (*declared(ServeOptions), *declared(TLSOptions))
 
 
 class Parser(argparse.ArgumentParser):
@@ -131,6 +131,7 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     _add_binding(serve)
     _add_serving(serve)
+    _add_tls(serve)
 
 
 def _add_binding(serve: Parser) -> None:
@@ -182,6 +183,24 @@ def _add_serving(serve: Parser) -> None:
         "--exhausted",
         choices=("pause", "shed"),
         help="without descriptors or memory: wait, or refuse who waits",
+    )
+
+
+def _add_tls(serve: Parser) -> None:
+    value = serve.add_argument_group("TLS").add_argument
+    value(
+        "--tls-cert",
+        metavar="FILE",
+        help="serve over TLS with this certificate, and those up to its issuer after it; changed files are "
+        "served from then on",
+    )
+    value("--tls-key", metavar="FILE", help="its key, if that is not in the same file")
+    value("--tls-ca", metavar="FILE", help="require a certificate of clients that one of these has issued")
+    value(
+        "--handshake-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        help="how long a client may take for its handshake (default 10)",
     )
 
 

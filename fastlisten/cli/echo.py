@@ -11,6 +11,6 @@ ECHO_SIZE = 65536  # bytes read at once
 
 def echo(connection: Connection) -> None:
     """Send everything back until the client ends its side."""
-    with contextlib.suppress(ConnectionError):  # the client left: nothing to tell anyone
+    with contextlib.suppress(OSError):  # the client left, or broke TLS: nothing to tell anyone
         while data := connection.recv(ECHO_SIZE):
             connection.sendall(data)

@@ -32,6 +32,13 @@ def serve_command(options: argparse.Namespace) -> int:
     if "pending" in serving and "busy" not in serving:
         text = "--pending needs --busy, which says what clients beyond it get"
         raise CommandError(f"cannot serve {endpoint}: {text}", MISUSED)
+    if options.tls_cert is not None:
+        from fastlisten.cli.tls import tls_context  # not at the top: ssl is much to import
+
+        serving["ssl"] = tls_context(options)
+    for name in ("tls_key", "tls_ca", "handshake_timeout"):
+        if options.tls_cert is None and getattr(options, name) is not None:
+            raise CommandError(f"--{name.replace('_', '-')} needs --tls-cert", MISUSED)
     try:
         serve_options(handler, **serving)  # what is wrong with them is told before a socket opens
     except (TypeError, ValueError) as error:
