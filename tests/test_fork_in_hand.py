@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from helpers import LIMIT, exchange, needs
-from helpers.programs import line_of, running
+from helpers.programs import line_of, run, running
 
 pytestmark = needs("fork", "Linux")
 
@@ -155,6 +155,36 @@ async def main():
 asyncio.run(main())
 """
 
+# Forks while two threads make and close listeners; what its hooks complain of comes last.
+NEIGHBOURS = """
+import os, sys, threading, warnings
+import fastlisten
+
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads, which is the point
+complaints = []
+sys.unraisablehook = lambda told: complaints.append(repr(told.exc_value))
+sys.setswitchinterval(1e-6)
+kept = [fastlisten.Listener() for _ in range(50)]
+over = threading.Event()
+
+def come_and_go():
+    while not over.is_set():
+        fastlisten.Listener().close()
+
+threads = [threading.Thread(target=come_and_go) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for _ in range(int(sys.argv[1])):
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+over.set()
+for thread in threads:
+    thread.join()
+print(complaints)
+"""
+
 PROGRAMS = dict.fromkeys(
     ["inline", "threads", "growing threads", "iteration", "busy", "busy text", "busy threads", "busy limit"],
     SERVES,
@@ -205,3 +235,8 @@ def test_a_fork_beside_a_client_that_is_being_accepted(way: str) -> None:
     assert took < 0.09  # nobody is waited for in vain, which would take 0.1 s
     assert (handled, refused, dropped) == (told["answered"], told["refused"], 0)
     assert accepted == handled + refused > FORKS
+
+
+def test_a_fork_beside_listeners_that_come_and_go() -> None:
+    """Each listener is told of the fork, whatever other threads make or close meanwhile."""
+    assert run(NEIGHBOURS, str(FORKS)).stdout == "[]\n"

@@ -3,7 +3,6 @@
 import errno
 import os
 from _thread import get_ident
-from weakref import WeakSet
 
 cimport cython
 from cpython.weakref cimport PyWeakref_NewRef
@@ -238,7 +237,7 @@ cdef class State:
         self.at.holders = 1
         self.at.family, self.at.type, self.at.protocol = int(sock.family), int(sock.type), sock.proto
         self.sock = PyWeakref_NewRef(sock, None)
-        _states.add(self)
+        _states.add(PyWeakref_NewRef(self, _states.discard))
 
     def __dealloc__(self):
         if self.at is not NULL:
@@ -442,14 +441,21 @@ cdef int give_back_all(Taker taker, tuple states) except -1:
 
 # --- Fork ---------------------------------------------------------------------------------------------------
 
-_states = WeakSet()
+_states = set()  # a weak reference to each
 _forking = set()  # the threads that fork
+
+
+cdef list all_states():
+    """Those that there are.  A loop over a WeakSet would end with RuntimeError when another thread makes a
+    listener meanwhile."""
+    cdef list found = [state() for state in list(_states)]
+    return [state for state in found if state is not None]
 
 
 def _before_fork():
     """This thread is about to fork: nobody accepts meanwhile."""
     _forking.add(get_ident())
-    for state in list(_states):
+    for state in all_states():
         state.stand_still(True)
 
 
@@ -457,14 +463,14 @@ def _after_fork_in_parent():
     """This thread has forked."""
     _forking.discard(get_ident())
     if not _forking:
-        for state in list(_states):
+        for state in all_states():
             state.stand_still(False)
 
 
 def _after_fork_in_child():
     """The wakers are shared with the parent, whose takers must not hear ours; and only one thread is left."""
     _forking.clear()
-    for state in list(_states):
+    for state in all_states():
         state.after_fork()
 
 
