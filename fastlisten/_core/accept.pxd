@@ -53,8 +53,10 @@ cdef class Shortage:
     cdef int64_t retry_at           # port_now(); 0: at once; -N: once `ask` has answered to failure N
     cdef readonly int64_t failures  # of this shortage; 0: there is none
     cdef int64_t eased              # accepts that worked since the last of them
-    cdef int64_t began, until       # and when its last pause is over
-    cdef int code
+    cdef int64_t began
+    # From here on whoever accepts and whoever tells may be two threads.
+    cdef int64_t until              # when its last pause is over
+    cdef int64_t code
     cdef int64_t to_tell            # set with each failure, and with one of the two below
     cdef int64_t to_tell_beginning, to_tell_end
     cdef int64_t lasted, failed_tries  # of the one that has ended

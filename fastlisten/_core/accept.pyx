@@ -182,7 +182,8 @@ cdef int poll_failed(int code) noexcept nogil:
 cdef int set_nonblocking(port_socket fd, state_t *state) except -1:
     """Make a listener's description non-blocking: between our look at the queue and our accept another
     process may take the client.  accept() copes, and a blocking listener goes on looking like one."""
-    state.made_nonblocking = 1
+    if not port_get(&state.made_nonblocking):
+        port_swap(&state.made_nonblocking, 1)
     if port_set_nonblocking(fd, 1) != 0:
         port_raise(port_error())
     return 0
@@ -241,8 +242,9 @@ cdef class Shortage:
     cdef void failed(self, int code) noexcept nogil:
         """An accept failed for want of resources; pause() or shed_queued() follows."""
         if self.failures == 0:
-            self.began = self.until = port_now()
-            self.code = code
+            self.began = port_now()
+            port_swap(&self.until, self.began)
+            port_swap(&self.code, code)
             port_swap(&self.to_tell_beginning, 1)
         if self.failures == 0 or self.eased:
             self.delay = FIRST_DELAY
@@ -252,8 +254,9 @@ cdef class Shortage:
 
     cdef void pause(self) noexcept nogil:
         """Accept nobody for longer than the last time, or until tell() has asked for how long."""
-        self.until = port_now() + self.delay
-        port_swap(&self.retry_at, self.until if self.ask is None else -self.failures)
+        cdef int64_t until = port_now() + self.delay
+        port_swap(&self.until, until)
+        port_swap(&self.retry_at, until if self.ask is None else -self.failures)
         self.delay = min(2 * self.delay, LAST_DELAY)
 
     cdef bint worked(self, int accepted, bint caught_up) noexcept nogil:
@@ -265,8 +268,8 @@ cdef class Shortage:
         self.eased += accepted
         if not caught_up and self.eased < ROUND:
             return False
-        self.lasted = min(port_now(), self.until) - self.began
-        self.failed_tries = self.failures
+        port_swap(&self.lasted, min(port_now(), port_get(&self.until)) - self.began)
+        port_swap(&self.failed_tries, self.failures)
         self.failures = self.eased = 0
         port_swap(&self.to_tell_end, 1)
         port_swap(&self.to_tell, 1)
@@ -304,7 +307,7 @@ cdef class Shortage:
                 if answer == ACCEPTED:
                     refuse(&client, self.text, self.length)
                 self.spare = port_spare()
-                self.until = port_now()
+                port_swap(&self.until, port_now())
                 if (self.spare == PORT_NO_SOCKET or answer == RESOURCES
                         or sources[i].lost >= LOST_IN_A_ROW):
                     return False  # the whole system has run out: one descriptor of ours does not help
@@ -318,7 +321,7 @@ cdef class Shortage:
         if not port_swap(&self.to_tell, 0):
             return 0
         try:
-            port_raise(self.code)
+            port_raise(<int>port_get(&self.code))
         except OSError as trouble:
             error = trouble
         if port_swap(&self.to_tell_beginning, 0):
@@ -330,10 +333,10 @@ cdef class Shortage:
                 raise ValueError(f"exhausted must return seconds, at least 0, not {seconds!r}")
             retry_at = port_now() + <int64_t>(min(<double>seconds, LONGEST_DELAY) * 1e9)
             if port_replace(&self.retry_at, asked, retry_at):  # else a descriptor has come free meanwhile
-                self.until = retry_at
+                port_swap(&self.until, retry_at)
         if port_swap(&self.to_tell_end, 0):
             log().info("accepting again after %.3f s and %d failed tries",
-                       self.lasted / 1e9, self.failed_tries)
+                       port_get(&self.lasted) / 1e9, port_get(&self.failed_tries))
         return 0
 
     # For a loop that accepts by the standard library's accept(), in Python.

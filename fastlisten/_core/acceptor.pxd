@@ -25,8 +25,8 @@ cdef class Acceptor:
     cdef int64_t most               # connections open at a time; 0: any number
     cdef bint wakes                 # the states' `wake_on_close` is set
     cdef bint always                # ... and stays so
-    cdef bint deaf                  # a waker is broken
-    cdef int code                   # of the failure that ended it
+    cdef int64_t deaf               # a waker is broken
+    cdef int64_t code               # of the failure that ended it
     cdef int in_vain, polls_first   # how often poll() is asked before accept() is tried again; and yet to go
     cdef int64_t over               # nobody is accepted any more
     cdef bint stopping

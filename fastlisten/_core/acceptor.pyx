@@ -114,7 +114,7 @@ cdef class Acceptor:
         cdef int i
         for i in range(self.count):
             waker_mend(&self.sources[i].state.waker)
-        self.deaf = False
+        port_swap(&self.deaf, 0)
         return 0
 
     cdef void close(self) noexcept nogil:
@@ -273,7 +273,7 @@ cdef class Acceptor:
                 self.ran_out(source.code)
                 return LOOK
             if answer != AGAIN:
-                self.code = source.code
+                port_swap(&self.code, source.code)
                 if answer == CLOSED and (self.ending() or self.stopping or (
                         source.code == PORT_EINVAL and source.proven)):
                     return ENDED
@@ -322,7 +322,8 @@ cdef class Acceptor:
                 if i >= self.count:
                     return TAKEN if outcome == NOBODY else outcome
                 waker_drain(&self.sources[i].state.waker)
-                self.deaf = self.deaf or port_get(&self.sources[i].state.waker.broken)
+                if port_get(&self.sources[i].state.waker.broken):
+                    port_swap(&self.deaf, 1)
                 self.shortage.cut_short()  # a connection of ours may have closed
                 outcome = LOOK
         return outcome
@@ -333,8 +334,9 @@ cdef class Acceptor:
         if verdict(code) == RESOURCES:
             self.shortage.failed(code)
             self.shortage.pause()
-        self.code = poll_failed(code)
-        return LOOK if self.code == 0 else FAILED
+        code = poll_failed(code)
+        port_swap(&self.code, code)
+        return LOOK if code == 0 else FAILED
 
     cdef int64_t closed_for(self) noexcept nogil:
         """For how many ns nobody is to be accepted; 0: go on; < 0: until somebody wakes us."""

@@ -20,9 +20,9 @@ cdef class Connection:
     cdef port_socket fd
     cdef public int _io_refs            # open files of makefile(); socket.SocketIO keeps it
     cdef int address_length
-    cdef held_address_t address
     cdef bint closing
-    cdef bint was_cut
+    cdef held_address_t address
+    cdef int64_t was_cut                # by another thread
 
     cdef void count_out(self) noexcept
     cdef int finish(self) noexcept

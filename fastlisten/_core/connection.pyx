@@ -217,9 +217,8 @@ cdef class Connection:
     cdef bint cut(self) noexcept:
         """End both directions, so that a thread blocked on this client comes back; False if it is gone."""
         with cython.critical_section(self):
-            if self.fd == PORT_NO_SOCKET or self.was_cut:
+            if self.fd == PORT_NO_SOCKET or port_swap(&self.was_cut, 1):
                 return False
-            self.was_cut = True
             port_cut(self.fd)
         return True
 
@@ -375,7 +374,7 @@ cdef class Connection:
                 PyErr_CheckSignals()
             elif self.timeout > 0 and port_would_block(code):
                 self.wait(POLLIN, &deadline)
-            elif self.was_cut and port_says_cut(code):
+            elif port_says_cut(code) and port_get(&self.was_cut):
                 return 0  # as everywhere else: no more comes
             else:
                 port_raise(code)

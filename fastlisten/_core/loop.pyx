@@ -86,8 +86,7 @@ cdef class Loop(Dispatcher):
             signals = wake_on_signals(self.caller_waker().writer)
             PyErr_CheckSignals()  # one that came before woke nobody
             self.threads.run()
-            if self.failure is not None:
-                raise self.failure
+            self.raise_what_ended()
         except KeyboardInterrupt:
             if signals is not None and PORT_SIGNALS_APART:
                 self.await_wake_up()
@@ -96,7 +95,7 @@ cdef class Loop(Dispatcher):
             if signals is not None:
                 signal.set_wakeup_fd(-1)
             self.close()
-        return self.finished, self.was_cut
+        return port_get(&self.finished), port_get(&self.was_cut)
 
     def open(self):
         """Take the listeners' clients, and begin to accept; close() is to follow in any case.
@@ -191,9 +190,12 @@ cdef class Loop(Dispatcher):
         return self.connection(client) if outcome == TAKEN else None
 
     cdef int look_up(self) except -1:
+        cdef int64_t *deaf = &self.acceptor.deaf
+        if self.overload is not None:
+            deaf = &self.overload.waker.broken
         if port_get(&self.acceptor.shortage.to_tell):
             self.acceptor.shortage.tell()
-        if port_get(&self.overload.waker.broken) if self.overload is not None else self.acceptor.deaf:
+        if port_get(deaf):
             self.mend()
         return 0
 
@@ -202,12 +204,12 @@ cdef class Loop(Dispatcher):
         with cython.critical_section(self):
             if self.overload is not None:
                 waker_mend(&self.overload.waker)
-            elif self.acceptor.deaf:
+            elif port_get(&self.acceptor.deaf):
                 self.acceptor.mend_wakers()
         return 0
 
     cdef int raise_failure(self) except -1:
-        return port_raise(self.acceptor.code)
+        return port_raise(<int>port_get(&self.acceptor.code))
 
     cdef Connection connection(self, client_t *client):
         cdef Connection connection
@@ -237,7 +239,7 @@ cdef class Loop(Dispatcher):
             connection.end()
             if self.overload is not None:
                 self.overload.handled()
-            if self.acceptor.asked_to_stop() is not NULL and not connection.was_cut:
+            if self.acceptor.asked_to_stop() is not NULL and not port_get(&connection.was_cut):
                 port_add(&self.finished, 1)
         return 0
 
@@ -257,9 +259,18 @@ cdef class Loop(Dispatcher):
 
     cdef void fail(self, error) noexcept:
         """A thread ends the loop, and run() raises why."""
-        if self.failure is None:
-            self.failure = error
+        with cython.critical_section(self):  # of several threads that fail the first
+            if self.failure is None:
+                self.failure = error
         self.end()
+
+    cdef int raise_what_ended(self) except -1:
+        """Raise why a thread has ended the loop, if one has."""
+        with cython.critical_section(self):  # a handler that run() does not wait for may fail just now
+            failure = self.failure
+        if failure is not None:
+            raise failure
+        return 0
 
     cdef void end(self) noexcept:
         """Take nobody more."""
@@ -309,7 +320,7 @@ cdef class Loop(Dispatcher):
             connection = worker.has()
             if connection is not None:
                 self.cut(connection)
-        self.cut_at = port_now()
+        port_swap(&self.cut_at, port_now())
         self.acceptor.bring_back()  # the time of a drain is over
         self.threads.wake()
 

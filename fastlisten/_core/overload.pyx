@@ -140,7 +140,7 @@ cdef class Overload:
         elif ready < 0:
             code = poll_failed(port_error())
             if code != 0:
-                self.acceptor.code = code
+                port_swap(&self.acceptor.code, code)
                 return FAILED
         return LOOK
 
@@ -219,7 +219,7 @@ cdef class Overload:
                 self.acceptor.leave()  # not before: a fork finds the client in the queue, or closed
                 if outcome == LOOK or port_get(&self.acceptor.shortage.to_tell):
                     waker_wake(&self.waker)  # for the log, or a place that came free
-                if self.acceptor.deaf:
+                if port_get(&self.acceptor.deaf):
                     outcome = self.mend_acceptor()
             self.refuser_outcome = outcome
             port_swap(&self.refuser_gone, 1)
@@ -232,6 +232,6 @@ cdef class Overload:
             try:
                 self.acceptor.mend_wakers()
             except OSError as error:
-                self.acceptor.code = getattr(error, "winerror", None) or error.errno
+                port_swap(&self.acceptor.code, getattr(error, "winerror", None) or error.errno)
                 return FAILED
         return LOOK

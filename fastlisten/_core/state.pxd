@@ -74,10 +74,12 @@ cdef class Taker:
 
 cdef class State:
     cdef state_t *at
-    cdef readonly Taker taker   # who takes the clients; None: nobody
+    cdef Taker current          # who takes the clients, for taker_now(); None: nobody
     cdef object sock            # a weak reference
     cdef bint left              # it is closed or detached: nobody may take its clients any more
     cdef object __weakref__
+
+    cdef Taker taker_now(self)
 
 
 cdef object log()

@@ -244,7 +244,17 @@ cdef class State:
             state_release(self.at)
 
     # No Python code runs inside the critical sections of the next ones, and so no signal handler; nothing
-    # comes between a look and what follows from it.
+    # comes between a look and what follows from it.  Without the GIL another thread may let a taker go
+    # between a look at `current` and the hold on what it names; so that, too, is done inside one.
+
+    cdef Taker taker_now(self):
+        with cython.critical_section(self):
+            return self.current
+
+    @property
+    def taker(self):
+        """Who takes the clients; None: nobody."""
+        return self.taker_now()
 
     def take(self, Taker taker not None):
         """Have `taker` take the clients from now on.
@@ -256,16 +266,16 @@ cdef class State:
         self.taken_by()  # one that is over gives way
         with cython.critical_section(self):
             left = self.left
-            if self.taker is None and not left:
-                self.taker = taker
-            other = self.taker
+            if self.current is None and not left:
+                self.current = taker
+            other = self.current
         self.check(taker, other)
         if left:
             port_raise(PORT_CLOSED)
 
     def taken_by(self):
         """Who takes the clients now; None: nobody.  From one that is over they are taken away."""
-        cdef Taker taker = self.taker
+        cdef Taker taker = self.taker_now()
         if taker is not None and taker.over():
             self.give_back(taker, True)  # a stop is still for the next
             taker = None
@@ -283,22 +293,23 @@ cdef class State:
         neither answers for now nor has the waker closed.
         """
         with cython.critical_section(self):
-            if self.taker is not taker:
+            if self.current is not taker:
                 return
             if not takes_again:
                 waker_close(&self.at.waker)
-            self.taker = None
+            self.current = None
         if port_get(&self.at.stopping) and not takes_again:
             self.answered()
 
     def stop(self, drain):
         """Ask whoever takes the clients to end; `drain` as Listener.stop() says.  Takes no lock: signal
         handlers call it."""
-        cdef int64_t deadline = 0
+        cdef int64_t deadline, before
         cdef Taker taker
         if drain is not None:
             deadline = port_now() + <int64_t>(min(<double>drain, 1e9) * 1e9)
-            if self.at.deadline == 0 or deadline < self.at.deadline:
+            before = port_get(&self.at.deadline)
+            if before == 0 or deadline < before:
                 port_swap(&self.at.deadline, deadline)
             if not port_get(&self.at.stopping) and drain > 0:
                 port_swap(&self.at.draining, 1)
@@ -306,34 +317,37 @@ cdef class State:
                 port_swap(&self.at.draining, 0)
         port_swap(&self.at.stopping, 1)
         waker_wake(&self.at.waker)
-        taker = self.taker
+        taker = self.taker_now()
         if taker is not None:
             taker.bring_back()
             taker.stop(drain)
 
     def answered(self):
         """The stop was carried out: another taker may follow."""
-        self.at.stopping = self.at.draining = self.at.deadline = 0
+        port_swap(&self.at.stopping, 0)
+        port_swap(&self.at.draining, 0)
+        port_swap(&self.at.deadline, 0)
 
     def leave(self):
         """The listener is about to be closed or detached: whoever takes its clients ends."""
         cdef Taker taker
         with cython.critical_section(self):
             self.left = True
-            taker = self.taker
+            taker = self.current
         if taker is not None:
             taker.leave(self)
-        if self.taker is None:
+        if self.taker_now() is None:
             waker_close(&self.at.waker)
 
     def stand_still(self, bint still):
         """A thread is about to fork: have whoever takes the clients have none in hand; or it has."""
-        if self.taker is not None:
-            self.taker.stand_still(still)
+        cdef Taker taker = self.taker_now()
+        if taker is not None:
+            taker.stand_still(still)
 
     def after_fork(self):
         """In a child: have a waker of its own, and no taker that has no thread here."""
-        cdef Taker taker = self.taker
+        cdef Taker taker = self.current
         self.at.made_nonblocking = 0  # the parent did, and may need it
         waker_renew(&self.at.waker)
         if taker is not None and not taker.after_fork():
@@ -341,7 +355,8 @@ cdef class State:
 
     def threads_now(self):
         """How many threads handle clients, and how many of them are idle."""
-        return (0, 0) if self.taker is None else self.taker.threads_now()
+        cdef Taker taker = self.taker_now()
+        return (0, 0) if taker is None else taker.threads_now()
 
     # The waker, for a taker that waits with an event loop.
 
@@ -381,7 +396,7 @@ cdef class State:
 
     @paused.setter
     def paused(self, bint value):
-        cdef Taker taker = self.taker
+        cdef Taker taker = self.taker_now()
         port_swap(&self.at.paused, value)
         waker_wake(&self.at.waker)
         if taker is not None:
@@ -390,7 +405,7 @@ cdef class State:
     @property
     def made_nonblocking(self):
         """Whether this process has made the listener's description non-blocking, which others may share."""
-        return bool(self.at.made_nonblocking)
+        return bool(port_get(&self.at.made_nonblocking))
 
     def counts(self):
         """The counters by name; what failed accepts is under `accept_errors`, as {errno name: count}."""
@@ -398,16 +413,19 @@ cdef class State:
         cdef int64_t refused = port_get(&self.at.refused)
         cdef int64_t dropped = port_get(&self.at.dropped)
         cdef int64_t accepted = port_get(&self.at.accepted)  # last: it grows first
+        cdef int64_t code, count
         errors = {}
         for i in range(CODES):
-            if self.at.counts[i]:
-                name = errno.errorcode.get(self.at.codes[i], str(self.at.codes[i]))
-                errors[name] = errors.get(name, 0) + self.at.counts[i]
+            count = port_get(&self.at.counts[i])
+            if count:
+                code = port_get(&self.at.codes[i])
+                name = errno.errorcode.get(code, str(code))
+                errors[name] = errors.get(name, 0) + count
         return {
             "accepted": accepted,
             "handled": handled,
             "active": accepted - handled - refused - dropped,
-            "handler_errors": self.at.handler_errors,
+            "handler_errors": port_get(&self.at.handler_errors),
             "accept_errors": errors,
             "refused": refused,
             "dropped": dropped,

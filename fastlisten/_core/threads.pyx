@@ -180,18 +180,20 @@ cdef class Lead:
 
     cdef int64_t lend(self) noexcept nogil:
         """The leader goes to handle a client; returns what reclaim() wants to see."""
+        cdef int64_t loan
         if PORT_PARALLEL:  # without the GIL even quick handlers gain from a second thread
             self.hand_off()
             return FREE
-        if self.eager > 0:
-            self.eager -= 1
+        if port_get(&self.eager) > 0:
+            port_add(&self.eager, -1)
             self.hand_off()
             return FREE
-        self.loans += 1
-        port_swap(&self.held, self.loans)
+        loan = self.loans + 1
+        self.loans = loan
+        port_swap(&self.held, loan)  # from here on another may lead, and lend
         if port_replace(&self.successor_waits, FOR_ANYTHING, 0):
             PyThread_release_lock(self.alarm)
-        return self.loans
+        return loan
 
     cdef bint reclaim(self, int64_t loan, int64_t since) noexcept nogil:
         """The handler that began at `since` has returned: whether its thread still leads."""
@@ -199,7 +201,7 @@ cdef class Lead:
         if loan == FREE:
             return False
         if port_now() - since <= self.quick:
-            if self.misses:
+            if port_get(&self.misses):
                 port_swap(&self.misses, 0)
         else:
             misses = port_add(&self.misses, 1)
@@ -315,12 +317,13 @@ cdef class Threads:
 
     cdef bint to_wait_for(self) noexcept:
         """Whether a thread is still to be waited for; in a handler, no longer than GRACE after its cut."""
+        cdef int64_t cut_at
         if port_get(&self.starting):
             return True
         if port_get(&self.alive) == 0 or self.may_leave():
             return False
-        return (not self.dispatcher.cut_at or port_now() < self.dispatcher.cut_at + GRACE
-                or port_get(&self.idle) > 0)
+        cut_at = port_get(&self.dispatcher.cut_at)
+        return not cut_at or port_now() < cut_at + GRACE or port_get(&self.idle) > 0
 
     cdef bint may_leave(self) noexcept:
         """Whether run() may return while handlers are at work: the loop is over, and nobody leads."""
@@ -349,11 +352,12 @@ cdef class Threads:
         Returns the code of a poll() that failed for good, or 0.
         """
         cdef int64_t patience = -1
+        cdef int64_t cut_at = port_get(&self.dispatcher.cut_at)
         cdef int ready
         cdef int code = 0
         cdef port_pollfd poll
-        if self.dispatcher.cut_at:
-            patience = self.dispatcher.cut_at + GRACE - port_now()
+        if cut_at:
+            patience = cut_at + GRACE - port_now()
             if patience <= 0:
                 patience = GRACE
         poll.fd = self.waker.reader

@@ -61,3 +61,4 @@ cdef class Accepting(Owner):
     cdef int accept_failed(self, int code, sock) except -1
     cdef int end_queue(self) except -1
     cdef int rest(self) except -1
+    cdef QueueWatch queue_now(self)

@@ -187,7 +187,7 @@ cdef class QueueWatch(Watched):
         overload.acceptor.shortage.tell()
         if port_get(&overload.refuser_gone) and overload.refuser_outcome == FAILED and not self.failed:
             self.failed = True
-            self.accepting.accept_failed(overload.acceptor.code, None)
+            self.accepting.accept_failed(<int>port_get(&overload.acceptor.code), None)
         return 0
 
 
@@ -281,11 +281,13 @@ cdef class Accepting(Owner):
 
     cdef int end_queue(self) except -1:
         """End the thread that refuses, and drop who waits in the queue."""
-        if self.queue is not None:
-            self.queue.overload.close()
-            self.queue.overload.acceptor.close()
-            self.queue.overload.acceptor.shortage.tell()
-            self.queue = None
+        cdef QueueWatch queue = self.queue
+        if queue is not None:
+            queue.overload.close()
+            queue.overload.acceptor.close()
+            queue.overload.acceptor.shortage.tell()
+            with cython.critical_section(self):
+                self.queue = None
         return 0
 
     def when_idle(self, idle):
@@ -418,18 +420,26 @@ cdef class Accepting(Owner):
             self.connections.hub.loop.call_exception_handler(context)
         return 0
 
+    # The next ones any thread may call, while the event loop's own ends.
+
+    cdef QueueWatch queue_now(self):
+        with cython.critical_section(self):  # without the GIL it could go between a look and a hold on it
+            return self.queue
+
     def bring_back(self):
         """Have the thread that refuses come back, if it sleeps in accept()."""
-        if self.queue is not None:
-            self.queue.overload.acceptor.bring_back()
+        cdef QueueWatch queue = self.queue_now()
+        if queue is not None:
+            queue.overload.acceptor.bring_back()
 
     def leave(self, State state not None):
         """The listener of this state is about to be closed by somebody else: accept from it no more."""
         cdef ListenerWatch listener
-        if self.queue is not None:
+        cdef QueueWatch queue = self.queue_now()
+        if queue is not None:
             state.stop(0)
             with nogil:
-                self.queue.overload.acceptor.release(state)
+                queue.overload.acceptor.release(state)
         elif asyncio._get_running_loop() is self.connections.hub.loop:
             for listener in self.listeners:
                 if listener.state is state:
@@ -438,8 +448,9 @@ cdef class Accepting(Owner):
 
     def stand_still(self, bint still):
         """A thread is about to fork: have the thread that refuses have no client in hand; or it has."""
-        if self.queue is not None:
-            self.queue.overload.stand_still(still)
+        cdef QueueWatch queue = self.queue_now()
+        if queue is not None:
+            queue.overload.stand_still(still)
 
     def after_fork(self):
         """In a forked child: who waits in the queue is the parent's."""
