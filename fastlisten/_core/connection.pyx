@@ -210,8 +210,11 @@ cdef class Connection:
 
         What a failed close could tell, nobody is left to do anything about; the descriptor is gone anyway.
         """
-        self.closing = True
-        if self._io_refs <= 0:
+        cdef bint last
+        with cython.critical_section(self):  # another thread may close the last file just now
+            self.closing = True
+            last = self._io_refs <= 0
+        if last:
             self.finish()
 
     cdef bint cut(self) noexcept:
@@ -229,17 +232,23 @@ cdef class Connection:
         last of them is closed.
         """
         cdef int code
-        self.closing = True
-        if self._io_refs > 0:
+        cdef bint kept
+        with cython.critical_section(self):
+            self.closing = True
+            kept = self._io_refs > 0
+        if kept:
             return
         code = self.finish()
         if code != 0 and code != PORT_PEER_RESET:  # close() of a reset connection has done its work
             port_raise(code)
 
     def _decref_socketios(self):
-        if self._io_refs > 0:
-            self._io_refs -= 1
-        if self.closing:
+        cdef bint closing
+        with cython.critical_section(self):
+            if self._io_refs > 0:
+                self._io_refs -= 1
+            closing = self.closing
+        if closing:
             self.close()
 
     def _tls_failed(self, str reason not None):
@@ -253,7 +262,7 @@ cdef class Connection:
         with cython.critical_section(self):
             fd = self.fd
             self.fd = PORT_NO_SOCKET
-        self.closing = True
+            self.closing = True
         if fd == PORT_NO_SOCKET:
             return -1
         self.count_out()
@@ -279,11 +288,13 @@ cdef class Connection:
     @property
     def closed(self):
         """Whether close(), detach() or socket() was called."""
-        return self.closing or self.fd == PORT_NO_SOCKET
+        with cython.critical_section(self):
+            return self.closing or self.fd == PORT_NO_SOCKET
 
     def fileno(self):
         """The descriptor as an int, -1 when closed."""
-        return -1 if self.fd == PORT_NO_SOCKET else self.fd
+        with cython.critical_section(self):
+            return -1 if self.fd == PORT_NO_SOCKET else self.fd
 
     def __enter__(self):
         return self
