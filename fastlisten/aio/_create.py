@@ -137,13 +137,14 @@ async def _serve(
 ) -> Server:
     """A Server on bound sockets, which it owns; on failure they are closed."""
     loop = asyncio.get_running_loop()
-    if "uvloop" in sys.modules:
+    if sys.modules.get("uvloop") is not None:
         from fastlisten.aio._uvloop_transports import teach
 
         teach(loop)
-    if ssl:  # as asyncio asks
-        factory = _tls_factory(tls_server(loop, ssl, ssl_handshake_timeout, ssl_shutdown_timeout), factory)
     try:
+        if ssl:  # as asyncio asks
+            settings = tls_server(loop, ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+            factory = _tls_factory(settings, factory)
         _set_options(sockets, options)
         server = Server(loop, sockets, factory, backlog, limits, path, ssl)
     except BaseException:

@@ -1,9 +1,12 @@
 import asyncio
 import ssl
+from asyncio import sslproto
 from enum import Enum
 from typing import Any, final
 
-from fastlisten.aio._transport import Transport
+from fastlisten.aio._transport import SocketTransport, Transport
+
+class SSLTransport(SocketTransport, sslproto._SSLProtocolTransport): ...
 
 @final
 class TlsSettings:

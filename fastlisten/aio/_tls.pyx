@@ -37,7 +37,6 @@ from fastlisten.aio._transport import SocketTransport
 
 # By a name of C's: at the end of the interpreter a module's own names go before its objects.
 cdef object _asyncio_log = logging.getLogger("asyncio")
-cdef object _SocketTransport = SocketTransport
 cdef object _SSLObject = ssl.SSLObject
 cdef object _SSLError = ssl.SSLError
 cdef object _CertificateError = ssl.CertificateError
@@ -47,6 +46,15 @@ cdef int _warn_from = constants.LOG_THRESHOLD_FOR_CONNLOST_WRITES
 # Asyncio's own marks: of what is kept for the peer, and of what it has sent and nobody has read.
 cdef tuple _write_limits = write_limits(None, None, 1024 * constants.FLOW_CONTROL_HIGH_WATER_SSL_WRITE)
 cdef tuple _read_limits = write_limits(None, None, 1024 * constants.FLOW_CONTROL_HIGH_WATER_SSL_READ)
+
+
+class SSLTransport(SocketTransport, sslproto._SSLProtocolTransport):
+    """What isinstance() is told that a TlsTransport is, for whoever asks for asyncio's."""
+
+    __slots__ = ()
+
+
+cdef object _SSLTransport = SSLTransport
 
 
 cdef object _timeout(str name, value, default):
@@ -182,7 +190,7 @@ cdef class TlsTransport(Receiver):
 
     @property
     def __class__(self):
-        return _SocketTransport
+        return _SSLTransport
 
     def __repr__(self):
         state = ("in its handshake", "open", "closing", "closed")[self.state]
@@ -260,7 +268,8 @@ cdef class TlsTransport(Receiver):
         if transport.unread is not None:
             self.session.put(transport.unread)
             transport.unread = None
-        if transport.fd == PORT_NO_SOCKET:  # nobody will tell it
+        if transport.fd == PORT_NO_SOCKET:  # it is over, and its protocol has been told
+            self.told = OF_NOTHING
             self.connection_lost(None)
             return
         transport.attach(self)
@@ -276,9 +285,10 @@ cdef class TlsTransport(Receiver):
         """Do what can be done with what was received."""
         self.holding = True
         try:
-            if self.state == HANDSHAKE and self.shake_hands():
-                self.opened()
-            if self.state == OPEN:
+            if self.state == HANDSHAKE:
+                if self.shake_hands():
+                    self.opened()
+            elif self.state == OPEN:
                 self.read()
             elif self.state == CLOSING:
                 self.shake_goodbye()
@@ -300,7 +310,12 @@ cdef class TlsTransport(Receiver):
         return True
 
     cdef int opened(self) except -1:
-        """The handshake is through."""
+        """The handshake is through.  Go on at once, unless something was scheduled that comes first.
+
+        Who waits for the transport has it before the first data (cpython's bpo-40573), and a task may start
+        TLS again.
+        """
+        cdef Py_ssize_t scheduled = self.below.hub.scheduled()
         self.state = OPEN
         if self.settings.loop.get_debug() and self.timer is not None:
             left = self.timer.when() - self.settings.loop.time()
@@ -310,7 +325,11 @@ cdef class TlsTransport(Receiver):
         if self.told == OF_NOTHING:
             self.told = OF_CONNECTION
             self.protocol.connection_made(self)
-        return self.tell_waiter(None)
+        self.tell_waiter(None)
+        if self.below.hub.scheduled() == scheduled:
+            return self.read()
+        self.settings.loop.call_soon(self._resume)
+        return 0
 
     cdef int handshake_failed(self, error) except -1:
         certificate = isinstance(error, _CertificateError)
@@ -588,6 +607,12 @@ cdef class TlsTransport(Receiver):
         if self.state != OPEN:
             return 0
         self.flush()
+        try:
+            # OpenSSL takes data that nobody has read for an error of the peer's.
+            while self.state == OPEN and self.session.fill(self.below.connections.scratch, CHUNK):
+                pass
+        except _SSLError as error:
+            return self.fatal(error, "Fatal error on transport")
         if self.state != OPEN:
             return 0
         self.state = CLOSING

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import weakref
-from asyncio import sslproto
+from asyncio import selector_events, sslproto
 from typing import Any
 
 from fastlisten.aio._transport import SocketTransport
@@ -15,7 +14,8 @@ except ImportError:
     raise ImportError("UvloopEventLoop needs uvloop: pip install uvloop") from None
 
 _Loop: Any = uvloop.Loop
-_AsyncioLoop: Any = asyncio.SelectorEventLoop  # whose methods ask nothing of the loop that uvloop lacks
+# Its methods ask nothing of the loop that uvloop lacks.
+_AsyncioLoop: Any = selector_events.BaseSelectorEventLoop
 
 
 def teach(loop: Any) -> None:
