@@ -146,6 +146,12 @@ class AllOptions(BindOptions, ServeOptions, TLSOptions, total=False):
     """What fastlisten.serve() takes."""
 
 
+class AsyncioOptions(ServeOptions, total=False):
+    """And what servers of fastlisten.aio have; the docstring of create_server() says what each means."""
+
+    handshake_threads: Annotated[int, Option(0, _whole(0))]
+
+
 class InnerOptions(ServeOptions, TLSOptions, total=False):
     """And what the drop-in socketserver asks of the loop.
 

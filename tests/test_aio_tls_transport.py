@@ -13,9 +13,9 @@ import pytest
 
 from fastlisten import aio
 from fastlisten.aio._tls import TlsTransport
-from helpers import connect, needs, read_all, reset
+from helpers import connect, needs, read_all
 from helpers.aio import BIG, LOOPS, Echo, Notes, Run, asyncios, in_thread, server
-from helpers.tls_client import APPLICATION_DATA, TlsClient
+from helpers.tls_client import APPLICATION_DATA, TlsClient, ended
 
 pytestmark = needs("the openssl command")
 
@@ -27,197 +27,6 @@ def run(request: pytest.FixtureRequest) -> Run:
 
 
 both = pytest.mark.parametrize("create", [asyncios, aio.create_server], ids=["the loop's", "ours"])
-
-
-async def ended(serving: Any) -> None:
-    """Wait until no connection is left."""
-    while serving.server.stats().active:
-        await asyncio.sleep(0.001)
-
-
-def client_of(serving: Any, tls: Any) -> TlsClient:
-    return TlsClient(serving.address, tls[1])
-
-
-# --- bad input
-
-
-def plain_http(client: socket.socket, tls: Any) -> None:
-    client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    with contextlib.suppress(ConnectionError):
-        read_all(client)
-
-
-def garbage(client: socket.socket, tls: Any) -> None:
-    client.sendall(bytes(range(256)) * 8)
-    with contextlib.suppress(ConnectionError):
-        read_all(client)
-
-
-def nothing_and_a_reset(client: socket.socket, tls: Any) -> None:
-    reset(client)
-
-
-def nothing_and_the_end(client: socket.socket, tls: Any) -> None:
-    client.shutdown(socket.SHUT_WR)
-    assert read_all(client) == b""
-
-
-def half_a_hello_and_a_reset(client: socket.socket, tls: Any) -> None:
-    outgoing = ssl.MemoryBIO()
-    hello = tls[1].wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
-    with pytest.raises(ssl.SSLWantReadError):
-        hello.do_handshake()
-    client.sendall(outgoing.read()[:100])
-    reset(client)
-
-
-def a_hello_and_a_reset(client: socket.socket, tls: Any) -> None:
-    outgoing = ssl.MemoryBIO()
-    hello = tls[1].wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost")
-    with pytest.raises(ssl.SSLWantReadError):
-        hello.do_handshake()
-    client.sendall(outgoing.read())
-    client.recv(1)
-    reset(client)
-
-
-@pytest.mark.parametrize(
-    "act",
-    [
-        plain_http,
-        garbage,
-        nothing_and_a_reset,
-        nothing_and_the_end,
-        half_a_hello_and_a_reset,
-        a_hello_and_a_reset,
-    ],
-)
-def test_a_bad_client_is_counted_and_nobody_is_told(
-    run: Run, tls: Any, act: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    def client(address: Any) -> None:
-        with connect(address) as sock:
-            act(sock, tls)
-
-    async def main() -> None:
-        async with server(Notes, ssl=tls[0]) as serving:
-            await in_thread(client, serving.address)
-            await ended(serving)
-            stats = serving.server.stats()
-            assert (stats.accepted, stats.handled, stats.handler_errors) == (1, 1, 0)
-            assert [protocol.events for protocol in serving.made] == [[]]
-
-    with caplog.at_level(logging.INFO):
-        run(main())
-    assert (run.reports, caplog.records) == ([], [])
-
-
-def test_garbage_on_an_open_connection_ends_it(run: Run, tls: Any) -> None:
-    async def main() -> None:
-        async with server(Echo, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
-                await in_thread(client.shake_hands)
-                client.session.write(b"before")
-                client.socket.sendall(client.outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
-                with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):  # the alert
-                    await in_thread(client.read, 6)
-                protocol = await serving.first()
-                assert isinstance(await protocol.lost, ssl.SSLError)
-                assert protocol.events == ["made", "data", "lost"]
-
-    run(main())
-    assert run.reports == []
-
-
-def test_the_client_is_told_by_an_alert_why_its_handshake_failed(run: Run, tls: Any) -> None:
-    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
-    old.maximum_version = ssl.TLSVersion.TLSv1_2
-    new = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    new.minimum_version = ssl.TLSVersion.TLSv1_3
-
-    async def main() -> None:
-        async with server(Notes, ssl=new) as serving:
-            with TlsClient(serving.address, old) as client, pytest.raises(ssl.SSLError, match="ALERT"):
-                await in_thread(client.shake_hands)
-
-    run(main())
-    assert run.reports == []
-
-
-@both
-@pytest.mark.parametrize("hello", [False, True])
-def test_a_handshake_has_a_deadline(run: Run, tls: Any, create: Any, hello: bool) -> None:
-    async def main() -> None:
-        async with server(Notes, create, ssl=tls[0], ssl_handshake_timeout=0.1) as serving:
-            with client_of(serving, tls) as client:
-                if hello:
-                    client.begin()
-                with contextlib.suppress(ConnectionError):
-                    await in_thread(read_all, client.socket)
-            assert serving.made[0].events == []
-
-    run(main())
-    assert run.reports == []
-
-
-# --- what a protocol raises
-
-
-@pytest.mark.parametrize("name", ["connection_made", "data_received", "eof_received", "connection_lost"])
-@pytest.mark.parametrize("kind", [ValueError, OSError])
-def test_what_a_protocol_raises_ends_it(run: Run, tls: Any, name: str, kind: Any) -> None:
-    error = kind("mine")
-
-    class Raises(Notes):
-        def __getattribute__(self, asked: str) -> Any:
-            if asked != name:
-                return super().__getattribute__(asked)
-
-            def call(*arguments: Any) -> None:
-                getattr(super(Raises, self), name)(*arguments)
-                raise error
-
-            return call
-
-    async def main() -> None:
-        async with server(Raises, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client, contextlib.suppress(EOFError, ConnectionError):
-                await in_thread(client.shake_hands)
-                client.send(b"hello")
-                if name in ("eof_received", "connection_lost"):
-                    await in_thread(client.unwrap)
-                await in_thread(read_all, client.socket)
-            lost = await serving.made[0].lost
-            assert lost is (None if name == "connection_lost" else error)
-            reported = 1 if kind is ValueError else 0
-            if name == "connection_lost":
-                reported = 1  # nobody else would be told
-            assert [report["exception"] for report in run.reports] == [error] * reported
-            await ended(serving)
-            assert serving.server.stats().handler_errors == reported
-
-    run(main())
-
-
-def test_the_loop_may_be_left_from_a_callback(run: Run, tls: Any) -> None:
-    class Leaves(Notes):
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.data == b"leave":
-                raise SystemExit(3)
-
-    async def main() -> None:
-        async with server(Leaves, ssl=tls[0]) as serving:
-            client = client_of(serving, tls)
-            with client:
-                await in_thread(client.shake_hands)
-                client.send(b"leave")
-                await asyncio.sleep(10)
-
-    with pytest.raises(SystemExit):
-        run(main())
 
 
 # --- reading
@@ -233,7 +42,7 @@ def test_paused_reading_slows_the_client_down(run: Run, tls: Any, create: Any) -
 
     async def main() -> None:
         async with server(Pauses, create, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 sending = asyncio.ensure_future(in_thread(client.send, bytes(2 * BIG)))
                 protocol = await serving.first()
@@ -251,7 +60,7 @@ def test_paused_reading_slows_the_client_down(run: Run, tls: Any, create: Any) -
 def test_an_end_that_comes_while_reading_is_paused_is_told_after_the_data(run: Run, tls: Any) -> None:
     async def main() -> None:
         async with server(Notes, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 protocol = await serving.first()
                 protocol.transport.pause_reading()
@@ -303,7 +112,7 @@ def test_a_buffered_protocol(run: Run, tls: Any, create: Any, size: int) -> None
 
     async def main() -> None:
         async with server(Sized, create, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 data = bytes(range(256)) * 40
                 client.send(data)
@@ -322,7 +131,7 @@ def test_a_buffer_of_no_length_is_an_error(run: Run, tls: Any) -> None:
 
     async def main() -> None:
         async with server(Empty, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client, contextlib.suppress(EOFError, ConnectionError):
+            with TlsClient(serving.address, tls[1]) as client, contextlib.suppress(EOFError, ConnectionError):
                 await in_thread(client.shake_hands)
                 await in_thread(client.read, 1)
             await ended(serving)
@@ -335,7 +144,7 @@ def test_a_buffer_of_no_length_is_an_error(run: Run, tls: Any) -> None:
 def test_what_came_with_the_handshake_s_end_is_delivered_in_its_wake(run: Run, tls: Any) -> None:
     async def main() -> None:
         async with server(Echo, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
 
                 def talk() -> bytes:
                     client.begin()
@@ -361,7 +170,7 @@ def test_what_came_with_the_handshake_s_end_is_delivered_in_its_wake(run: Run, t
 def test_what_write_takes_and_what_it_refuses(run: Run, tls: Any, create: Any) -> None:
     async def main() -> list[Any]:
         async with server(Notes, create, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 transport = (await serving.first()).transport
                 assert transport.can_write_eof() is False
@@ -397,7 +206,7 @@ def test_what_one_callback_writes_is_one_record(run: Run, tls: Any) -> None:
 
     async def main() -> None:
         async with server(Answers, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 client.send(b"?")
                 assert await in_thread(client.read, 12) == b"headbodytail"
@@ -412,7 +221,7 @@ def test_what_one_callback_writes_is_one_record(run: Run, tls: Any) -> None:
 def test_a_client_that_reads_slowly_slows_the_protocol_down(run: Run, tls: Any, create: Any) -> None:
     async def main() -> None:
         async with server(Notes, create, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 protocol = await serving.first()
                 written = 0
@@ -440,7 +249,7 @@ def test_a_protocol_that_writes_much_in_one_callback_is_paused_in_it(run: Run, t
 
     async def main() -> None:
         async with server(Floods, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 client.send(b"?")
                 protocol = await serving.first()
@@ -465,7 +274,7 @@ def test_close_sends_all_that_was_written(run: Run, tls: Any, create: Any, size:
 
     async def main() -> None:
         async with server(Closes, create, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 client.send(b"?")
                 assert len(await in_thread(client.read, size + 1)) == size
@@ -479,7 +288,7 @@ def test_close_sends_all_that_was_written(run: Run, tls: Any, create: Any, size:
 def test_close_with_data_that_nobody_has_read_is_in_order(run: Run, tls: Any) -> None:
     async def main() -> None:
         async with server(Notes, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 protocol = await serving.first()
                 protocol.transport.pause_reading()
@@ -499,7 +308,7 @@ def test_close_with_data_that_nobody_has_read_is_in_order(run: Run, tls: Any) ->
 def test_abort_ends_at_once(run: Run, tls: Any, create: Any) -> None:
     async def main() -> None:
         async with server(Notes, create, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 protocol = await serving.first()
                 protocol.transport.write(bytes(BIG))
@@ -515,7 +324,7 @@ def test_abort_ends_at_once(run: Run, tls: Any, create: Any) -> None:
 def test_a_client_that_does_not_agree_to_the_end_is_cut(run: Run, tls: Any, create: Any) -> None:
     async def main() -> None:
         async with server(Notes, create, ssl=tls[0], ssl_shutdown_timeout=0.1) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 protocol = await serving.first()
                 protocol.transport.close()
@@ -531,7 +340,7 @@ def test_a_client_that_does_not_agree_to_the_end_is_cut(run: Run, tls: Any, crea
 def test_the_client_ends(run: Run, tls: Any, create: Any) -> None:
     async def main() -> list[Any]:
         async with server(Notes, create, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 await in_thread(client.unwrap)
                 assert await in_thread(read_all, client.socket) == b""
@@ -548,7 +357,7 @@ def test_the_client_ends_without_a_close_notify(run: Run, tls: Any, create: Any)
 
     async def main() -> list[Any]:
         async with server(Notes, create, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 client.socket.shutdown(socket.SHUT_WR)
                 assert await serving.made[0].lost is None
@@ -565,7 +374,7 @@ def test_an_answer_to_the_end_is_sent(run: Run, tls: Any) -> None:
 
     async def main() -> None:
         async with server(Answers, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 client.socket.shutdown(socket.SHUT_WR)
                 assert await in_thread(client.read, 7) == b"goodbye"
@@ -581,7 +390,7 @@ def test_keeping_half_a_connection_open_is_warned_of(
 
     async def main() -> None:
         async with server(Keeps, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 await in_thread(client.unwrap)
                 await serving.made[0].lost
@@ -595,7 +404,7 @@ def test_keeping_half_a_connection_open_is_warned_of(
 def test_writes_after_the_end_are_warned_of(run: Run, tls: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with server(Notes, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 protocol = await serving.first()
                 protocol.transport.abort()
@@ -612,7 +421,7 @@ def test_nothing_is_left_of_a_connection_that_has_ended(run: Run, tls: Any) -> N
         async with server(Echo, ssl=tls[0]) as serving:
             gc.disable()
             try:
-                with client_of(serving, tls) as client:
+                with TlsClient(serving.address, tls[1]) as client:
                     await in_thread(client.shake_hands)
                     client.send(b"hello")
                     assert await in_thread(client.read, 5) == b"hello"
@@ -636,7 +445,7 @@ def test_nothing_is_left_of_a_connection_that_has_ended(run: Run, tls: Any) -> N
 def test_what_a_transport_tells(run: Run, tls: Any) -> None:
     async def main() -> None:
         async with server(Notes, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 protocol = await serving.first()
                 transport = protocol.transport
@@ -675,7 +484,7 @@ def test_debug_mode_tells_of_each_step(run: Run, tls: Any, caplog: pytest.LogCap
     async def main() -> None:
         asyncio.get_running_loop().set_debug(True)
         async with server(Notes, ssl=tls[0]) as serving:
-            with client_of(serving, tls) as client:
+            with TlsClient(serving.address, tls[1]) as client:
                 await in_thread(client.shake_hands)
                 client.socket.shutdown(socket.SHUT_WR)
                 await serving.made[0].lost

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 
 from fastlisten._bind import bind
 from fastlisten._core.accept import REUSE_ADDRESS
-from fastlisten._options import BindOptions, Checked, ServeOptions, checked, declared, socket_options
+from fastlisten._options import AsyncioOptions, BindOptions, Checked, checked, declared, socket_options
 from fastlisten._unix_path import OwnPath, permissions, refuse_taken
 from fastlisten.aio._server import Factory, Server, checked_limits
 from fastlisten.aio._tls import TlsSettings, TlsTransport
@@ -76,6 +76,7 @@ def tls_server(
     context: _ssl.SSLContext | None,
     handshake_timeout: float | None,
     shutdown_timeout: float | None,
+    threads: int = 0,
 ) -> TlsSettings:
     """How a server of this loop speaks TLS; None for asyncio's own timeouts."""
     return TlsSettings(
@@ -84,6 +85,7 @@ def tls_server(
         server_side=True,
         handshake_timeout=handshake_timeout,
         shutdown_timeout=shutdown_timeout,
+        threads=threads,
     )
 
 
@@ -141,12 +143,14 @@ async def _serve(
         from fastlisten.aio._uvloop_transports import teach
 
         teach(loop)
+    settings: TlsSettings | None = None
     try:
         if ssl:  # as asyncio asks
-            settings = tls_server(loop, ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
+            timeouts = ssl_handshake_timeout, ssl_shutdown_timeout
+            settings = tls_server(loop, ssl, *timeouts, limits.handshake_threads)
             factory = _tls_factory(settings, factory)
         _set_options(sockets, options)
-        server = Server(loop, sockets, factory, backlog, limits, path, ssl)
+        server = Server(loop, sockets, factory, backlog, limits, path, settings)
     except BaseException:
         for sock in sockets:
             sock.close()
@@ -228,8 +232,8 @@ def check_defaults(options: dict[str, Any]) -> None:
 
     Raises TypeError and ValueError as create_server() does.
     """
-    limits = {name: options[name] for name in declared(ServeOptions).keys() & options.keys()}
-    checked_limits(**({"exhausted": "pause"} | limits))
+    limits = {name: options[name] for name in declared(AsyncioOptions).keys() & options.keys()}
+    checked_limits(**({"exhausted": "pause", "handshake_threads": 0} | limits))
     own = {name: options[name] for name in declared(BindOptions).keys() & options.keys()}
     socket_options(checked(BindOptions, "create_server", **own))
 
@@ -259,8 +263,10 @@ def _path_made(sock: socket.socket) -> OwnPath | None:
     return None
 
 
-def _refuse(**asked: bool) -> None:
+def _refuse(limits: Checked, **asked: bool) -> None:
     """ValueError for what asyncio's own server, on a proactor, does not have."""
+    for name, option in declared(AsyncioOptions).items():
+        asked[name] = vars(limits)[name] != option.check(name, option.default)
     for name, given in asked.items():
         if given:
             raise ValueError(f"{name} needs a selector event loop, and this is a proactor")
@@ -291,18 +297,20 @@ async def create_server(
     pending: int | None = None,
     busy: str | bytes | None = None,
     exhausted: Literal["pause", "shed"] = "pause",
+    handshake_threads: int = 0,
 ) -> Server:
     """loop.create_server() of the running loop, with its arguments; returns a Server, the caller's to close.
 
     dualstack_ipv6, exclusive, defer_accept, fast_open: as fastlisten.bind().  no_delay: TCP_NODELAY on the
-    connections, which asyncio always sets.
-    max_connections, pending, busy, exhausted: as Listener.serve(); `busy` is answered while the event loop is
-    blocked, too, and `pending` clients may then wait.  A connection that speaks TLS counts from its
-    handshake on.
+    connections, which asyncio always sets.  max_connections, pending, busy, exhausted: as Listener.serve();
+    `busy` is answered while the event loop is blocked, too, and `pending` clients may then wait.
+    handshake_threads: in how many threads TLS's handshakes run, without the GIL; 0: on the event loop.
 
     Raises what asyncio's own raises for the same mistakes, ValueError for options this system lacks.
     """
-    limits = checked_limits(max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted)
+    limits = checked_limits(
+        handshake_threads, max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted
+    )
     options = socket_options(
         checked(
             BindOptions,
@@ -319,13 +327,11 @@ async def create_server(
     loop = asyncio.get_running_loop()
     if isinstance(loop, _Proactor):
         _refuse(
+            limits,
             dualstack_ipv6=dualstack_ipv6,
             exclusive=exclusive,
             defer_accept=defer_accept is not None,
             fast_open=fast_open is not None,
-            max_connections=max_connections is not None,
-            busy=busy is not None,
-            exhausted=exhausted != "pause",
         )
         own = await _bind_tcp(loop, protocol_factory, host, port, start_serving=start_serving, **asked, **tls)
         return cast(Server, own)
@@ -354,14 +360,17 @@ async def create_unix_server(
     pending: int | None = None,
     busy: str | bytes | None = None,
     exhausted: Literal["pause", "shed"] = "pause",
+    handshake_threads: int = 0,
 ) -> Server:
     """loop.create_unix_server() of the running loop, with its arguments; returns a Server.
 
     cleanup_socket: unlink the path on close, if it is still the socket that was made; asyncio's default,
     which is True since Python 3.13.  mode: permission bits of the path, as fastlisten.bind().
-    max_connections, pending, busy, exhausted: as create_server().
+    max_connections, pending, busy, exhausted, handshake_threads: as create_server().
     """
-    limits = checked_limits(max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted)
+    limits = checked_limits(
+        handshake_threads, max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted
+    )
     tls = _tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     more = {"cleanup_socket": False} if _UNLINKS else {}  # what it unlinks, the Server does
     if sock is None and path is not None:

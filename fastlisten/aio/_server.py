@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-import ssl
 import sys
 import time
 import warnings
@@ -21,10 +20,11 @@ from fastlisten._core.overload import HANDLERS_AT_MOST, Overload
 from fastlisten._core.standard import refuse_green
 from fastlisten._core.state import State, Taker, queue
 from fastlisten._listener import Listener, ListenerStats
-from fastlisten._options import Checked, ServeOptions, checked
+from fastlisten._options import AsyncioOptions, Checked, checked
 from fastlisten._unix_path import OwnPath
 from fastlisten.aio._accepting import Accepting
 from fastlisten.aio._hub import Hub
+from fastlisten.aio._tls import TlsSettings
 from fastlisten.aio._transport import Connections
 
 Factory = Callable[[], asyncio.BaseProtocol]
@@ -49,7 +49,7 @@ class Server(asyncio.AbstractServer):
         backlog: int,
         limits: Checked,
         path: OwnPath | None = None,
-        context: ssl.SSLContext | None = None,
+        tls: TlsSettings | None = None,
     ) -> None:
         self._loop = loop
         self._sockets: list[socket.socket] | None = sockets
@@ -62,7 +62,8 @@ class Server(asyncio.AbstractServer):
         self._states = [_state_of(sock) for sock in sockets]
         self._taker = ServerTaker(self._accepting)
         self._path = path
-        self._ssl_context = context  # others read it from asyncio's own
+        self._tls = tls
+        self._ssl_context = tls and tls.context  # others read it from asyncio's own
         self._since = time.time()
         self._paused = False
         self._serving = False
@@ -216,6 +217,8 @@ class Server(asyncio.AbstractServer):
         self._give_back()
         for sock in sockets:
             sock.close()
+        if self._tls is not None and self._tls.threads is not None:
+            self._tls.threads.close()
         if self._path is not None:
             _remove(self._path)
         self._serving = False
@@ -350,15 +353,16 @@ class ServerTaker(Taker):
         return True
 
 
-def checked_limits(*, exhausted: Any, **limits: Any) -> Checked:
-    """What a server may take on: max_connections, pending, busy and exhausted, checked as serve() does.
+def checked_limits(handshake_threads: Any, *, exhausted: Any, **limits: Any) -> Checked:
+    """What a server may take on: max_connections, pending, busy, exhausted and handshake_threads, checked.
 
     Raises RuntimeError where sockets are green: nothing would let a greenlet run.
     """
     refuse_green("an asyncio server")
     if exhausted not in ("pause", "shed"):
         raise ValueError(f"exhausted must be 'pause' or 'shed', not {exhausted!r}")
-    return checked(ServeOptions, "create_server", exhausted=exhausted, **limits)
+    limits |= {"exhausted": exhausted, "handshake_threads": handshake_threads}
+    return checked(AsyncioOptions, "create_server", **limits)
 
 
 def _state_of(sock: socket.socket) -> State:

@@ -4,12 +4,23 @@ from fastlisten.aio._transport cimport Receiver, Transport
 
 
 @cython.final
+cdef class HandshakeThreads:
+    cdef readonly int count
+    cdef object executor
+    cdef object process         # whose threads they are: a forked child has none of them
+    cdef bint closed
+
+    cdef bint run(self, function) except -1
+
+
+@cython.final
 cdef class TlsSettings:
     cdef readonly object loop
     cdef readonly object context
     cdef readonly bint server_side
     cdef readonly object server_hostname
     cdef readonly object handshake_timeout, shutdown_timeout  # in seconds
+    cdef readonly HandshakeThreads threads                    # None: handshakes run on the event loop
 
 
 @cython.final
@@ -32,8 +43,12 @@ cdef class Session:
     cdef object peer_certificate    # the client's, as getpeercert() has it
     cdef bint ended                 # the peer has sent its close_notify
     cdef bint cut                   # ... or nothing more comes from it, without one
+    cdef bint busy                  # a thread has the session, and nobody else may touch it
+    cdef list later                 # what was received meanwhile
+    cdef Py_ssize_t later_size
 
     cdef int feed(self, char *data, Py_ssize_t length) except -1
+    cdef bint catch_up(self) except -1
     cdef Py_ssize_t fill(self, char *buffer, Py_ssize_t room) except -1
 
 
@@ -75,7 +90,9 @@ cdef class TlsTransport(Receiver):
 
     cdef int begin(self) except -1
     cdef int pump(self) except -1
-    cdef bint shake_hands(self) except -1
+    cdef int shake_hands(self) except -1
+    cdef object try_handshake(self)
+    cdef int handshake_tried(self, error) except -1
     cdef int opened(self) except -1
     cdef int handshake_failed(self, error) except -1
     cdef int tell_waiter(self, error) except -1

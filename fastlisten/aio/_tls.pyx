@@ -5,8 +5,10 @@ module; what is written goes through it to the Transport.  Nothing here touches 
 """
 
 import logging
+import os
 import ssl
 from asyncio import constants, sslproto
+from concurrent.futures import ThreadPoolExecutor
 
 cimport cython
 from cpython.buffer cimport (
@@ -66,17 +68,43 @@ cdef object _timeout(str name, value, default):
 
 
 @cython.final
+cdef class HandshakeThreads:
+    """So many threads in which the handshakes of a server run, for OpenSSL works without the GIL."""
+
+    def __cinit__(self, int count):
+        self.count = count
+
+    cdef bint run(self, function) except -1:
+        """Have a thread call the function; False when they have ended."""
+        if self.closed:
+            return False
+        if self.process != os.getpid():
+            self.executor = ThreadPoolExecutor(self.count, "fastlisten-handshake")
+            self.process = os.getpid()
+        self.executor.submit(function)
+        return True
+
+    def close(self):
+        """End the threads; those that are in a handshake end after it."""
+        self.closed = True
+        if self.executor is not None and self.process == os.getpid():
+            self.executor.shutdown(wait=False)
+        self.executor = None
+
+
+@cython.final
 cdef class TlsSettings:
     """How TLS is spoken, for all connections of a server.
 
     loop: the event loop.  context: the ssl.SSLContext; None: the default one of a client.
     server_hostname: which name the server's certificate has to have, on a client's side.
     handshake_timeout, shutdown_timeout: in seconds; None for asyncio's own.
+    threads: how many threads handshakes run in; 0: on the event loop.
     Raises ValueError for a timeout that is not positive, and for a server without a context.
     """
 
     def __init__(self, loop, context, *, bint server_side, server_hostname=None, handshake_timeout=None,
-                 shutdown_timeout=None):
+                 shutdown_timeout=None, int threads=0):
         self.loop = loop
         self.handshake_timeout = _timeout(
             "ssl_handshake_timeout", handshake_timeout, constants.SSL_HANDSHAKE_TIMEOUT)
@@ -85,6 +113,8 @@ cdef class TlsSettings:
         self.context = context or sslproto._create_transport_context(server_side, server_hostname)
         self.server_side = server_side
         self.server_hostname = None if server_side else server_hostname or None
+        if threads:
+            self.threads = HandshakeThreads(threads)
 
 
 @cython.final
@@ -128,9 +158,23 @@ cdef class Session:
 
     cdef int feed(self, char *data, Py_ssize_t length) except -1:
         """The peer has sent this."""
+        if self.busy:
+            self.later.append(PyBytes_FromStringAndSize(data, length))
+            self.later_size += length
+            return 0
         self.window.start, self.window.length = data, length
         self.put(self.window)
         return 0
+
+    cdef bint catch_up(self) except -1:
+        """The thread is through: take what was received meanwhile; returns whether there was anything."""
+        cdef bint any_later = self.later_size != 0
+        self.busy = False
+        if any_later:
+            self.put(b"".join(self.later))
+            self.later_size = 0
+        self.later = None
+        return any_later
 
     cdef Py_ssize_t fill(self, char *buffer, Py_ssize_t room) except -1:
         """Decrypt into the buffer as much as there is; returns how much.
@@ -286,8 +330,7 @@ cdef class TlsTransport(Receiver):
         self.holding = True
         try:
             if self.state == HANDSHAKE:
-                if self.shake_hands():
-                    self.opened()
+                self.shake_hands()
             elif self.state == OPEN:
                 self.read()
             elif self.state == CLOSING:
@@ -297,17 +340,62 @@ cdef class TlsTransport(Receiver):
             self.flush()
         return 0
 
-    cdef bint shake_hands(self) except -1:
-        """Go on with the handshake; returns whether it is through."""
+    cdef int shake_hands(self) except -1:
+        """Go on with the handshake, in a thread if there are any for it."""
+        cdef Session session = self.session
+        if session.busy:
+            if session.later_size > SMALL and not self.below_paused:
+                self.below_paused = True
+                self.below.pause_reading()
+            return 0
+        if self.settings.threads is not None:
+            session.busy, session.later = True, []
+            if self.settings.threads.run(self._shake_in_a_thread):
+                return 0
+            session.busy, session.later = False, None
+        return self.handshake_tried(self.try_handshake())
+
+    cdef object try_handshake(self):
+        """Returns what it raises; None when the handshake is through."""
         try:
             self.session.ssl_object.do_handshake()
             self.session.peer_certificate = self.session.ssl_object.getpeercert()
-        except _again:
-            return False
         except Exception as error:
-            self.handshake_failed(error)
-            return False
-        return True
+            return error
+        return None
+
+    cdef int handshake_tried(self, error) except -1:
+        if error is None:
+            return self.opened()
+        if isinstance(error, _again):
+            return 0
+        return self.handshake_failed(error)
+
+    def _shake_in_a_thread(self):
+        error = self.try_handshake()
+        try:
+            self.settings.loop.call_soon_threadsafe(self._shaken, error)
+        except RuntimeError:
+            pass  # the loop is closed, and with it the connection
+
+    def _shaken(self, error):
+        """A thread has gone on with the handshake."""
+        cdef bint more = self.session.catch_up()
+        if self.state != HANDSHAKE or self.below.fd == PORT_NO_SOCKET:
+            return  # it was ended meanwhile
+        context = self.below.context
+        self.below.enter_call(context)
+        self.holding = True
+        try:
+            self.handshake_tried(error)
+            if more and self.state == HANDSHAKE:
+                self.shake_hands()
+            if not self.session.busy:
+                self.pace_below()
+        finally:
+            self.holding = False
+            self.flush()
+            self.below.leave_call(context)
 
     cdef int opened(self) except -1:
         """The handshake is through.  Go on at once, unless something was scheduled that comes first.
@@ -526,7 +614,7 @@ cdef class TlsTransport(Receiver):
     cdef int send_outgoing(self) except -1:
         """Give the transport below what is encrypted, if it takes it."""
         cdef bytes data
-        if self.full or self.below is None:
+        if self.full or self.below is None or self.session.busy:
             return 0
         data = self.session.take()
         return self.below.transmit(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))

@@ -1,0 +1,156 @@
+"""TLS of asyncio servers: clients that do wrong, and protocols that do."""
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from typing import Any
+
+import pytest
+
+from fastlisten import aio
+from helpers import needs, read_all
+from helpers.aio import LOOPS, Echo, Notes, Run, asyncios, in_thread, server
+from helpers.tls_client import BAD_CLIENTS, TlsClient, ended
+
+pytestmark = needs("the openssl command")
+
+
+@pytest.fixture(params=LOOPS)
+def run(request: pytest.FixtureRequest) -> Run:
+    """Run on each loop; how descriptors are watched, TLS does not know."""
+    return Run(request.param)
+
+
+both = pytest.mark.parametrize("create", [asyncios, aio.create_server], ids=["the loop's", "ours"])
+
+
+# --- clients
+
+
+@pytest.mark.parametrize("act", BAD_CLIENTS)
+def test_a_bad_client_is_counted_and_nobody_is_told(
+    run: Run, tls: Any, act: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def client(address: Any) -> None:
+        with TlsClient(address, tls[1]) as client:
+            act(client)
+
+    async def main() -> None:
+        async with server(Notes, ssl=tls[0]) as serving:
+            await in_thread(client, serving.address)
+            await ended(serving)
+            stats = serving.server.stats()
+            assert (stats.accepted, stats.handled, stats.handler_errors) == (1, 1, 0)
+            assert [protocol.events for protocol in serving.made] == [[]]
+
+    with caplog.at_level(logging.INFO):
+        run(main())
+    assert (run.reports, caplog.records) == ([], [])
+
+
+def test_garbage_on_an_open_connection_ends_it(run: Run, tls: Any) -> None:
+    async def main() -> None:
+        async with server(Echo, ssl=tls[0]) as serving:
+            with TlsClient(serving.address, tls[1]) as client:
+                await in_thread(client.shake_hands)
+                client.session.write(b"before")
+                client.socket.sendall(client.outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
+                with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):  # the alert
+                    await in_thread(client.read, 6)
+                protocol = await serving.first()
+                assert isinstance(await protocol.lost, ssl.SSLError)
+                assert protocol.events == ["made", "data", "lost"]
+
+    run(main())
+    assert run.reports == []
+
+
+def test_the_client_is_told_by_an_alert_why_its_handshake_failed(run: Run, tls: Any) -> None:
+    old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    old.check_hostname, old.verify_mode = False, ssl.CERT_NONE
+    old.maximum_version = ssl.TLSVersion.TLSv1_2
+    new = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    new.minimum_version = ssl.TLSVersion.TLSv1_3
+
+    async def main() -> None:
+        async with server(Notes, ssl=new) as serving:
+            with TlsClient(serving.address, old) as client, pytest.raises(ssl.SSLError, match="ALERT"):
+                await in_thread(client.shake_hands)
+
+    run(main())
+    assert run.reports == []
+
+
+@both
+@pytest.mark.parametrize("hello", [False, True])
+def test_a_handshake_has_a_deadline(run: Run, tls: Any, create: Any, hello: bool) -> None:
+    async def main() -> None:
+        async with server(Notes, create, ssl=tls[0], ssl_handshake_timeout=0.1) as serving:
+            with TlsClient(serving.address, tls[1]) as client:
+                if hello:
+                    client.begin()
+                with contextlib.suppress(ConnectionError):
+                    await in_thread(read_all, client.socket)
+            assert serving.made[0].events == []
+
+    run(main())
+    assert run.reports == []
+
+
+# --- protocols
+
+
+@pytest.mark.parametrize("name", ["connection_made", "data_received", "eof_received", "connection_lost"])
+@pytest.mark.parametrize("kind", [ValueError, OSError])
+def test_what_a_protocol_raises_ends_it(run: Run, tls: Any, name: str, kind: Any) -> None:
+    error = kind("mine")
+
+    class Raises(Notes):
+        def __getattribute__(self, asked: str) -> Any:
+            if asked != name:
+                return super().__getattribute__(asked)
+
+            def call(*arguments: Any) -> None:
+                getattr(super(Raises, self), name)(*arguments)
+                raise error
+
+            return call
+
+    async def main() -> None:
+        async with server(Raises, ssl=tls[0]) as serving:
+            with TlsClient(serving.address, tls[1]) as client, contextlib.suppress(EOFError, ConnectionError):
+                await in_thread(client.shake_hands)
+                client.send(b"hello")
+                if name in ("eof_received", "connection_lost"):
+                    await in_thread(client.unwrap)
+                await in_thread(read_all, client.socket)
+            lost = await serving.made[0].lost
+            assert lost is (None if name == "connection_lost" else error)
+            reported = 1 if kind is ValueError else 0
+            if name == "connection_lost":
+                reported = 1  # nobody else would be told
+            assert [report["exception"] for report in run.reports] == [error] * reported
+            await ended(serving)
+            assert serving.server.stats().handler_errors == reported
+
+    run(main())
+
+
+def test_the_loop_may_be_left_from_a_callback(run: Run, tls: Any) -> None:
+    class Leaves(Notes):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.data == b"leave":
+                raise SystemExit(3)
+
+    async def main() -> None:
+        async with server(Leaves, ssl=tls[0]) as serving:
+            client = TlsClient(serving.address, tls[1])
+            with client:
+                await in_thread(client.shake_hands)
+                client.send(b"leave")
+                await asyncio.sleep(10)
+
+    with pytest.raises(SystemExit):
+        run(main())
