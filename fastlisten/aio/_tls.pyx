@@ -262,6 +262,8 @@ cdef class TlsTransport(Receiver):
         if self.settings.loop.get_debug():
             _asyncio_log.debug("%r received EOF", self)
         self.session.cut = True
+        if self.session.busy:
+            return True  # a thread has what came before it
         if self.state == HANDSHAKE:
             self.handshake_failed(ConnectionResetError())
         elif self.state == OPEN and self.paused:
@@ -391,6 +393,8 @@ cdef class TlsTransport(Receiver):
             if more and self.state == HANDSHAKE:
                 self.shake_hands()
             if not self.session.busy:
+                if self.state == HANDSHAKE and self.session.cut:
+                    self.handshake_failed(ConnectionResetError())
                 self.pace_below()
         finally:
             self.holding = False
@@ -711,7 +715,8 @@ cdef class TlsTransport(Receiver):
 
     cdef int shake_goodbye(self) except -1:
         """Close the transport below if the peer's close_notify is there, or nothing more comes."""
-        if not self.session.cut:
+        # Without an answer to its close_notify OpenSSL forgets a client's session: it cannot be resumed.
+        if self.session.ended or not self.session.cut:
             try:
                 self.session.ssl_object.unwrap()
             except _again:

@@ -105,6 +105,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "SO_REUSEPORT": lambda: hasattr(socket, "SO_REUSEPORT"),
     "TCP_INFO of a listener": tells_the_queue,
     "the openssl command": lambda: shutil.which("openssl") is not None,
+    "the curl command": lambda: shutil.which("curl") is not None,
     "a free-threaded interpreter": lambda: bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
     "2,500 descriptors": has_descriptors,
     "a backlog of 2,500": has_backlog,
