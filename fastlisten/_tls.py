@@ -215,6 +215,7 @@ class TLSConnection:
         # Nothing comes between these two: Python runs signal handlers after calls and jumps.
         sock.__class__ = kind.__base__
         self._connection.detach()
+        sock.lender = None
         # Who uses the connection still gets OSError (EBADF).
         self._sock = self._borrowed = kind.closed()
         return self.ssl

@@ -470,6 +470,20 @@ def test_a_stop_ends_handshakes(listener: Listener, context: Any) -> None:
     assert failed(listener) == {"closed": 2}
 
 
+def test_a_cut_ends_what_a_handler_waits_for(listener: Listener, context: Any, trusting: Any) -> None:
+    got: list[bytes] = []
+
+    def handler(connection: TLSConnection) -> None:
+        connection.sendall(b"!")
+        got.append(connection.recv(1))
+
+    with serving(listener, handler, ssl=context) as served, tls_client(listener, trusting) as client:
+        assert client.recv(1) == b"!"
+        listener.stop(drain=0.1)
+        assert served.wait() == (0, 1)
+    assert got == [b""]
+
+
 def test_an_inline_serve_goes_on_after_the_deadline(listener: Listener, context: Any, trusting: Any) -> None:
     with serving(listener, echo, ssl=context, handshake_timeout=SHORT), connect(listener):
         wait_until(lambda: listener.stats().active == 1)
