@@ -54,7 +54,7 @@ class ListenerStats(NamedTuple):
     moment accepted = handled + active + refused + dropped.
     paused: by pause().  threads, idle_threads: of the serve() that runs.  queue_depth, queue_limit: of the
     kernel's queue, None where it does not tell.
-    tls_failures: handshakes of serve(ssl=...) that failed, {reason: count}: "timeout"; "closed" (by the
+    tls_failures: handshakes of servers with ssl= that failed, {reason: count}: "timeout"; "closed" (by the
     client, or a stop); "not TLS"; "version" and "cipher" (nothing in common); "client certificate" (none, or
     not accepted); "alert" (the client refused); "other".  Such a client counts as handled.
 
@@ -81,7 +81,7 @@ class ListenerStats(NamedTuple):
     queue_depth: int | None
     queue_limit: int | None
     since: float
-    tls_failures: Any = MappingProxyType({})
+    tls_failures: Mapping[str, int] = MappingProxyType({})
 
 
 class Listener(StandardSocket):

@@ -299,9 +299,11 @@ class Server(asyncio.AbstractServer):
         `handler_errors` what factories and protocols raised."""
         totals: Counter[str] = Counter()
         accept_errors: Counter[str] = Counter()
+        tls_failures: Counter[str] = Counter()
         for state in self._states:
             counts: dict[str, Any] = {**state.counts()}
             accept_errors.update(counts.pop("accept_errors"))
+            tls_failures.update(state.tls_failures())
             totals.update(counts)
         queues = [queue(sock.fileno()) for sock in self._sockets or ()]
         depths = [depth for depth, _ in queues if depth is not None]
@@ -315,6 +317,7 @@ class Server(asyncio.AbstractServer):
             queue_depth=sum(depths) if depths else None,
             queue_limit=sum(limits) if limits else None,
             since=self._since,
+            tls_failures=dict(tls_failures),
         )
 
 
