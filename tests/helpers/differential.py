@@ -209,10 +209,12 @@ class Encounter:
         """Whether it is known that the event loop's own transport does it in another way."""
         if act == ("ask", "resume_reading") and self.calls["eof_received"]:
             return True  # it tells of the end once more
+        if act in (("raise",), ("ask", "abort")) and (self.uvloop or self.written >= HUGE):
+            # How much has gone by then is not ours to know: libuv's, or how much the kernel takes, which
+            # differs by some bytes with the sizes of the pieces.
+            self.cut = True
         if not self.uvloop:
             return False
-        if act in (("raise",), ("ask", "abort")):
-            self.cut = True  # how much libuv has sent by then is not ours to know
         return (
             act == ("mistake",)  # it looks for none while it is closing
             # It reads before it calls what connection_made() has scheduled, and although that has paused it.
