@@ -81,7 +81,19 @@ def _messages() -> list[Aim]:
     ]
 
 
-AIMS = [*_frameworks(), *_messages()]
+def _tls() -> list[Aim]:
+    ours, plain, uvloop = (
+        f"{loop}-protocol" for loop in ("fastlisten-UvloopEventLoop", "fastlisten-EventLoop", "uvloop")
+    )
+    return [
+        *(Aim(name, plain, uvloop, 1.00) for name in ("tls-64", "tls-64k")),
+        *(Aim(name, ours, uvloop, 0.90) for name in ("tls-64", "tls-64k")),
+        *(Aim(name, ours, "aiofastnet-uvloop-protocol", 1.00) for name in ("tls-64", "tls-64k")),
+        Aim("tls-new", ours, uvloop, 0.97),
+    ]
+
+
+AIMS = [*_frameworks(), *_messages(), *_tls()]
 
 
 def table(results: Results) -> list[str]:

@@ -293,6 +293,45 @@ def measure_take(server: Running, cell: Cell, _: Settings, __: Sizes) -> dict[st
     return {"cpu_us": sorted(elapsed)[TAKES // 2]}
 
 
+def load_tls(server: Running, cell: Cell, count: int) -> tuple[int, int]:
+    """Run the clients of TLS; return the answers, about `count`, and the server's CPU time for them."""
+    workload = cell.workload
+    numbers = (server.port, cell.concurrency, count, workload.requests, workload.size)
+    client = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.tls_load", *map(str, numbers)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert client.stdin is not None
+    assert client.stdout is not None
+    try:
+        if not read_line(client.stdout, START_LIMIT):
+            raise SampleError("the clients could not connect")
+        settle(server)
+        before = server.cpu_ns()
+        client.stdin.write("\n")
+        client.stdin.flush()
+        answers = int(read_line(client.stdout, LOAD_LIMIT) or 0)
+        settle(server)
+        if not answers:
+            raise SampleError("a client had no answer")
+        return answers, server.cpu_ns() - before
+    finally:
+        client.communicate("\n")
+
+
+def measure_tls(server: Running, cell: Cell, settings: Settings, sizes: Sizes) -> dict[str, float]:
+    """Answers over TLS in a closed loop: so many as take `cpu_seconds`."""
+    answers, cpu = load_tls(server, cell, sizes.get(cell, 4 * cell.concurrency))
+    if cell not in sizes:
+        least, most = CONNECTIONS
+        sizes[cell] = max(min(round(settings.cpu_seconds / (cpu * 1e-9 / answers)), most), least)
+        answers, cpu = load_tls(server, cell, sizes[cell])
+    return {"connections": answers, "cpu_us": cpu / answers / 1e3}
+
+
 def outside_client(command: list[str], server: Running, pattern: str) -> dict[str, float]:
     """Run a client that is not ours, and return the server's CPU time a request."""
     settle(server)
@@ -333,6 +372,7 @@ METHODS: dict[str, Callable[[Running, Cell, Settings, Sizes], dict[str, float]]]
     "burst": measure_burst,
     "hold": measure_hold,
     "take": measure_take,
+    "tls": measure_tls,
     "ab": measure_ab,
     "wrk": measure_wrk,
 }

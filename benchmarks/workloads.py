@@ -8,7 +8,7 @@ from typing import Literal
 
 from .servers import BASELINE, LOOPS, SERVERS, Server
 
-Method = Literal["load", "burst", "hold", "take", "ab", "wrk"]
+Method = Literal["load", "burst", "hold", "take", "tls", "ab", "wrk"]
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,30 @@ def _messages(name: str, api: str) -> list[Workload]:
     ]
 
 
+def _tls() -> list[Workload]:
+    """Messages there and back over TLS, on connections that are kept and on new ones."""
+    return [
+        Workload(
+            f"tls-{name}",
+            "tls",
+            "tls",
+            (1, CLIENTS) if name == "64" else (CLIENTS,),
+            "cpu_us",
+            "µs",
+            tuple(f"{loop}-protocol" for loop in LOOPS),
+            about=f"a message of {size:,} bytes there and back over TLS, {words}",
+            baseline="uvloop-protocol",
+            requests=requests,
+            size=size,
+        )
+        for name, size, requests, words in (
+            ("64", 64, 0, "connections kept"),
+            ("64k", 64 * 1024, 0, "connections kept"),
+            ("new", 64, 1, "a handshake and a close each"),
+        )
+    ]
+
+
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
@@ -205,6 +229,7 @@ WORKLOADS: dict[str, Workload] = {
         *_requests("aiohttp"),
         *_messages("message", "protocol"),
         *_messages("stream", "streams"),
+        *_tls(),
     )
 }
 
@@ -215,6 +240,7 @@ FAMILIES = (
     ("close", "echo", "http"),
     *(tuple(framework + end for end in REQUESTS) for framework in ("uvicorn", "aiohttp")),
     *(tuple(f"{name}-{length}" for length in SIZES) for name in ("message", "stream")),
+    ("tls-64", "tls-64k", "tls-new"),
 )
 """The workloads that are drawn and that FIGURES.md has tables of, as far as a run has them; each family has
 its own servers and one baseline."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from helpers import LIMIT, programs, wait_until
+from helpers import LIMIT, needs, programs, wait_until
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the benchmark reads Linux's CPU clocks"),
@@ -395,6 +395,20 @@ def test_a_server_answers_often_on_a_connection(name: Any, work: Any, requests: 
         result = programs.run(command, status=None)
     assert (result.returncode, result.stderr) == (0, "")
     assert json.loads(result.stdout)["answers"] == (100 if requests == 10 else 95)
+
+
+@needs("the openssl command")
+@pytest.mark.parametrize("workload", ["tls-64", "tls-64k", "tls-new"])
+def test_a_server_answers_over_tls(workload: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.runner import Cell, load_tls, running
+    from benchmarks.servers import SERVERS
+    from benchmarks.workloads import WORKLOADS
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where the certificate is made
+    server = SERVERS["fastlisten-EventLoop-protocol"]
+    with running(server, "tls", None) as started:
+        answers, cpu = load_tls(started, Cell(WORKLOADS[workload], 3, server), 20)
+    assert (answers, cpu > 0) == (18, True)
 
 
 def test_the_load_generator_ends_at_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ ALL = ANSWERS | {"hold"}
 """The same, and `hold`: keep the client and do nothing."""
 
 LASTING = frozenset({"echo", "message"})
-"""What the servers of event loops do: `message` is to send back what comes until the client ends. A
-framework's program does `request`: it answers HTTP requests until a client asks it to close."""
+"""What the servers of event loops do: `message` is to send back what comes until the client ends, `tls` the
+same over TLS. A framework's program does `request`: it answers HTTP requests until a client asks it to
+close."""
 
 
 GROUPS = {
@@ -142,7 +143,9 @@ SERVERS: dict[str, Server] = {
                 "aio",
                 api,
                 (loop,),
-                LASTING | ALL if loop in ("asyncio", "uvloop") else LASTING,
+                LASTING
+                | (ALL if loop in ("asyncio", "uvloop") else frozenset())
+                | (frozenset({"tls"}) if api == "protocol" else frozenset()),
                 f"{call}, on {factory}",
                 needs,
             )

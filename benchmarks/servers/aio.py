@@ -79,6 +79,7 @@ PROTOCOLS: dict[str, type[asyncio.Protocol]] = {
     "http": _Http,
     "hold": _Hold,
     "message": _Messages,
+    "tls": _Messages,
 }
 
 
@@ -87,7 +88,9 @@ def protocol(work: str, loop: str, module: str = "", defer_accept: int = 0) -> N
 
     async def main() -> None:
         place: Any = importlib.import_module(module) if module else asyncio.get_running_loop()
-        options = {"defer_accept": defer_accept} if defer_accept else {}
+        options: dict[str, Any] = {"defer_accept": defer_accept} if defer_accept else {}
+        if work == "tls":
+            options["ssl"] = importlib.import_module("benchmarks.tls_load").server_context()
         server = await place.create_server(PROTOCOLS[work], *ADDRESS, backlog=BACKLOG, **options)
         print(server.sockets[0].getsockname()[1], flush=True)
         await server.serve_forever()
