@@ -8,7 +8,7 @@ import logging
 import os
 import ssl
 from asyncio import constants, sslproto
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures  # its executors are imported when the first is made
 
 cimport cython
 from cpython.buffer cimport (
@@ -79,7 +79,7 @@ cdef class HandshakeThreads:
         if self.closed:
             return False
         if self.process != os.getpid():
-            self.executor = ThreadPoolExecutor(self.count, "fastlisten-handshake")
+            self.executor = futures.ThreadPoolExecutor(self.count, "fastlisten-handshake")
             self.process = os.getpid()
         self.executor.submit(function)
         return True
