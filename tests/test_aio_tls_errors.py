@@ -42,6 +42,7 @@ def test_a_bad_client_is_counted_and_nobody_is_told(
             await ended(serving)
             stats = serving.server.stats()
             assert (stats.accepted, stats.handled, stats.handler_errors) == (1, 1, 0)
+            assert sum(stats.tls_failures.values()) == 1
             assert [protocol.events for protocol in serving.made] == [[]]
 
     run(main())
@@ -80,6 +81,7 @@ def test_the_client_is_told_by_an_alert_why_its_handshake_failed(run: Run, tls: 
         async with server(Notes, ssl=new) as serving:
             with TlsClient(serving.address, old) as client, pytest.raises(ssl.SSLError, match="ALERT"):
                 await in_thread(client.shake_hands)
+            assert serving.server.stats().tls_failures == {"version": 1}
 
     run(main())
     assert run.reports == []
@@ -96,6 +98,8 @@ def test_a_handshake_has_a_deadline(run: Run, tls: Any, create: Any, hello: bool
                 with contextlib.suppress(ConnectionError):
                     await in_thread(read_all, client.socket)
             assert serving.made[0].events == []
+            if create is not asyncios:
+                assert serving.server.stats().tls_failures == {"timeout": 1}
 
     run(main())
     if create is not asyncios:  # asyncio reports it in debug mode

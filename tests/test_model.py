@@ -122,6 +122,7 @@ class Books:
         self.queue: list[Client] = []
         self.handlers: list[Client] = []
         self.handled = self.refused = self.dropped = 0
+        self.begun = 0  # clients that got a handler
         # while it serves
         self.places = 0
         self.pending: int | None = None
@@ -132,6 +133,11 @@ class Books:
 
     def clients(self) -> list[Client]:
         return self.kernel + self.queue + self.handlers
+
+    def begin(self, client: Client) -> None:
+        """A handler gets it."""
+        self.begun += 1
+        self.handle(client)
 
     def handle(self, client: Client) -> None:
         """A handler has it: it is answered if it has spoken."""
@@ -147,7 +153,7 @@ class Books:
             if self.pending is None:
                 if len(self.handlers) >= self.places:
                     return
-                self.handle(self.kernel.pop(0))
+                self.begin(self.kernel.pop(0))
             elif len(self.queue) < self.pending + self.places - len(self.handlers):
                 self.queue.append(self.kernel.pop(0))
                 self.serve_queue()
@@ -157,7 +163,7 @@ class Books:
 
     def serve_queue(self) -> None:
         while self.queue and len(self.handlers) < self.places:
-            self.handle(self.queue.pop(0))
+            self.begin(self.queue.pop(0))
 
     def finish(self) -> None:
         """Handlers whose client has spoken, or has left, come to their end."""
@@ -296,8 +302,13 @@ class ListenerMachine(Crowd):
         self.books = Books()
         self.paused = self.stopped = False
         self.timeout = None
+        self.begun: list[Any] = []  # of the handlers, each
 
     # --- serving
+
+    def handler(self, connection: Any) -> None:
+        self.begun.append(connection.fileno())
+        answer(connection)
 
     def ends(self, finished: int, cut: int) -> None:
         """Assert that serve() ends by itself, and what it tells; who waits in our queue is cut, too."""
@@ -312,7 +323,7 @@ class ListenerMachine(Crowd):
         options, places, pending = mode
         if pending is not None and len(self.books.kernel) > pending:
             return  # see fits()
-        self.served = Serving(lambda: self.listener.serve(answer, **options))
+        self.served = Serving(lambda: self.listener.serve(self.handler, **options))
         if self.stopped:
             self.stopped = False
             self.ends(0, 0)
@@ -542,6 +553,8 @@ class ListenerMachine(Crowd):
         if not self.paused:
             self.books.take()
         self.books.agree(self.listener)
+        # Who has a place may wait for the handler's thread yet, and a cut would drop him.
+        wait_until(lambda: len(self.begun) == self.books.begun)
         stats = self.listener.stats()
         assert stats.paused == self.paused
         assert stats.queue_depth in (None, len(self.books.kernel))

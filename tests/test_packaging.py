@@ -14,7 +14,7 @@ import fastlisten
 from helpers.programs import run
 
 # Those that cannot be imported without a package that is no dependency.
-OPTIONAL = {"fastlisten.aio._uvloop": "uvloop"}
+OPTIONAL = {"fastlisten.aio._uvloop": "uvloop", "fastlisten.aio._uvloop_transports": "uvloop"}
 
 MODULES = sorted(
     name

@@ -95,6 +95,7 @@ cdef class TlsTransport(Receiver):
     cdef int handshake_tried(self, error) except -1
     cdef int opened(self) except -1
     cdef int handshake_failed(self, error) except -1
+    cdef int count_failure(self, error) except -1
     cdef int tell_waiter(self, error) except -1
     cdef int read(self) except -1
     cdef bint read_bytes(self) except -1

@@ -24,6 +24,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.string cimport memcpy
 
 from fastlisten._core.port cimport PORT_NO_SOCKET
+from fastlisten._core.state cimport tls_failed
+from fastlisten._tls import failure_reason
 from fastlisten.aio._transport cimport (
     CHUNK,
     IN_ITS_BUFFER,
@@ -277,6 +279,7 @@ cdef class TlsTransport(Receiver):
         cdef bint made = self.told != OF_NOTHING
         protocol, self.protocol = self.protocol, None
         self.stop_timer()
+        self.count_failure(error or ConnectionResetError())
         self.state = CLOSED
         self.held = None
         self.held_size = 0
@@ -424,14 +427,23 @@ cdef class TlsTransport(Receiver):
         return 0
 
     cdef int handshake_failed(self, error) except -1:
+        self.count_failure(error)
         certificate = isinstance(error, _CertificateError)
         self.fatal(error, "SSL handshake failed on verifying the certificate" if certificate
                    else "SSL handshake failed")
         return self.tell_waiter(error)
 
+    cdef int count_failure(self, error) except -1:
+        """A handshake has failed; who closes or aborts one himself counts nothing."""
+        if (self.settings.server_side and self.state == HANDSHAKE
+                and self.below is not None and self.below.state is not NULL):
+            tls_failed(self.below.state, failure_reason(error))
+        return 0
+
     def _handshake_is_late(self):
         self.timer = None
         if self.state == HANDSHAKE:
+            self.count_failure(TimeoutError())
             self.fatal(ConnectionAbortedError(
                 f"SSL handshake is taking longer than {self.settings.handshake_timeout} seconds: "
                 f"aborting the connection"), "Fatal error on transport")
