@@ -302,9 +302,13 @@ def test_a_last_word_when_writing_resumes_goes_out_before_the_end(run: Run) -> N
             self.transport.write(bytes(BIG))
             self.transport.close()
 
+        said = False
+
         def resume_writing(self) -> None:
             super().resume_writing()
-            self.transport.write(b"bye")
+            if not self.said:  # a kernel that has no room even for this makes it pause and resume again
+                self.said = True
+                self.transport.write(b"bye")
 
     async def main() -> None:
         async with server(LastWord) as serving:
