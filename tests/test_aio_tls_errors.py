@@ -11,7 +11,7 @@ import pytest
 from fastlisten import aio
 from helpers import needs, read_all
 from helpers.aio import LOOPS, Echo, Notes, Run, asyncios, in_thread, server
-from helpers.tls_client import BAD_CLIENTS, TlsClient, ended
+from helpers.tls_client import BAD_CLIENTS, TlsClient, ended, opened
 
 pytestmark = needs("the openssl command")
 
@@ -55,16 +55,14 @@ def test_a_bad_client_is_counted_and_nobody_is_told(
 
 def test_garbage_on_an_open_connection_ends_it(run: Run, tls: Any) -> None:
     async def main() -> None:
-        async with server(Echo, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                client.session.write(b"before")
-                client.socket.sendall(client.outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
-                with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):  # the alert
-                    await in_thread(client.read, 6)
-                protocol = await serving.first()
-                assert isinstance(await protocol.lost, ssl.SSLError)
-                assert protocol.events == ["made", "data", "lost"]
+        async with server(Echo, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            client.session.write(b"before")
+            client.socket.sendall(client.outgoing.read() + b"\x17\x03\x03\x00\x20" + bytes(32))
+            with pytest.raises(ssl.SSLError, match="BAD_RECORD_MAC"):  # the alert
+                await in_thread(client.read, 6)
+            protocol = await serving.first()
+            assert isinstance(await protocol.lost, ssl.SSLError)
+            assert protocol.events == ["made", "data", "lost"]
 
     run(main())
     assert run.reports == []

@@ -15,7 +15,7 @@ from fastlisten import aio
 from fastlisten.aio._tls import TlsTransport
 from helpers import connect, needs, read_all
 from helpers.aio import BIG, LOOPS, Echo, Notes, Run, asyncios, in_thread, server
-from helpers.tls_client import APPLICATION_DATA, TlsClient, ended
+from helpers.tls_client import APPLICATION_DATA, TlsClient, ended, opened
 
 pytestmark = needs("the openssl command")
 
@@ -41,18 +41,16 @@ def test_paused_reading_slows_the_client_down(run: Run, tls: Any, create: Any) -
             assert not transport.is_reading()
 
     async def main() -> None:
-        async with server(Pauses, create, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                sending = asyncio.ensure_future(in_thread(client.send, bytes(2 * BIG)))
-                protocol = await serving.first()
-                await asyncio.sleep(0.2)  # for as long as it is slow, nothing more can be seen
-                assert not sending.done()
-                assert protocol.events == ["made"]
-                protocol.transport.resume_reading()
-                assert protocol.transport.is_reading()
-                await protocol.until(lambda p: len(p.data) == 2 * BIG)
-                await sending
+        async with server(Pauses, create, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            sending = asyncio.ensure_future(in_thread(client.send, bytes(2 * BIG)))
+            protocol = await serving.first()
+            await asyncio.sleep(0.2)  # for as long as it is slow, nothing more can be seen
+            assert not sending.done()
+            assert protocol.events == ["made"]
+            protocol.transport.resume_reading()
+            assert protocol.transport.is_reading()
+            await protocol.until(lambda p: len(p.data) == 2 * BIG)
+            await sending
 
     run(main())
 
@@ -60,8 +58,7 @@ def test_paused_reading_slows_the_client_down(run: Run, tls: Any, create: Any) -
 def test_an_end_that_comes_while_reading_is_paused_is_told_after_the_data(run: Run, tls: Any) -> None:
     async def main() -> None:
         async with server(Notes, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
+            async with opened(serving, tls[1]) as client:
                 protocol = await serving.first()
                 protocol.transport.pause_reading()
                 client.send(b"last words")
@@ -111,12 +108,10 @@ def test_a_buffered_protocol(run: Run, tls: Any, create: Any, size: int) -> None
     Sized.size = size
 
     async def main() -> None:
-        async with server(Sized, create, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                data = bytes(range(256)) * 40
-                client.send(data)
-                assert await in_thread(client.read, len(data)) == data
+        async with server(Sized, create, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            data = bytes(range(256)) * 40
+            client.send(data)
+            assert await in_thread(client.read, len(data)) == data
 
     run(main())
 
@@ -169,30 +164,28 @@ def test_what_came_with_the_handshake_s_end_is_delivered_in_its_wake(run: Run, t
 @both
 def test_what_write_takes_and_what_it_refuses(run: Run, tls: Any, create: Any) -> None:
     async def main() -> list[Any]:
-        async with server(Notes, create, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                transport = (await serving.first()).transport
-                assert transport.can_write_eof() is False
-                told = []
-                for act, *arguments in (
-                    (transport.write, "text"),
-                    (transport.write, 5),
-                    (transport.write_eof,),
-                    (transport.set_write_buffer_limits, 1, 2),
-                ):
-                    with pytest.raises(Exception) as raised:  # noqa: PT011
-                        act(*arguments)
-                    told.append((type(raised.value), str(raised.value)))
-                kept = bytearray(b"c")
-                transport.write(b"")
-                transport.write(b"ab")
-                transport.write(kept)
-                kept[:] = b"X"
-                transport.write(memoryview(b"de"))
-                transport.writelines([b"f", bytearray(b"g"), memoryview(b"h")])
-                assert await in_thread(client.read, 8) == b"abcdefgh"
-                return told
+        async with server(Notes, create, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            transport = (await serving.first()).transport
+            assert transport.can_write_eof() is False
+            told = []
+            for act, *arguments in (
+                (transport.write, "text"),
+                (transport.write, 5),
+                (transport.write_eof,),
+                (transport.set_write_buffer_limits, 1, 2),
+            ):
+                with pytest.raises(Exception) as raised:  # noqa: PT011
+                    act(*arguments)
+                told.append((type(raised.value), str(raised.value)))
+            kept = bytearray(b"c")
+            transport.write(b"")
+            transport.write(b"ab")
+            transport.write(kept)
+            kept[:] = b"X"
+            transport.write(memoryview(b"de"))
+            transport.writelines([b"f", bytearray(b"g"), memoryview(b"h")])
+            assert await in_thread(client.read, 8) == b"abcdefgh"
+            return told
 
     assert [kind for kind, _ in run(main())] == [TypeError, TypeError, NotImplementedError, ValueError]
 
@@ -205,14 +198,12 @@ def test_what_one_callback_writes_is_one_record(run: Run, tls: Any) -> None:
             assert self.transport.get_write_buffer_size() == 0
 
     async def main() -> None:
-        async with server(Answers, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                client.send(b"?")
-                assert await in_thread(client.read, 12) == b"headbodytail"
-                handshake_and_tickets = [kind for kind, length in client.records() if length != 12 + 17]
-                assert len(client.records()) - len(handshake_and_tickets) == 1
-                assert client.records()[-1][0] == APPLICATION_DATA
+        async with server(Answers, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            client.send(b"?")
+            assert await in_thread(client.read, 12) == b"headbodytail"
+            handshake_and_tickets = [kind for kind, length in client.records() if length != 12 + 17]
+            assert len(client.records()) - len(handshake_and_tickets) == 1
+            assert client.records()[-1][0] == APPLICATION_DATA
 
     run(main())
 
@@ -220,19 +211,17 @@ def test_what_one_callback_writes_is_one_record(run: Run, tls: Any) -> None:
 @both
 def test_a_client_that_reads_slowly_slows_the_protocol_down(run: Run, tls: Any, create: Any) -> None:
     async def main() -> None:
-        async with server(Notes, create, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                protocol = await serving.first()
-                written = 0
-                while "pause" not in protocol.events:
-                    protocol.transport.write(bytes(1 << 16))
-                    written += 1 << 16
-                    assert written < 64 << 20
-                assert protocol.transport.get_write_buffer_size() > 0
-                assert len(await in_thread(client.read, written)) == written
-                await protocol.until(lambda p: "resume" in p.events)
-                assert protocol.transport.get_write_buffer_size() == 0
+        async with server(Notes, create, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            protocol = await serving.first()
+            written = 0
+            while "pause" not in protocol.events:
+                protocol.transport.write(bytes(1 << 16))
+                written += 1 << 16
+                assert written < 64 << 20
+            assert protocol.transport.get_write_buffer_size() > 0
+            assert len(await in_thread(client.read, written)) == written
+            await protocol.until(lambda p: "resume" in p.events)
+            assert protocol.transport.get_write_buffer_size() == 0
 
     run(main())
 
@@ -248,13 +237,11 @@ def test_a_protocol_that_writes_much_in_one_callback_is_paused_in_it(run: Run, t
                 assert self.written < 64 << 20
 
     async def main() -> None:
-        async with server(Floods, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                client.send(b"?")
-                protocol = await serving.first()
-                await protocol.until(lambda p: "pause" in p.events)
-                assert len(await in_thread(client.read, protocol.written)) == protocol.written
+        async with server(Floods, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            client.send(b"?")
+            protocol = await serving.first()
+            await protocol.until(lambda p: "pause" in p.events)
+            assert len(await in_thread(client.read, protocol.written)) == protocol.written
 
     run(main())
     assert run.reports == []
@@ -273,33 +260,29 @@ def test_close_sends_all_that_was_written(run: Run, tls: Any, create: Any, size:
             assert self.transport.is_closing()
 
     async def main() -> None:
-        async with server(Closes, create, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                client.send(b"?")
-                assert len(await in_thread(client.read, size + 1)) == size
-                await in_thread(client.unwrap)
-                assert await serving.made[0].lost is None
-                assert serving.made[0].events.count("lost") == 1
+        async with server(Closes, create, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            client.send(b"?")
+            assert len(await in_thread(client.read, size + 1)) == size
+            await in_thread(client.unwrap)
+            assert await serving.made[0].lost is None
+            assert serving.made[0].events.count("lost") == 1
 
     run(main())
 
 
 def test_close_with_data_that_nobody_has_read_is_in_order(run: Run, tls: Any) -> None:
     async def main() -> None:
-        async with server(Notes, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                protocol = await serving.first()
-                protocol.transport.pause_reading()
-                client.send(b"an upload that is refused")
-                while protocol.transport.get_read_buffer_size() < 10:
-                    await asyncio.sleep(0)
-                protocol.transport.write(b"413")
-                protocol.transport.close()
-                assert await in_thread(client.read, 4) == b"413"
-                await in_thread(client.unwrap)
-                assert await protocol.lost is None
+        async with server(Notes, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            protocol = await serving.first()
+            protocol.transport.pause_reading()
+            client.send(b"an upload that is refused")
+            while protocol.transport.get_read_buffer_size() < 10:
+                await asyncio.sleep(0)
+            protocol.transport.write(b"413")
+            protocol.transport.close()
+            assert await in_thread(client.read, 4) == b"413"
+            await in_thread(client.unwrap)
+            assert await protocol.lost is None
 
     run(main())
 
@@ -307,15 +290,13 @@ def test_close_with_data_that_nobody_has_read_is_in_order(run: Run, tls: Any) ->
 @both
 def test_abort_ends_at_once(run: Run, tls: Any, create: Any) -> None:
     async def main() -> None:
-        async with server(Notes, create, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                protocol = await serving.first()
-                protocol.transport.write(bytes(BIG))
-                protocol.transport.abort()
-                assert protocol.transport.is_closing()
-                assert await protocol.lost is None
-                protocol.transport.abort()
+        async with server(Notes, create, ssl=tls[0]) as serving, opened(serving, tls[1]):
+            protocol = await serving.first()
+            protocol.transport.write(bytes(BIG))
+            protocol.transport.abort()
+            assert protocol.transport.is_closing()
+            assert await protocol.lost is None
+            protocol.transport.abort()
 
     run(main())
 
@@ -323,14 +304,13 @@ def test_abort_ends_at_once(run: Run, tls: Any, create: Any) -> None:
 @both
 def test_a_client_that_does_not_agree_to_the_end_is_cut(run: Run, tls: Any, create: Any) -> None:
     async def main() -> None:
-        async with server(Notes, create, ssl=tls[0], ssl_shutdown_timeout=0.1) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                protocol = await serving.first()
-                protocol.transport.close()
-                error = await protocol.lost
-                assert isinstance(error, TimeoutError)
-                assert str(error) == "SSL shutdown timed out"
+        asking = server(Notes, create, ssl=tls[0], ssl_shutdown_timeout=0.1)
+        async with asking as serving, opened(serving, tls[1]):
+            protocol = await serving.first()
+            protocol.transport.close()
+            error = await protocol.lost
+            assert isinstance(error, TimeoutError)
+            assert str(error) == "SSL shutdown timed out"
 
     run(main())
     assert run.reports == []
@@ -339,13 +319,11 @@ def test_a_client_that_does_not_agree_to_the_end_is_cut(run: Run, tls: Any, crea
 @both
 def test_the_client_ends(run: Run, tls: Any, create: Any) -> None:
     async def main() -> list[Any]:
-        async with server(Notes, create, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                await in_thread(client.unwrap)
-                assert await in_thread(read_all, client.socket) == b""
-                assert await serving.made[0].lost is None
-                return list(serving.made[0].events)
+        async with server(Notes, create, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            await in_thread(client.unwrap)
+            assert await in_thread(read_all, client.socket) == b""
+            assert await serving.made[0].lost is None
+            return list(serving.made[0].events)
 
     assert run(main()) == ["made", "eof", "lost"]
 
@@ -356,12 +334,10 @@ def test_the_client_ends_without_a_close_notify(run: Run, tls: Any, create: Any)
         pytest.skip("uvloop's own does not call eof_received()")
 
     async def main() -> list[Any]:
-        async with server(Notes, create, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                client.socket.shutdown(socket.SHUT_WR)
-                assert await serving.made[0].lost is None
-                return list(serving.made[0].events)
+        async with server(Notes, create, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            client.socket.shutdown(socket.SHUT_WR)
+            assert await serving.made[0].lost is None
+            return list(serving.made[0].events)
 
     assert run(main()) == ["made", "eof", "lost"]
 
@@ -373,11 +349,9 @@ def test_an_answer_to_the_end_is_sent(run: Run, tls: Any) -> None:
             return super().eof_received()
 
     async def main() -> None:
-        async with server(Answers, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                client.socket.shutdown(socket.SHUT_WR)
-                assert await in_thread(client.read, 7) == b"goodbye"
+        async with server(Answers, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            client.socket.shutdown(socket.SHUT_WR)
+            assert await in_thread(client.read, 7) == b"goodbye"
 
     run(main())
 
@@ -389,11 +363,9 @@ def test_keeping_half_a_connection_open_is_warned_of(
         keep_open = True
 
     async def main() -> None:
-        async with server(Keeps, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                await in_thread(client.unwrap)
-                await serving.made[0].lost
+        async with server(Keeps, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            await in_thread(client.unwrap)
+            await serving.made[0].lost
 
     run(main())
     assert [record.message for record in caplog.records] == [
@@ -403,14 +375,12 @@ def test_keeping_half_a_connection_open_is_warned_of(
 
 def test_writes_after_the_end_are_warned_of(run: Run, tls: Any, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
-        async with server(Notes, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                protocol = await serving.first()
-                protocol.transport.abort()
-                await protocol.lost
-                for _ in range(6):
-                    protocol.transport.write(b"x")
+        async with server(Notes, ssl=tls[0]) as serving, opened(serving, tls[1]):
+            protocol = await serving.first()
+            protocol.transport.abort()
+            await protocol.lost
+            for _ in range(6):
+                protocol.transport.write(b"x")
 
     run(main())
     assert {record.message for record in caplog.records} == {"SSL connection is closed"}
@@ -421,8 +391,7 @@ def test_nothing_is_left_of_a_connection_that_has_ended(run: Run, tls: Any) -> N
         async with server(Echo, ssl=tls[0]) as serving:
             gc.disable()
             try:
-                with TlsClient(serving.address, tls[1]) as client:
-                    await in_thread(client.shake_hands)
+                async with opened(serving, tls[1]) as client:
                     client.send(b"hello")
                     assert await in_thread(client.read, 5) == b"hello"
                     await in_thread(client.unwrap)
@@ -444,38 +413,36 @@ def test_nothing_is_left_of_a_connection_that_has_ended(run: Run, tls: Any) -> N
 
 def test_what_a_transport_tells(run: Run, tls: Any) -> None:
     async def main() -> None:
-        async with server(Notes, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
-                protocol = await serving.first()
-                transport = protocol.transport
-                told = transport.get_extra_info
-                assert told("sslcontext") is tls[0]
-                assert isinstance(told("ssl_object"), ssl.SSLObject)
-                assert told("cipher") == client.session.cipher()
-                assert told("compression") is None
-                assert told("peercert") is None
-                assert told("peername") == client.socket.getsockname()
-                assert told("sockname") == serving.address
-                assert told("socket").getpeername() == client.socket.getsockname()
-                assert told("nothing", 5) == 5
-                assert isinstance(transport, asyncio.sslproto._SSLProtocolTransport)
-                assert "open" in repr(transport)
-                assert transport.get_protocol() is protocol
-                low, high = transport.get_write_buffer_limits()
-                assert (low, high) == (128 << 10, 512 << 10)
-                transport.set_write_buffer_limits(low=1)
-                assert transport.get_write_buffer_limits() == (1, 4)
-                transport.set_read_buffer_limits(high=8)
-                assert transport.get_read_buffer_limits() == (2, 8)
-                other = Notes()
-                transport.set_protocol(other)
-                client.send(b"for the other")
-                await other.until(lambda p: p.data == b"for the other")
-                transport.abort()
-                await other.lost
-                assert transport.get_protocol() is None
-                assert "closed" in repr(transport)
+        async with server(Notes, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            protocol = await serving.first()
+            transport = protocol.transport
+            told = transport.get_extra_info
+            assert told("sslcontext") is tls[0]
+            assert isinstance(told("ssl_object"), ssl.SSLObject)
+            assert told("cipher") == client.session.cipher()
+            assert told("compression") is None
+            assert told("peercert") is None
+            assert told("peername") == client.socket.getsockname()
+            assert told("sockname") == serving.address
+            assert told("socket").getpeername() == client.socket.getsockname()
+            assert told("nothing", 5) == 5
+            assert isinstance(transport, asyncio.sslproto._SSLProtocolTransport)
+            assert "open" in repr(transport)
+            assert transport.get_protocol() is protocol
+            low, high = transport.get_write_buffer_limits()
+            assert (low, high) == (128 << 10, 512 << 10)
+            transport.set_write_buffer_limits(low=1)
+            assert transport.get_write_buffer_limits() == (1, 4)
+            transport.set_read_buffer_limits(high=8)
+            assert transport.get_read_buffer_limits() == (2, 8)
+            other = Notes()
+            transport.set_protocol(other)
+            client.send(b"for the other")
+            await other.until(lambda p: p.data == b"for the other")
+            transport.abort()
+            await other.lost
+            assert transport.get_protocol() is None
+            assert "closed" in repr(transport)
 
     run(main())
 
@@ -484,8 +451,7 @@ def test_debug_mode_tells_of_each_step(run: Run, tls: Any, caplog: pytest.LogCap
     async def main() -> None:
         asyncio.get_running_loop().set_debug(True)
         async with server(Notes, ssl=tls[0]) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                await in_thread(client.shake_hands)
+            async with opened(serving, tls[1]) as client:
                 client.socket.shutdown(socket.SHUT_WR)
                 await serving.made[0].lost
             with connect(serving.address) as wrong:

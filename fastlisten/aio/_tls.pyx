@@ -659,13 +659,7 @@ cdef class TlsTransport(Receiver):
     cdef int tell_protocol(self, str name) except -1:
         if self.protocol is None or self.below is None:
             return 0
-        try:
-            getattr(self.protocol, name)()
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            self.below.report(error, f"protocol.{name}() failed")
-        return 0
+        return self.below.tell(self.protocol, name)
 
     def get_write_buffer_size(self):
         """How many bytes are kept to be given to the transport below."""

@@ -136,7 +136,7 @@ cdef class Transport(Watched):
     cdef WriteBuffer write_buffer(self)
     cdef int maybe_pause(self) except -1
     cdef int maybe_resume(self) except -1
-    cdef int tell_protocol(self, str name) except -1
+    cdef int tell(self, protocol, str name) except -1
     cdef int attach(self, protocol) except -1
     cdef object peer_address(self)
     cdef object own_address(self)

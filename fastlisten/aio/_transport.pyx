@@ -897,17 +897,18 @@ cdef class Transport(Watched):
         if self.buffer.size <= self.buffer.high or self.buffer.paused:
             return 0
         self.buffer.paused = True
-        return self.tell_protocol("pause_writing")
+        return self.tell(self.protocol, "pause_writing")
 
     cdef int maybe_resume(self) except -1:
         if not self.buffer.paused or self.buffer.size > self.buffer.low:
             return 0
         self.buffer.paused = False
-        return self.tell_protocol("resume_writing")
+        return self.tell(self.protocol, "resume_writing")
 
-    cdef int tell_protocol(self, str name) except -1:
+    cdef int tell(self, protocol, str name) except -1:
+        """Call a protocol, ours or that of a layer above us, and report what it raises."""
         try:
-            getattr(self.protocol, name)()
+            getattr(protocol, name)()
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:

@@ -4,10 +4,11 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
+from helpers.aio import in_thread
 from helpers.sockets import connect, read_all, reset
 
 T = TypeVar("T")
@@ -95,6 +96,14 @@ class TlsClient:
             found.append((self.received[at], length))
             at += 5 + length
         return found
+
+
+@contextlib.asynccontextmanager
+async def opened(serving: Any, context: ssl.SSLContext) -> AsyncIterator[TlsClient]:
+    """A client of a server whose handshake is through."""
+    with TlsClient(serving.address, context) as client:
+        await in_thread(client.shake_hands)
+        yield client
 
 
 async def ended(serving: Any) -> None:
