@@ -1,11 +1,17 @@
 """Listening sockets, with the accept loop in Cython over raw POSIX and Winsock calls."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from fastlisten._bind import bind, create_server, serve
 from fastlisten._core.connection import Connection
 from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
 from fastlisten._listener import Listener, ListenerStats, ServeResult
 from fastlisten._patch import patch, unpatch
-from fastlisten._tls import TLSConnection, reloading
+
+if TYPE_CHECKING:
+    from fastlisten._tls import TLSConnection, reloading
 
 __version__ = "0.1.0"
 
@@ -26,3 +32,17 @@ __all__ = [
     "serve",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # What is of TLS is imported when it is asked for: the import of the package costs who has none of it nothing.
+    if name not in {"TLSConnection", "reloading"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastlisten import _tls
+
+    found = globals()[name] = getattr(_tls, name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

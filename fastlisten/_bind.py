@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fastlisten._core import standard
 from fastlisten._core.accept import REUSE_ADDRESS
 from fastlisten._endpoint import Endpoint, endpoint_of, resolve
-from fastlisten._listener import Handler, Listener, ServeResult, make_loop, serve_options
+from fastlisten._listener import Listener, ServeResult, make_loop, serve_options
 from fastlisten._options import BindOptions, Checked, checked, declared, socket_options
 from fastlisten._unix_path import OwnPath, permissions
 
 if TYPE_CHECKING:
     from typing import Unpack
 
+    from fastlisten._listener import Handler
     from fastlisten._options import AllOptions
 
 Address = Endpoint | str | bytes | tuple[Any, ...]

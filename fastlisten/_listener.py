@@ -20,16 +20,17 @@ from fastlisten._core.standard import StandardSocket, green_library, refuse_gree
 from fastlisten._core.state import State, queue
 from fastlisten._endpoint import Endpoint, endpoint_of
 from fastlisten._options import Checked, InnerOptions, checked
-from fastlisten._tls import HANDSHAKE_TIMEOUT, TLSConnection, TLSHandler
 from fastlisten._unix_path import OwnPath
 
 if TYPE_CHECKING:
     from ssl import SSLContext
 
     from fastlisten._awaiting import AsyncAcceptor
+    from fastlisten._tls import TLSConnection
 
-Handler = Callable[[Connection], object] | Callable[[TLSConnection], object]
-OnError = Callable[[Exception, Connection], object] | Callable[[Exception, TLSConnection], object]
+    Handler = Callable[[Connection], object] | Callable[[TLSConnection], object]
+    OnError = Callable[[Exception, Connection], object] | Callable[[Exception, TLSConnection], object]
+
 Exhausted = str | Callable[[OSError, int], float]
 
 
@@ -317,6 +318,8 @@ def make_loop(listeners: Sequence[Listener], handler: Handler | None, options: C
         raise ValueError("a listener is given more than once")
     handle: Any = handler
     if options.ssl is not None:
+        from fastlisten._tls import HANDSHAKE_TIMEOUT, TLSHandler  # only for who has a context
+
         seconds = HANDSHAKE_TIMEOUT if options.handshake_timeout is None else options.handshake_timeout
         handle = TLSHandler(handle, options.on_error, options.ssl, seconds)
         options = Checked({**vars(options), "on_error": options.on_error and handle.on_error})

@@ -107,6 +107,18 @@ def test_exactly_so_many_wait_while_the_loop_is_blocked(run: Run, busy: Any) -> 
     assert answers == ["waits"] * 3 + [busy if isinstance(busy, bytes) else "reset"] * 3
 
 
+@pytest.mark.usefixtures("caplog")  # it keeps what the records of a debug mode name until the test is over
+def test_a_server_that_is_closed_has_no_descriptors_whoever_still_names_it(run: Run) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_debug(True)
+        loop.slow_callback_duration = 0
+        async with server(Echo, pending=1, busy="reset") as serving:
+            assert await in_thread(exchange, serving.address, b"hello") == b"hello"
+
+    run(main())
+
+
 def test_busy_with_max_connections(run: Run) -> None:
     async def main() -> None:
         async with server(Echo, max_connections=1, pending=2, busy=b"full") as serving:

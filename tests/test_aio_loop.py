@@ -486,7 +486,7 @@ def test_run_and_new_event_loop() -> None:
         loop = running()
         return type(loop), loop.get_debug()
 
-    assert aio.run(main()) == (aio.EventLoop, False)
+    assert aio.run(main()) == (aio.EventLoop, sys.flags.dev_mode)
     assert aio.run(main(), debug=True) == (aio.EventLoop, True)
     assert aio.run(main(), loop_factory=asyncio.SelectorEventLoop)[0] is asyncio.SelectorEventLoop
     loop = aio.new_event_loop()

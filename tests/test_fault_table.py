@@ -47,8 +47,8 @@ ROWS = {
 
 
 # Whether anything is let go of, or watched anew, while these fail depends on what comes first; not all words
-# need be seen.
-BY_CHANCE = {"unwatch", "loop's unwatch", "loop's watch"}
+# need be seen.  Who asks for the time, and whether any of it is ours, is asyncio's debug mode's business.
+BY_CHANCE = {"unwatch", "loop's unwatch", "loop's watch", "clock_gettime"}
 
 Cells = dict[str, Cell]
 

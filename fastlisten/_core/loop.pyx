@@ -21,7 +21,6 @@ from fastlisten._core.state cimport (
     log,
     state_t,
     take_all,
-    waker_close,
     waker_mend,
     waker_t,
 )
@@ -124,7 +123,6 @@ cdef class Loop(Dispatcher):
         try:
             if self.overload is not None:
                 port_add(&self.was_cut, self.overload.close())
-                waker_close(&self.overload.waker)
         finally:
             self.acceptor.close()
             self.done.release()

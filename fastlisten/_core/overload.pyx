@@ -94,6 +94,7 @@ cdef class Overload:
         while self.pop_front(&client):
             drop(&client)
             dropped += 1
+        waker_close(&self.waker)
         if interrupt is not None:
             raise interrupt
         return dropped

@@ -38,9 +38,14 @@ cdef class Session:
     cdef object outgoing            # ... and of what is to be sent
     cdef object put, take           # their write() and read()
     cdef Window window
+    cdef list sealed                # records that were taken from it already, to be sent first
+    cdef char *received             # what the peer has sent and is not copied yet, while fill() may come
+    cdef Py_ssize_t received_size
     cdef bytes unread               # what was decrypted and given back, for the next protocol; or None
     cdef object error               # ends the session, once what came before it is delivered
     cdef object peer_certificate    # the client's, as getpeercert() has it
+    cdef bint inside                # OpenSSL may have more, or a part of a record
+    cdef bint full                  # the last fill() had no more room
     cdef bint ended                 # the peer has sent its close_notify
     cdef bint cut                   # ... or nothing more comes from it, without one
     cdef bint busy                  # a thread has the session, and nobody else may touch it
@@ -48,7 +53,11 @@ cdef class Session:
     cdef Py_ssize_t later_size
 
     cdef int feed(self, char *data, Py_ssize_t length) except -1
+    cdef int keep(self, Py_ssize_t most) except -1
     cdef bint catch_up(self) except -1
+    cdef bytes read(self, Py_ssize_t most)
+    cdef Py_ssize_t seal(self, bytes data) except -1
+    cdef bytes to_send(self)
     cdef Py_ssize_t fill(self, char *buffer, Py_ssize_t room) except -1
 
 

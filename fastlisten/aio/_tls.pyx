@@ -21,6 +21,7 @@ from cpython.buffer cimport (
     PyObject_GetBuffer,
 )
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.ref cimport PyObject, Py_XDECREF
 from libc.string cimport memcpy
 
 from fastlisten._core.port cimport PORT_NO_SOCKET
@@ -38,6 +39,14 @@ from fastlisten.aio._transport cimport (
     write_limits,
 )
 from fastlisten.aio._transport import SocketTransport
+
+cdef extern from "Python.h":  # a bytes object that is filled before anybody else sees it
+    PyObject *new_bytes "PyBytes_FromStringAndSize"(const char *, Py_ssize_t) except NULL
+    int resize_bytes "_PyBytes_Resize"(PyObject **, Py_ssize_t) except -1
+
+cdef enum:
+    SLICE = 16 * 1024  # what a record holds
+    RECORD = 5 + 16 * 1024 + 2048  # no record is longer: RFC 5246, section 6.2.3; RFC 8446 allows less
 
 # By a name of C's: at the end of the interpreter a module's own names go before its objects.
 cdef object _asyncio_log = logging.getLogger("asyncio")
@@ -157,16 +166,42 @@ cdef class Session:
         self.decrypt, self.encrypt = inner.read, inner.write
         self.put, self.take = self.incoming.write, self.outgoing.read
         self.window = Window()
+        self.inside = True
+        self.sealed = []
 
     cdef int feed(self, char *data, Py_ssize_t length) except -1:
-        """The peer has sent this."""
+        """The peer has sent this: it has to stay there until fill() or keep()."""
         if self.busy:
             self.later.append(PyBytes_FromStringAndSize(data, length))
             self.later_size += length
             return 0
-        self.window.start, self.window.length = data, length
-        self.put(self.window)
+        self.received, self.received_size = data, length
         return 0
+
+    cdef int keep(self, Py_ssize_t most) except -1:
+        """Copy so much of what feed() has shown, if there is any."""
+        cdef Py_ssize_t length = min(most, self.received_size)
+        if length:
+            self.window.start, self.window.length = self.received, length
+            self.received += length
+            self.received_size -= length
+            self.put(self.window)
+        return 0
+
+    cdef bytes read(self, Py_ssize_t most):
+        """Decrypt so much at most, b"" when there is nothing; raises as fill()."""
+        cdef Py_ssize_t room = self.received_size + self.incoming.pending
+        cdef PyObject *data
+        if self.inside:
+            room += RECORD
+        if self.unread is not None:
+            room += PyBytes_GET_SIZE(self.unread)
+        data = new_bytes(NULL, min(room, most))
+        try:
+            resize_bytes(&data, self.fill(PyBytes_AS_STRING(<object>data), min(room, most)))
+            return <bytes>data
+        finally:
+            Py_XDECREF(data)
 
     cdef bint catch_up(self) except -1:
         """The thread is through: take what was received meanwhile; returns whether there was anything."""
@@ -185,29 +220,65 @@ cdef class Session:
         """
         cdef Py_ssize_t filled = 0
         cdef Py_ssize_t got
+        self.inside, self.full = True, False
         if self.unread is not None:
             filled = min(room, PyBytes_GET_SIZE(self.unread))
             memcpy(buffer, PyBytes_AS_STRING(self.unread), filled)
             self.unread = self.unread[filled:] if filled < PyBytes_GET_SIZE(self.unread) else None
         if self.error is not None and filled == 0:
             raise self.error
-        while filled < room and not self.ended and self.error is None:
-            self.window.start, self.window.length = buffer + filled, room - filled
-            try:
-                got = self.decrypt(room - filled, self.window)
-            except _again:
-                break
-            except _SSLError as error:
-                if filled == 0:
-                    raise
-                self.error = error
-                break
-            filled += got
-            if got == 0:
-                self.ended = True
-            elif got < self.window.length and not self.incoming.pending:
-                break  # to ask once more would tell so by an exception, which costs more than a short read
+        try:
+            while filled < room and not self.ended and self.error is None:
+                # A record at a time, so that the ssl module's copy of it stays in the processor's cache.
+                if self.received_size and self.incoming.pending < RECORD:
+                    self.keep(RECORD)
+                self.window.start, self.window.length = buffer + filled, room - filled
+                try:
+                    got = self.decrypt(room - filled, self.window)
+                except _again:
+                    break
+                except _SSLError as error:
+                    if filled == 0:
+                        raise
+                    self.error = error
+                    break
+                filled += got
+                if got == 0:
+                    self.ended = True
+                elif got < self.window.length and not self.received_size and not self.incoming.pending:
+                    # To ask once more would tell so by an exception, which costs more than a short read.
+                    self.inside = False
+                    break
+            self.full = filled == room and room != 0
+        finally:
+            self.keep(self.received_size)
         return filled
+
+    cdef Py_ssize_t seal(self, bytes data) except -1:
+        """Encrypt, a record at a time if it is much; returns how far it came before it wants to read first."""
+        cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
+        cdef Py_ssize_t done = 0
+        try:
+            if size <= SLICE:
+                self.encrypt(data)
+                return size
+            while done < size:
+                self.window.start, self.window.length = PyBytes_AS_STRING(data) + done, min(size - done, SLICE)
+                self.encrypt(self.window)
+                done += self.window.length
+                self.sealed.append(self.take())
+        except _again:
+            pass
+        return done
+
+    cdef bytes to_send(self):
+        """What is encrypted and was not taken yet."""
+        cdef bytes last = self.take()
+        if not self.sealed:
+            return last
+        pieces, self.sealed = self.sealed, []
+        pieces.append(last)
+        return b"".join(pieces)
 
 
 # --- The transport ------------------------------------------------------------------------------------------
@@ -252,6 +323,9 @@ cdef class TlsTransport(Receiver):
 
     cdef int received(self, char *data, Py_ssize_t length) except -1:
         self.session.feed(data, length)
+        # No call of the application's may come before it is copied: what is below may use its memory then.
+        if self.state != OPEN or self.paused or self.buffered:
+            self.session.keep(length)
         return self.pump()
 
     def data_received(self, data):
@@ -295,8 +369,7 @@ cdef class TlsTransport(Receiver):
     def resume_writing(self):
         """The transport below takes more."""
         self.full = False
-        self.send_outgoing()
-        self.pace_writer()
+        self.flush()
 
     # --- the handshake -------------------------------------------------------------------------------
 
@@ -477,11 +550,11 @@ cdef class TlsTransport(Receiver):
 
     cdef bint read_bytes(self) except -1:
         """Returns whether there may be more."""
-        cdef char *scratch = self.below.connections.scratch
-        cdef Py_ssize_t got = self.session.fill(scratch, CHUNK)
-        if got:
-            self.protocol.data_received(PyBytes_FromStringAndSize(scratch, got))
-        return got == CHUNK or self.session.error is not None
+        cdef bytes data = self.session.read(CHUNK)
+        cdef bint full = self.session.full
+        if data:
+            self.protocol.data_received(data)
+        return full or self.session.error is not None
 
     cdef bint read_into_buffer(self) except -1:
         """Returns whether there may be more."""
@@ -494,9 +567,9 @@ cdef class TlsTransport(Receiver):
         PyObject_GetBuffer(buffer, &view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         try:
             got = self.session.fill(<char *>view.buf, view.len)
-            full = got == view.len
         finally:
             PyBuffer_Release(&view)
+        full = self.session.full
         if got:
             self.protocol.buffer_updated(got)
         return full or self.session.error is not None
@@ -614,17 +687,18 @@ cdef class TlsTransport(Receiver):
         return 0
 
     cdef int encrypt_held(self) except -1:
+        """Encrypt what was written, unless the transport below has enough: then it stays as it is."""
         cdef bytes data
-        if self.held is None:
+        cdef Py_ssize_t done
+        if self.held is None or self.full:
             return 0
         data = b"".join(self.held)  # one alone is not copied
         self.held = None
         self.held_size = 0
-        try:
-            self.session.encrypt(data)
-        except _again:  # it wants to read first: the next pump() tries again
-            self.held = [data]
-            self.held_size = PyBytes_GET_SIZE(data)
+        done = self.session.seal(data)
+        if done < PyBytes_GET_SIZE(data):  # the next pump() tries again
+            self.held = [data[done:]]
+            self.held_size = PyBytes_GET_SIZE(data) - done
         return 0
 
     cdef int send_outgoing(self) except -1:
@@ -632,7 +706,7 @@ cdef class TlsTransport(Receiver):
         cdef bytes data
         if self.full or self.below is None or self.session.busy:
             return 0
-        data = self.session.take()
+        data = self.session.to_send()
         return self.below.transmit(data, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data))
 
     def can_write_eof(self):
@@ -704,6 +778,7 @@ cdef class TlsTransport(Receiver):
         """Send what was written, and our close_notify."""
         if self.state != OPEN:
             return 0
+        self.full = False  # the transport below gets all of it
         self.flush()
         try:
             # OpenSSL takes data that nobody has read for an error of the peer's.
