@@ -35,7 +35,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    # What is of TLS is imported when it is asked for: the import of the package costs who has none of it nothing.
+    # What is of TLS is imported when it is asked for: who has none of it does not pay for it.
     if name not in {"TLSConnection", "reloading"}:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from fastlisten import _tls

@@ -245,7 +245,7 @@ cdef class Session:
                 filled += got
                 if got == 0:
                     self.ended = True
-                elif got < self.window.length and not self.received_size and not self.incoming.pending:
+                elif got < self.window.length and not (self.received_size or self.incoming.pending):
                     # To ask once more would tell so by an exception, which costs more than a short read.
                     self.inside = False
                     break
@@ -263,7 +263,8 @@ cdef class Session:
                 self.encrypt(data)
                 return size
             while done < size:
-                self.window.start, self.window.length = PyBytes_AS_STRING(data) + done, min(size - done, SLICE)
+                self.window.start = PyBytes_AS_STRING(data) + done
+                self.window.length = min(size - done, SLICE)
                 self.encrypt(self.window)
                 done += self.window.length
                 self.sealed.append(self.take())
