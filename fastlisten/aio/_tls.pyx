@@ -255,7 +255,7 @@ cdef class Session:
         return filled
 
     cdef Py_ssize_t seal(self, bytes data) except -1:
-        """Encrypt, a record at a time if it is much; returns how far it came before it wants to read first."""
+        """Encrypt, a record at a time if it is much; returns how far it came until it has to read."""
         cdef Py_ssize_t size = PyBytes_GET_SIZE(data)
         cdef Py_ssize_t done = 0
         try:
