@@ -11,6 +11,7 @@ import functools
 import math
 import selectors
 import socket
+import sys
 import time
 from collections.abc import Callable
 from typing import IO, TYPE_CHECKING, Any, BinaryIO
@@ -32,6 +33,9 @@ HANDSHAKE_TIMEOUT = 10.0
 
 # How often a handshake asks whether to go on, in seconds.
 STEP = 0.2
+
+# Of Linux (include/uapi/linux/tls.h), and not in the socket module: how the kernel encrypts what is sent.
+SOL_TLS, TLS_TX = 282, 1
 
 # What OpenSSL says, by what it means to whoever serves; these differ a little between its versions.
 _REASONS = {
@@ -294,9 +298,30 @@ class TLSConnection:
         """Send all of `data`, a bytes-like object; the timeout is for each write of a part."""
         self._sock.sendall(data, flags)
 
+    @property
+    def ktls(self) -> bool:
+        """Whether the kernel encrypts what is sent (kTLS), so that sendfile() copies nothing to here.
+
+        It does when the context has ssl.OP_ENABLE_KTLS and the cipher, OpenSSL and Linux (its module tls) all
+        can (SSL_CTX_set_options(3), Documentation/networking/tls.rst).
+        """
+        if sys.platform != "linux":
+            return False
+        try:
+            return bool(self._sock.getsockopt(SOL_TLS, TLS_TX, 4))
+        except OSError:  # ENOPROTOOPT, EOPNOTSUPP: it does not; and it never does on a closed connection
+            return False
+
     def sendfile(self, file: BinaryIO, offset: int = 0, count: int | None = None) -> int:
-        """As socket.sendfile(): send a file opened in binary mode; returns how many bytes went."""
-        return self._sock.sendfile(file, offset, count)
+        """As socket.sendfile(): send a file opened in binary mode; returns how many bytes went.
+
+        With `ktls` it goes from the file to the network in the kernel (sendfile(2)).
+        """
+        if not self.ktls:
+            return self._sock.sendfile(file, offset, count)
+        from ssl import SSLSocket
+
+        return super(SSLSocket, self._sock).sendfile(file, offset, count)
 
     def shutdown(self, how: int, /) -> None:
         """End one direction or both: socket.SHUT_RD, SHUT_WR, SHUT_RDWR; what comes can still be received.

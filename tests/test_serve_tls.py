@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,7 +116,8 @@ def test_the_methods_are_a_connection_s(listener: Listener, context: Any, trusti
         assert connection.send(b"one ") == 4
         with connection.makefile("rwb") as file:
             file.write(file.readline())
-        connection.sendfile(io.BytesIO(b"a file"), 2)
+        assert not connection.ktls  # nobody has asked for it
+        assert connection.sendfile(io.BytesIO(b"a file"), 2) == 4
         connection.setblocking(False)
         with pytest.raises(ssl.SSLWantReadError):
             connection.recv(1)
@@ -646,3 +648,73 @@ def test_openssl_s_client_resumes_its_session(
         assert "reused 0" in run([*command, "-sess_out", session]).stdout
         assert "reused 1" in run([*command, "-sess_in", session]).stdout
     assert failed(listener) == {}
+
+
+KTLS = 1 << 3  # SSL_OP_ENABLE_KTLS; ssl has its name since 3.12
+
+
+def kernel_has_tls() -> bool:
+    try:
+        with socket.socket() as listening, socket.socket() as sock:
+            listening.bind(("127.0.0.1", 0))
+            listening.listen()
+            sock.connect(listening.getsockname())
+            sock.setsockopt(socket.IPPROTO_TCP, 31, b"tls")  # TCP_ULP
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("size", [0, 1, 100_000])
+def test_a_file_is_sent_whether_or_not_the_kernel_encrypts(
+    listener: Listener, pair: Pair, trusting: ssl.SSLContext, tmp_path: Path, size: int
+) -> None:
+    context = server_context(pair)
+    context.options |= KTLS
+    data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    found = []
+
+    def handler(connection: TLSConnection) -> None:
+        found.append(connection.ktls)
+        connection.sendall(b"<")
+        with path.open("rb") as file:
+            assert connection.sendfile(file) == size
+        connection.sendall(b">")
+
+    with exchange_with(listener, context, trusting, handler) as client:
+        assert read_all(client) == b"<" + data + b">"
+    if not kernel_has_tls():
+        assert found == [False]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what Linux does")
+def test_with_ktls_the_file_goes_by_the_kernel(
+    listener: Listener,
+    pair: Pair,
+    trusting: ssl.SSLContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Told that the kernel encrypts where it does not, what comes out of it is the file in clear."""
+    monkeypatch.setattr("fastlisten._tls.SOL_TLS", socket.SOL_SOCKET)
+    monkeypatch.setattr("fastlisten._tls.TLS_TX", socket.SO_TYPE)
+    context = server_context(pair)
+    context.num_tickets = 0
+    path = tmp_path / "file"
+    path.write_bytes(b"\0in clear" * 10)
+
+    def handler(connection: TLSConnection) -> None:
+        assert connection.ktls
+        with path.open("rb") as file:
+            assert connection.sendfile(file, 1, 8) == 8
+        connection.recv(1)
+
+    with (
+        serving(listener, handler, ssl=context),
+        tls_client(listener, trusting) as client,
+        socket.socket(fileno=client.detach()) as raw,
+    ):
+        raw.settimeout(LIMIT)
+        assert raw.recv(8, socket.MSG_WAITALL) == b"in clear"
