@@ -34,14 +34,16 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    # What is of TLS is imported when it is asked for: who has none of it does not pay for it.
-    if name not in {"TLSConnection", "reloading"}:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastlisten import _tls
+if not TYPE_CHECKING:  # or a type checker would believe that every name is there
 
-    found = globals()[name] = getattr(_tls, name)
-    return found
+    def __getattr__(name: str) -> object:
+        # What is of TLS is imported when it is asked for: who has none of it does not pay for it.
+        if name not in {"TLSConnection", "reloading"}:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from fastlisten import _tls
+
+        found = globals()[name] = getattr(_tls, name)
+        return found
 
 
 def __dir__() -> list[str]:

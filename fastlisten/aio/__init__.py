@@ -34,10 +34,12 @@ __all__ = [  # UvloopEventLoop is not among them: `import *` would ask for uvloo
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """UvloopEventLoop, once somebody asks: uvloop is no dependency.  Raises ImportError without it."""
-    if name == "UvloopEventLoop":
-        from fastlisten.aio._uvloop import UvloopEventLoop
+if not TYPE_CHECKING:  # or a type checker would believe that every name is there
 
-        return UvloopEventLoop
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        """UvloopEventLoop, once somebody asks: uvloop is no dependency.  Raises ImportError without it."""
+        if name == "UvloopEventLoop":
+            from fastlisten.aio._uvloop import UvloopEventLoop
+
+            return UvloopEventLoop
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
