@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import gc
 import logging
+import random
 import socket
 import ssl
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -112,6 +114,50 @@ def test_a_buffered_protocol(run: Run, tls: Any, create: Any, size: int) -> None
             data = bytes(range(256)) * 40
             client.send(data)
             assert await in_thread(client.read, len(data)) == data
+
+    run(main())
+
+
+class Paces(Echo):
+    """Pauses reading after each call, for a turn."""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.transport.pause_reading()
+        asyncio.get_running_loop().call_soon(self.transport.resume_reading)
+
+
+class Scarce(InPlace):
+    size = 1000
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", [Echo, Paces, InPlace, Scarce])
+def test_what_is_sent_comes_back_however_it_is_cut(run: Run, tls: Any, kind: Any, seed: int) -> None:
+    """Messages of any size, and pieces on the way that begin and end anywhere in a record."""
+    chance = random.Random(seed)
+
+    def sizes(most: list[int], total: int) -> Iterator[slice]:
+        at = 0
+        while at < total:
+            size = chance.randint(1, chance.choice(most))
+            yield slice(at, at + size)
+            at += size
+
+    async def main() -> None:
+        async with server(kind, ssl=tls[0]) as serving, opened(serving, tls[1]) as client:
+            data = chance.randbytes(BIG // 4)
+            for part in sizes([100, 16_384, 70_000, BIG], len(data)):
+                client.session.write(data[part])
+            sealed = client.outgoing.read()
+
+            def send() -> None:
+                for part in sizes([3, 6, 1000, 20_000, BIG] if seed else [BIG], len(sealed)):
+                    client.socket.sendall(sealed[part])
+
+            sending = asyncio.ensure_future(in_thread(send))
+            assert await in_thread(client.read, len(data)) == data
+            await sending
 
     run(main())
 

@@ -87,7 +87,7 @@ def test_importing_it_starts_and_opens_nothing() -> None:
         "import fastlisten\n"
         "assert len(fds()) == before\n"
         "assert threading.active_count() == 1\n"
-        "print(*{'asyncio', 'socketserver', 'http.server', 'ssl'} & set(sys.modules))\n"
+        "print(*{'asyncio', 'socketserver', 'http.server', 'ssl', 'fastlisten._tls'} & set(sys.modules))\n"
     )
     done = run(code)
     assert (done.stdout, done.stderr) == ("\n", "")
