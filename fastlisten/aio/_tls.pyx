@@ -192,13 +192,18 @@ cdef class Session:
         """Decrypt so much at most, b"" when there is nothing; raises as fill()."""
         cdef Py_ssize_t room = self.received_size + self.incoming.pending
         cdef PyObject *data
+        cdef char *start
+        cdef Py_ssize_t got
         if self.inside:
             room += RECORD
         if self.unread is not None:
             room += PyBytes_GET_SIZE(self.unread)
-        data = new_bytes(NULL, min(room, most))
+        room = min(room, most)
+        data = new_bytes(NULL, room)
         try:
-            resize_bytes(&data, self.fill(PyBytes_AS_STRING(<object>data), min(room, most)))
+            start = PyBytes_AS_STRING(<object>data)
+            got = self.fill(start, room)
+            resize_bytes(&data, got)
             return <bytes>data
         finally:
             Py_XDECREF(data)
