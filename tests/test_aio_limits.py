@@ -107,6 +107,30 @@ def test_exactly_so_many_wait_while_the_loop_is_blocked(run: Run, busy: Any) -> 
     assert answers == ["waits"] * 3 + [busy if isinstance(busy, bytes) else "reset"] * 3
 
 
+def test_a_pause_holds_nobody_who_was_accepted(run: Run) -> None:
+    """As serve(busy=) has it: who waits in our queue is served, who waits in the kernel's is not."""
+
+    async def main() -> None:
+        async with server(Echo, max_connections=1, pending=1, busy="reset") as serving:
+            with connect(serving.address) as first, connect(serving.address) as second:
+                while serving.server.stats().accepted < 2:
+                    await asyncio.sleep(0)
+                serving.server.pause()
+                with connect(serving.address) as third:
+                    first.close()
+                    second.sendall(b"hello")
+                    assert await in_thread(second.recv, 5) == b"hello"
+                    second.close()
+                    await turns()
+                    assert len(serving.made) == 2
+                    assert serving.server.stats().accepted == 2
+                    third.sendall(b"later")
+                    serving.server.resume()
+                    assert await in_thread(third.recv, 5) == b"later"
+
+    run(main())
+
+
 @pytest.mark.usefixtures("caplog")  # it keeps what the records of a debug mode name until the test is over
 def test_a_server_that_is_closed_has_no_descriptors_whoever_still_names_it(run: Run) -> None:
     async def main() -> None:

@@ -13,7 +13,7 @@ from helpers.fault_cells import BEGIN, CALLS, LOOPS_CALLS, Cell
 from helpers.fault_modes import MODES
 from helpers.faults import Faults
 
-pytestmark = needs("Linux", "a C compiler")
+pytestmark = needs("Linux", "a C compiler", "calls that go to libc")
 
 DOCUMENT = Path(__file__).parent.parent / "FAULTS.md"
 

@@ -7,6 +7,7 @@ which it keeps until it speaks.  After each step the counters and what the clien
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import select
@@ -576,8 +577,12 @@ class ListenerMachine(Crowd):
 class Answers(asyncio.Protocol):
     """Answers the one message of a client and hangs up."""
 
+    def __init__(self, begun: list[Any]) -> None:
+        self.begun = begun
+
     def connection_made(self, transport: Any) -> None:
         self.transport = transport
+        self.begun.append(transport)
 
     def data_received(self, data: bytes) -> None:
         self.transport.write(data)
@@ -618,7 +623,9 @@ class ServerMachine(Crowd):
         self.books.full = options["busy"] if options.get("busy") not in (None, "reset") else b""
         self.listener = fastlisten.bind(f"unix:@fastlisten-model-{os.getpid()}" if unix else ("127.0.0.1", 0))
         self.create = aio.create_unix_server if unix else aio.create_server
-        self.server = self.runner.run(self.create(Answers, sock=self.listener, **options))
+        self.begun: list[Any] = []
+        answers = functools.partial(Answers, self.begun)
+        self.server = self.runner.run(self.create(answers, sock=self.listener, **options))
         self.paused = False
 
     @rule()
@@ -669,6 +676,8 @@ class ServerMachine(Crowd):
             if not self.paused:
                 self.books.take()
             self.books.agree(self.server)
+            # Who has a place may wait for the event loop yet, and close() would drop him.
+            self.turns(lambda: len(self.begun) == self.books.begun)
             assert self.server.stats().paused == self.paused
             assert self.server.is_serving()
 

@@ -157,7 +157,7 @@ cdef class QueueWatch(Watched):
         waker_drain(&self.overload.waker)
         if port_get(&self.overload.waker.broken):
             self.mend()
-        while taken < ACCEPTS and not self.accepting.paused and self.overload.pop(&clients[taken]):
+        while taken < ACCEPTS and self.overload.pop(&clients[taken]):
             self.overload.handled()  # no handler of an event loop is waited for
             taken += 1
         if taken == ACCEPTS:
@@ -240,8 +240,6 @@ cdef class Accepting(Owner):
         """Accept nobody, or again; a drain takes its clients all the same."""
         self.paused = paused and self.drained is None
         self.arrange()
-        if self.queue is not None and not paused:
-            self.connections.hub.loop.call_soon(self.queue._readable)
 
     def drain(self, double seconds, drained):
         """Take those who are queued now, and nobody who comes later; call `drained` when that is done.

@@ -95,6 +95,11 @@ def under_wine() -> bool:
     return hasattr(ctypes.WinDLL("ntdll"), "wine_get_version")
 
 
+def sanitized() -> bool:
+    """Tell whether AddressSanitizer is there: it calls much of libc itself, and keeps what is freed."""
+    return "libasan" in os.environ.get("LD_PRELOAD", "")
+
+
 # What a test may need of the system, by the name that its skip shows.
 PROBES: dict[str, Callable[[], bool]] = {
     "Linux": lambda: sys.platform == "linux",
@@ -111,6 +116,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "a backlog of 2,500": has_backlog,
     "addresses of others that cannot be bound": nobodys_fails,
     "names of services": knows_services,
+    "calls that go to libc": lambda: not sanitized(),
     "a C compiler": lambda: shutil.which(compiler()) is not None,
 }
 

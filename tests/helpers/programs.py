@@ -25,6 +25,19 @@ def plain_environment(**added: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **added}
 
 
+def environment_of(program: Program, environment: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return what a program is to have; None: plain_environment(), as far as it is for such a program.
+
+    A sanitizer's runtime is for our modules alone: curl hangs under it before its first line.
+    """
+    if environment is not None:
+        return environment
+    plain = plain_environment()
+    if not isinstance(program, str) and os.fspath(program[0]) != sys.executable:
+        plain.pop("LD_PRELOAD", None)
+    return plain
+
+
 def interpreter() -> list[str]:
     """Return the command that runs Python as this one is run, with warnings as errors."""
     dev = ["-X", "dev"] if sys.flags.dev_mode else []
@@ -58,7 +71,7 @@ def run(
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            env=plain_environment() if environment is None else environment,
+            env=environment_of(program, environment),
             cwd=folder,
             timeout=limit,
             check=False,
@@ -89,7 +102,7 @@ def running(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=plain_environment() if environment is None else environment,
+        env=environment_of(program, environment),
         cwd=folder,
         pass_fds=pass_fds,
     )
