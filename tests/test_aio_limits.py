@@ -1,6 +1,7 @@
 """fastlisten.aio's servers: max_connections, pause, busy and shortages."""
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -127,6 +128,27 @@ def test_a_pause_holds_nobody_who_was_accepted(run: Run) -> None:
                     third.sendall(b"later")
                     serving.server.resume()
                     assert await in_thread(third.recv, 5) == b"later"
+
+    run(main())
+
+
+def test_a_place_that_comes_free_is_for_who_waits_though_the_listener_blocks(run: Run) -> None:
+    """Another holder of the socket may make it blocking: the thread that refuses then sleeps in accept()."""
+
+    async def main() -> None:
+        with bind(LOOPBACK) as listener:
+            options: dict[str, Any] = {"max_connections": 1, "pending": 1, "busy": "reset"}
+            async with server(Echo, sock=listener, **options) as serving:
+                with connect(serving.address) as first, connect(serving.address) as second:
+                    while serving.server.stats().accepted < 2:
+                        await asyncio.sleep(0)
+                    os.set_blocking(listener.fileno(), True)
+                    # it comes back once, and goes to sleep
+                    with contextlib.suppress(ConnectionError), connect(serving.address) as third:
+                        assert await in_thread(third.recv, 1) == b""
+                    first.close()
+                    second.sendall(b"hello")
+                    assert await in_thread(second.recv, 5) == b"hello"
 
     run(main())
 

@@ -160,10 +160,19 @@ cdef class Overload:
         return some
 
     cdef void handled(self) noexcept nogil:
-        """A client that was taken is through with its handler."""
+        """A client that was taken is through with its handler, and another may have its place.
+
+        The thread that refuses would tell so, too, if it did not sleep in accept(): see bring_back().
+        """
+        cdef bint awaited
         PyThread_acquire_lock(self.lock, WAIT_LOCK)
         self.handling -= 1
+        awaited = self.awaited and self.most != 0 and self.waiting > 0
+        if awaited:
+            self.awaited = False
         PyThread_release_lock(self.lock)
+        if awaited:
+            waker_wake(&self.waker)
 
     # --- the queue ------------------------------------------------------------------------------------
 

@@ -350,6 +350,9 @@ cdef class Accepting(Owner):
             self._again()  # a descriptor came free
         elif was_full and self.serving:
             self.arrange()
+            if self.queue is not None and self.queue.overload.waiting:
+                # The thread that refuses would tell, too, if it did not sleep in accept(): see bring_back().
+                self.connections.hub.loop.call_soon(self.queue._readable)
         if self.connections.active == 0:
             idle = self.idle
             self.rest()
