@@ -13,7 +13,17 @@ from typing import Any
 import pytest
 
 from fastlisten import aio, bind
-from helpers import LIMIT, LOOPBACK, connect, exchange, needs, programs, under_wine, wait_until
+from helpers import (
+    LIMIT,
+    LOOPBACK,
+    connect,
+    exchange,
+    needs,
+    posix_only,
+    programs,
+    under_wine,
+    wait_until,
+)
 from helpers.aio import Echo, Notes, Run, in_thread, run, server, turns
 
 __all__ = ["run"]  # a fixture
@@ -132,6 +142,7 @@ def test_a_pause_holds_nobody_who_was_accepted(run: Run) -> None:
     run(main())
 
 
+@posix_only("what Windows makes non-blocking os.set_blocking() cannot reach")
 def test_a_place_that_comes_free_is_for_who_waits_though_the_listener_blocks(run: Run) -> None:
     """Another holder of the socket may make it blocking: the thread that refuses then sleeps in accept()."""
 
