@@ -1,8 +1,6 @@
 """Listening sockets, with the accept loop in Cython over raw POSIX and Winsock calls."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+import typing
 
 from fastlisten._bind import bind, create_server, serve
 from fastlisten._core.connection import Connection
@@ -10,7 +8,7 @@ from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_n
 from fastlisten._listener import Listener, ListenerStats, ServeResult
 from fastlisten._patch import patch, unpatch
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from fastlisten._tls import TLSConnection, reloading
 
 __version__ = "0.1.0"
@@ -34,7 +32,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # or a type checker would believe that every name is there
+if not typing.TYPE_CHECKING:  # or a type checker would believe that every name is there
 
     def __getattr__(name: str) -> object:
         # What is of TLS is imported when it is asked for: who has none of it does not pay for it.
@@ -47,4 +45,4 @@ if not TYPE_CHECKING:  # or a type checker would believe that every name is ther
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *(name for name in globals() if name.startswith("_"))]
+    return sorted({*globals(), *__all__})

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
@@ -47,8 +48,8 @@ ROWS = {
 
 
 # Whether anything is let go of, or watched anew, while these fail depends on what comes first; not all words
-# need be seen.  Who asks for the time, and whether any of it is ours, is asyncio's debug mode's business.
-BY_CHANCE = {"unwatch", "loop's unwatch", "loop's watch", "clock_gettime"}
+# need be seen.  In its debug mode asyncio asks for the time more often.
+BY_CHANCE = {"unwatch", "loop's unwatch", "loop's watch", *(["clock_gettime"] if sys.flags.dev_mode else [])}
 
 Cells = dict[str, Cell]
 

@@ -61,9 +61,13 @@ def test_a_public_name_has_a_docstring_and_an_example(name: str) -> None:
 
 def test_the_public_names_are_those_that_are_there() -> None:
     assert sorted(fastlisten.__all__) == list(fastlisten.__all__)
-    assert {name for name in dir(fastlisten) if name[0] != "_"} == set(fastlisten.__all__)
+    assert set(fastlisten.__all__) <= set(dir(fastlisten))
     for name in fastlisten.__all__:
         assert getattr(fastlisten, name).__module__.startswith("fastlisten.")
+    public = {
+        name for name, value in vars(fastlisten).items() if name[0] != "_" and not inspect.ismodule(value)
+    }
+    assert public == set(fastlisten.__all__)
     with pytest.raises(AttributeError, match="no attribute 'tls'"):
         _ = fastlisten.tls  # type: ignore[attr-defined]
 
