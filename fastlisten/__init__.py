@@ -6,9 +6,9 @@ from fastlisten._bind import bind, create_server, serve
 from fastlisten._core.connection import Connection
 from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
 from fastlisten._listener import Listener, ListenerStats, ServeResult
-from fastlisten._patch import patch, unpatch
 
 if typing.TYPE_CHECKING:
+    from fastlisten._patch import patch, unpatch
     from fastlisten._tls import TLSConnection, reloading
 
 __version__ = "0.1.0"
@@ -32,15 +32,22 @@ __all__ = [
 ]
 
 
+# Imported when it is asked for: who has none of it does not pay for it.
+_LATER = {
+    "TLSConnection": "fastlisten._tls",
+    "patch": "fastlisten._patch",
+    "reloading": "fastlisten._tls",
+    "unpatch": "fastlisten._patch",
+}
+
 if not typing.TYPE_CHECKING:  # or a type checker would believe that every name is there
 
     def __getattr__(name: str) -> object:
-        # What is of TLS is imported when it is asked for: who has none of it does not pay for it.
-        if name not in {"TLSConnection", "reloading"}:
+        if name not in _LATER:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from fastlisten import _tls
+        from importlib import import_module
 
-        found = globals()[name] = getattr(_tls, name)
+        found = globals()[name] = getattr(import_module(_LATER[name]), name)
         return found
 
 

@@ -1,7 +1,7 @@
 """The loop of one serve(): take a client, hand it to the handler; until it ends."""
 
-import signal
 import threading
+from _signal import set_wakeup_fd  # signal.py makes enums of all signals, which takes long
 from _thread import allocate_lock, start_new_thread
 
 cimport cython
@@ -92,7 +92,7 @@ cdef class Loop(Dispatcher):
             raise
         finally:
             if signals is not None:
-                signal.set_wakeup_fd(-1)
+                set_wakeup_fd(-1)
             self.close()
         return port_get(&self.finished), port_get(&self.was_cut)
 
@@ -377,8 +377,8 @@ def wake_on_signals(fd):
     """
     if threading.current_thread() is not threading.main_thread():
         return None
-    other = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    other = set_wakeup_fd(fd, warn_on_full_buffer=False)
     if other != -1:
-        signal.set_wakeup_fd(other, warn_on_full_buffer=False)
+        set_wakeup_fd(other, warn_on_full_buffer=False)
         return None
     return fd
