@@ -17,7 +17,7 @@ import pytest
 
 from fastlisten import aio
 from helpers import LIMIT, connect, exchange, needs, posix_only, read_all
-from helpers.aio import BIG, LOOPS, Echo, Notes, in_thread
+from helpers.aio import BIG, LOOPS, Echo, Notes, files_are_read, in_thread
 from helpers.certificates import tls_contexts
 from helpers.programs import run as run_program
 
@@ -380,6 +380,7 @@ def test_start_tls_of_our_transport(loop_name: str, tmp_path: Path) -> None:
     run_on(EVERY[loop_name], main)
 
 
+@files_are_read
 @pytest.mark.parametrize("loop_name", EVERY)
 def test_sendfile_of_our_transport(loop_name: str, tmp_path: Path) -> None:
     path = tmp_path / "file"

@@ -12,7 +12,7 @@ import pytest
 
 from fastlisten import aio
 from helpers import LIMIT, connect, posix_only, read_all, reset, wait_until
-from helpers.aio import BIG, SMALL_BUFFER, Echo, Notes, Run, asyncios, in_thread, run, server
+from helpers.aio import BIG, SMALL_BUFFER, Echo, Notes, Run, asyncios, files_are_read, in_thread, run, server
 
 __all__ = ["run"]  # a fixture
 
@@ -146,6 +146,7 @@ class Files(Notes):
             )
 
 
+@files_are_read
 @pytest.mark.parametrize("fallback", [True, pytest.param(False, marks=no_sendfile)])
 @pytest.mark.parametrize("before", [b"", b"before ", bytes(BIG)], ids=len)
 def test_sendfile(run: Run, before: bytes, fallback: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +173,7 @@ def test_sendfile(run: Run, before: bytes, fallback: bool, monkeypatch: pytest.M
     assert not run.reports
 
 
+@files_are_read
 def test_a_file_that_the_kernel_cannot_send_waits_for_the_client(run: Run) -> None:
     """The loop reads it, and no more of it than the client takes: there was no such waiting."""
     content = bytes(BIG)
