@@ -12,6 +12,7 @@ cdef class Watched:
     cdef int ready(self, short events) except -1
     cdef int turn(self) except -1
     cdef int end(self) except -1
+    cdef int send_written(self) except -1
     cdef int watch(self, short events) except -1
 
 
@@ -28,6 +29,7 @@ cdef class Hub:
     cdef Py_ssize_t guess   # what scheduled() says then, never the same twice
     cdef list due           # those that have a turn on the loop's next turn
     cdef list ending        # ... and those whose end() is what comes next
+    cdef list writers       # those that have something to send at the end of the wake or the turn
     cdef bint awake         # a wake is under way, whose end sees to both
 
     cdef int watch(self, Watched what, short events) except -1
@@ -51,5 +53,7 @@ cdef class Hub:
 
     cdef int turn_soon(self, Watched what) except -1
     cdef int end_soon(self, Watched what) except -1
+    cdef int send_soon(self, Watched what) except -1
+    cdef int send_all(self) except -1
     cdef int close(self) except -1
     cdef void close_poller(self) noexcept

@@ -5,7 +5,7 @@ watches them with a poller of its own, which is one descriptor to the event loop
 event loop itself where the system has no poller (port.h), and what is watched all the time everywhere: that
 is done once, and its wakes need no look at the poller.
 
-The hub knows three methods of what it watches: ready(), turn() and end().
+The hub knows four methods of what it watches: ready(), turn(), end() and send_written().
 
 Nothing here gives the GIL up: all calls are non-blocking and take about as long as giving it up does, and in
 a process with busy threads it would take up to a switch interval (5 ms) to get it back.
@@ -48,6 +48,10 @@ cdef class Watched:
 
     cdef int end(self) except -1:
         """Come to the end that end_soon() was asked for."""
+        raise NotImplementedError
+
+    cdef int send_written(self) except -1:
+        """Send what was written in this turn of the loop: send_soon() was asked for it."""
         raise NotImplementedError
 
     cdef int watch(self, short events) except -1:
@@ -95,6 +99,7 @@ cdef class Hub:
         self.queue = _ready_queue(loop)
         self.due = []
         self.ending = []
+        self.writers = []
         if polled:
             self.poller = port_poller()
 
@@ -254,6 +259,26 @@ cdef class Hub:
             raise
         return 0
 
+    def _send(self):
+        """What was written since the last wake."""
+        self.send_all()
+
+    cdef int send_all(self) except -1:
+        """Have all send what they have; when one raises (SystemExit), the rest does so on the next turn."""
+        cdef Py_ssize_t i = 0
+        if not self.writers:
+            return 0
+        writers, self.writers = self.writers, []
+        try:
+            while i < len(writers):
+                what = writers[i]
+                i += 1
+                (<Watched>what).send_written()
+        finally:
+            for what in writers[i:]:
+                self.send_soon(<Watched>what)
+        return 0
+
     cdef int give_ends(self) except -1:
         """End those that were closed in this wake."""
         while self.ending:
@@ -270,7 +295,7 @@ cdef class Hub:
         if self.due:
             due, self.due = self.due, []
             self.loop.call_soon(self._turn, due)
-        return 0
+        return self.send_all()
 
     cdef int turn_soon(self, Watched what) except -1:
         """Have what.turn() called after all that is scheduled."""
@@ -286,4 +311,11 @@ cdef class Hub:
             self.ending.append(what)
         else:
             self.loop.call_soon(self._end, [what])
+        return 0
+
+    cdef int send_soon(self, Watched what) except -1:
+        """Have what.send_written() called at the end of this wake, or on the loop's next turn."""
+        if not self.awake and not self.writers:
+            self.loop.call_soon(self._send)
+        self.writers.append(what)
         return 0

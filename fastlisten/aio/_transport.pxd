@@ -92,7 +92,7 @@ cdef class Transport(Watched):
     cdef object protocol
     cdef object context             # contextvars.Context in which the protocol is called
     cdef bytes unread               # what was read and given back, for the next protocol; or None
-    cdef list held                  # bytes written in our call to the protocol, to be sent after it; or None
+    cdef list held                  # bytes written in this call to the protocol or this turn; or None
     cdef Py_ssize_t held_size
     cdef WriteBuffer buffer         # None until something has to be kept
     cdef object emptied             # a Future while a file is sent: nothing is kept any more
@@ -102,6 +102,7 @@ cdef class Transport(Watched):
     cdef takes_t takes              # how the protocol takes what is received
     cdef bint connected             # there is a protocol
     cdef bint holding               # the protocol is being called by us
+    cdef bint shared                # somebody has the descriptor and may use it between two writes
     cdef bint closing, paused, ended, eof_sent
 
     cdef int again(self, due_t due) except -1
@@ -124,8 +125,10 @@ cdef class Transport(Watched):
     cdef int shut(self) except -1
     cdef int check_writable(self, name) except -1
     cdef int transmit(self, data, const char *start, Py_ssize_t length) except -1
-    cdef int hold(self, data, const char *start, Py_ssize_t length) except -1
+    cdef bint may_hold(self, Py_ssize_t length) except -1
+    cdef Py_ssize_t room(self) noexcept
     cdef int send_held(self, int flags) except -1
+    cdef int send_last(self) except -1
     cdef int enter_call(self, context) except -1
     cdef int leave_call(self, context) except -1
     cdef int release_held(self) except -1
@@ -141,6 +144,7 @@ cdef class Transport(Watched):
     cdef object peer_address(self)
     cdef object own_address(self)
     cdef object own_socket(self)
+    cdef int share(self) except -1
     cdef int show(self) except -1
     cdef int close_socket(self, port_socket fd) except -1
 

@@ -97,6 +97,36 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_before_fork)
 
 
+# --- What a transport shows ---------------------------------------------------------------------------------
+
+class TransportSocket(trsock.TransportSocket):
+    """The socket of a transport, as get_extra_info() shows it.  Who gets the descriptor by it may write there
+    himself, so what the transport holds is sent first, and from then on at once."""
+
+    __slots__ = ("_transport",)
+
+    def __init__(self, sock, transport):
+        super().__init__(sock)
+        self._transport = PyWeakref_NewRef(transport, None)
+
+    def _share(self):
+        cdef Transport transport = self._transport()
+        if transport is not None:
+            transport.share()
+
+    def fileno(self):
+        self._share()
+        return super().fileno()
+
+    def dup(self):
+        self._share()
+        return super().dup()
+
+    def shutdown(self, how):
+        self._share()
+        super().shutdown(how)
+
+
 # --- What the connections of one server share --------------------------------------------------------------
 
 cdef class Owner:
@@ -340,6 +370,7 @@ cdef class Transport(Watched):
 
     def __del__(self):
         if self.fd != PORT_NO_SOCKET:
+            self.send_last()
             if self.protocol is not None:  # else it was never begun
                 _warn(f"unclosed transport {self!r}", ResourceWarning, stacklevel=1, source=self)
             # A forked child shares the poller with its parent, who goes on: fork(2), epoll(7).  Who is
@@ -749,22 +780,48 @@ cdef class Transport(Watched):
         """Send, and keep the rest.  data: the bytes object that `start` points into, or None."""
         if length == 0:
             return 0
-        if self.held_size + length > SMALL:
+        if self.held_size + length > self.room():
             self.send_held(PORT_MORE)
-        if self.holding and length <= SMALL and not self.unsent() and not self.lost and self.sock is None:
-            return self.hold(data, start, length)
-        return self.send(data, start, length, 0)
-
-    # What a protocol writes while we call it leaves when it returns: all of it in one send(), and with
-    # the end of the stream in the same segment if it closes, too; that is one way through the stack less.
-    # Who has asked for the socket may use it between two writes, so there nothing is held.
-
-    cdef int hold(self, data, const char *start, Py_ssize_t length) except -1:
-        """Have it sent at the end of our call."""
+        if not self.may_hold(length):
+            return self.send(data, start, length, 0)
         if self.held is None:
             self.held = []
         self.held.append(PyBytes_FromStringAndSize(start, length) if data is None else data)
         self.held_size += length
+        return 0
+
+    # What a protocol writes while we call it leaves when it returns, and what a task writes on the loop's
+    # next turn: all of it in one send(), and with the end of the stream in the same segment if it closes,
+    # too; each is one way through the stack less.
+
+    cdef bint may_hold(self, Py_ssize_t length) except -1:
+        """Whether it may wait for what is written after it.  If so, and nobody has seen to it yet, it is sent
+        on the loop's next turn."""
+        if length > self.room() or self.shared or self.lost or self.unsent():
+            return False
+        if self.held is None and not self.holding:
+            try:
+                self.hub.send_soon(self)
+            except RuntimeError:  # the loop is closed: no next turn; or in debug mode: not its thread
+                return False
+        return True
+
+    cdef Py_ssize_t room(self) noexcept:
+        """How much may be held: not what the protocol would be told to pause for."""
+        return SMALL if self.buffer is None else min(SMALL, self.buffer.high)
+
+    cdef int send_written(self) except -1:
+        """The turn of the loop in which it was written is over.  The protocol is not called: no more is held
+        than it may write without a pause."""
+        return self.send_held(0)
+
+    cdef int send_last(self) except -1:
+        """Nobody has this transport any more: send what is held, if the kernel takes it."""
+        cdef bytes data
+        if self.held is not None:
+            data = b"".join(self.held)
+            self.held = None
+            port_send(self.fd, PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), 0)
         return 0
 
     cdef int send_held(self, int flags) except -1:
@@ -889,6 +946,7 @@ cdef class Transport(Watched):
         """Set the marks, in bytes, between which the protocol may write or has to pause."""
         cdef WriteBuffer buffer
         limits = write_limits(high, low, HIGH)
+        self.send_held(0)
         buffer = self.write_buffer()
         buffer.low, buffer.high = limits
         self.maybe_pause()
@@ -946,10 +1004,12 @@ cdef class Transport(Watched):
 
     @property
     def _sock_fd(self):
+        self.share()
         return self.fd
 
     @property
     def _sock(self):
+        self.share()
         return self.own_socket()
 
     def _make_empty_waiter(self):
@@ -991,7 +1051,7 @@ cdef class Transport(Watched):
             return self.peer_address()
         if name == "socket":
             sock = self.own_socket()
-            return default if sock is None else trsock.TransportSocket(sock)
+            return default if sock is None else TransportSocket(sock, self)
         if name == "sockname":
             return self.own_address()
         return default
@@ -1014,7 +1074,6 @@ cdef class Transport(Watched):
     cdef object own_socket(self):
         """The socket.socket of the connection, made when somebody asks; from then on it owns the descriptor.
         None when nobody asked before the end."""
-        self.send_held(0)  # may call the protocol, which may ask, too
         if self.sock is None:
             if self.fd == PORT_NO_SOCKET:
                 return None
@@ -1024,6 +1083,11 @@ cdef class Transport(Watched):
                 self.sock.setblocking(False)
             self.show()
         return self.sock
+
+    cdef int share(self) except -1:
+        """Somebody gets the descriptor: nothing is held any more."""
+        self.shared = True
+        return self.send_held(0)
 
     cdef int show(self) except -1:
         """Have the loop know whose the descriptor is, now that somebody is told of it.
