@@ -24,7 +24,7 @@ CLIENTS = 4
 
 # Each child looks for connections beside those of handlers; some children live on until the program ends.
 FORKER = """
-import asyncio, json, os, socket, sys, threading, time, warnings
+import asyncio, gc, json, os, socket, sys, threading, time, warnings
 import fastlisten
 from fastlisten import aio
 from helpers import serving, wait_until
@@ -34,16 +34,23 @@ way, forks = sys.argv[1], int(sys.argv[2])
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads, which is the point
 # A thread gives the GIL up where it waits and nowhere else: not between accept and the handler's first line.
 sys.setswitchinterval(100)
-held = []  # the descriptors that handlers have
+closing = threading.Lock()  # nobody forks in the middle of a handler's close()
+gc.freeze()  # held() looks at what is made from now on
 life, end_of_life = os.pipe()  # who reads there lives as long as the parent
 
-def handle(connection):
-    fd = connection.fileno()
-    held.append(fd)
-    connection.sendall(connection.recv(100))
-    connection.shutdown(socket.SHUT_RDWR)  # a child has it, too
-    connection.close()
-    held.remove(fd)
+# A handler that is an object, with its client in `args` from the call on: BaseException.__new__() is C.
+# Without the GIL a fork stops the other threads between any two instructions of Python, and so before a
+# handler's first line, too.
+class Handler(Exception):
+    def __init__(self, connection):
+        connection.sendall(connection.recv(100))
+        connection.shutdown(socket.SHUT_RDWR)  # a child has it, too
+        with closing:
+            connection.close()
+
+def held():  # the descriptors that handlers have, also those of threads that are not in this child
+    handlers = [each for each in gc.get_objects() if type(each) is Handler]
+    return [fd for handler in handlers if (fd := handler.args[0].fileno()) != -1]
 
 def connected():
     found = []
@@ -53,20 +60,20 @@ def connected():
         except OSError:  # no socket, or the descriptor of the listing itself
             continue
         try:
-            if sock.family == socket.AF_INET and sock.getpeername():
+            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if sock.family == socket.AF_INET and not listens:
                 found.append(int(name))
-        except OSError:  # the listener
-            pass
         finally:
             sock.detach()
     return found
 
 def fork(lives, stats, held):
     reader, writer = os.pipe()
-    began = time.monotonic()
-    child = os.fork()
-    if child:
+    with closing:
+        began = time.monotonic()
+        child = os.fork()
         took = time.monotonic() - began
+    if child:
         os.close(writer)
         with open(reader) as told:
             strangers, uncounted = json.loads(told.readline())
@@ -110,21 +117,21 @@ OPTIONS = {
 
 def iterate(listener):
     for connection in listener:
-        handle(connection)
+        Handler(connection)
 
 with fastlisten.bind("127.0.0.1:0") as listener:
     print(listener.endpoint.port, flush=True)
     target = threading.Thread(target=iterate, args=[listener]) if way == "iteration" else None
     if target is not None:
         target.start()
-        fork_often(listener.stats, held.copy)
+        fork_often(listener.stats, held)
         sys.stdin.readline()
         end(listener)
         listener.stop()
         target.join()
     else:
-        with serving(listener, handle, **OPTIONS[way]):
-            fork_often(listener.stats, held.copy)
+        with serving(listener, Handler, **OPTIONS[way]):
+            fork_often(listener.stats, held)
             sys.stdin.readline()
             end(listener)
 """
