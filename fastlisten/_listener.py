@@ -330,7 +330,6 @@ def _connections(listener: Listener) -> Iterator[Connection]:
     loop = make_loop([listener], None, checked(InnerOptions, "iter"))
     try:
         loop.open()
-        while (connection := loop.next()) is not None:
-            yield connection
+        yield from iter(loop.next, None)  # no signal handler and no fork comes before the caller has it
     finally:
         loop.close()

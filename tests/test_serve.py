@@ -10,6 +10,7 @@ import pytest
 import fastlisten
 from fastlisten import Connection, Listener, bind
 from helpers import LIMIT, LOOPBACK, Serving, echo, exchange, needs, read_all, serving
+from helpers.programs import run
 from helpers.serve import THREADS, Queued, answer, number_of
 
 # --- options --------------------------------------------------------------------------------------
@@ -133,6 +134,50 @@ def test_connections_of_an_iteration_are_the_caller_s(listener: Listener, queued
         with connection:
             answer(connection)
     assert [read_all(client) for client in clients] == [b"0", b"1", b"2"]
+
+
+# A thread that keeps the GIL has a signal noted while the loop waits for the GIL with a client in hand.
+ITERATES = """
+import _thread, signal, socket, sys, threading, time
+import fastlisten
+
+class Came(Exception):
+    pass
+
+def come(*args):
+    raise Came
+
+def connect():
+    with socket.create_connection(listener.getsockname()):
+        until = time.monotonic() + 0.1
+        while not listener.stats().accepted:
+            if time.monotonic() > until:  # the loop needs the GIL before it comes to its poll()
+                time.sleep(0.001)
+        _thread.interrupt_main()
+        came.wait()
+
+signal.signal(signal.SIGINT, come)
+sys.setswitchinterval(100)
+for _ in range(20):
+    with fastlisten.bind("127.0.0.1:0") as listener:
+        came = threading.Event()
+        thread = threading.Thread(target=connect)
+        thread.start()
+        connection = None
+        try:
+            for connection in listener:
+                while True:
+                    time.sleep(0.001)
+        except Came:
+            came.set()
+        thread.join()
+        assert connection is not None
+        connection.close()
+"""
+
+
+def test_a_signal_handler_does_not_come_between_an_iteration_s_client_and_the_caller() -> None:
+    assert run(ITERATES).stderr == ""
 
 
 # --- several endpoints ----------------------------------------------------------------------------
