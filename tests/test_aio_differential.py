@@ -87,7 +87,7 @@ STREAM_SCENARIOS = st.builds(
     buffered=st.just(False),
     unix=st.booleans(),
     crowded=st.booleans(),
-    holds=st.just(False),
+    holds=st.booleans(),
     keep_open=st.just(False),
     acts=st.fixed_dictionaries(
         {"task": st.lists(st.lists(STREAM_ACTS, max_size=12), min_size=1, max_size=1)}

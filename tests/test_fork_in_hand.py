@@ -151,7 +151,7 @@ async def main():
     print(server.sockets[0].getsockname()[1], flush=True)
     def transports():
         sockets = [transport.get_extra_info("socket") for transport in clients_of(server)]
-        return [-1 if sock is None else sock.fileno() for sock in sockets]  # None: it is about to end
+        return [-1 if sock is None else sock._sock.fileno() for sock in sockets]  # None: it is about to end
 
     await asyncio.to_thread(fork_often, server.stats, transports)
     await asyncio.to_thread(sys.stdin.readline)
@@ -160,6 +160,39 @@ async def main():
     await server.wait_closed()
 
 asyncio.run(main())
+"""
+
+# Forks while a thread is in close(), which waits for a client that does not read: SO_LINGER, socket(7).
+CLOSES = """
+import os, socket, struct, sys, warnings
+import fastlisten
+from helpers import connect, read_all, serving, wait_until
+
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads, which is the point
+taken = []
+
+def handle(connection):
+    taken.append(connection)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 60))
+    connection.setblocking(False)
+    try:
+        while True:
+            connection.send(bytes(65536))
+    except BlockingIOError:
+        pass
+
+with fastlisten.bind("127.0.0.1:0") as listener, serving(listener, handle, threads=int(sys.argv[1])):
+    with connect(listener, receive_buffer=4096) as client:
+        wait_until(lambda: taken and taken[0].fileno() == -1)
+        child = os.fork()
+        if not child:
+            stats = listener.stats()
+            print(stats.accepted, stats.handled, stats.active, stats.dropped, flush=True)
+            os._exit(0)
+        os.waitpid(child, 0)
+        print(listener.stats().active, flush=True)
+        assert read_all(client)
+    wait_until(lambda: listener.stats().handled)
 """
 
 # Forks while two threads make and close listeners; what its hooks complain of comes last.
@@ -215,6 +248,11 @@ def asked(port: int, over: threading.Event, first: int) -> Counter[str]:
         told["refused" if answer == b"busy" else "answered"] += 1
         assert answer in (question, b"busy")
     raise AssertionError("not reached")
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_child_counts_out_whom_a_thread_of_the_parent_was_closing(threads: int) -> None:
+    assert run(CLOSES, str(threads)).stdout.split("\n")[:2] == ["1 1 0 0", "1"]
 
 
 @pytest.mark.parametrize("way", PROGRAMS)

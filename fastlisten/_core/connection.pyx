@@ -190,6 +190,11 @@ cdef class Connection:
         self.state = NULL
         client_out(state)
 
+    cdef void after_fork(self) noexcept:
+        """In a child: count it out if a thread that is not here was closing it."""
+        if self.fd == PORT_NO_SOCKET and self.state is not NULL:
+            self.count_out()
+
     cdef int finish(self) noexcept:
         """Close the descriptor if it is still ours; returns the code of a close that failed, or 0."""
         cdef port_socket fd

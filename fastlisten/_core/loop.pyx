@@ -233,8 +233,8 @@ cdef class Loop(Dispatcher):
         except Exception as error:
             self.report(client.state, error, connection)
         finally:
-            worker.takes(None)
             connection.end()
+            worker.takes(None)
             if self.overload is not None:
                 self.overload.handled()
             if self.acceptor.asked_to_stop() is not NULL and not port_get(&connection.was_cut):
