@@ -38,6 +38,34 @@ def test_what_a_task_writes_leaves_on_the_next_turn_together(run: Run) -> None:
     run(main())
 
 
+def test_who_writes_once_a_turn_waits_for_no_other_turn(run: Run) -> None:
+    """Where nothing else is scheduled, and until several writes have come together again."""
+
+    async def main() -> None:
+        async with server(Notes) as serving:
+            with connect(serving.address) as client:
+                transport = (await serving.first()).transport
+                transport.write(b"one")
+                assert not readable(client)
+                await asyncio.sleep(0)
+                assert client.recv(100) == b"one"
+                transport.write(b"two")
+                assert client.recv(100) == b"two"
+                scheduled = asyncio.get_running_loop().create_future()
+                asyncio.get_running_loop().call_soon(scheduled.set_result, None)
+                transport.write(b"three ")
+                transport.write(b"four")
+                assert not readable(client)
+                await scheduled
+                await asyncio.sleep(0)
+                assert client.recv(100) == b"three four"
+                transport.write(b"five ")
+                transport.write(b"six")
+                assert not readable(client)
+
+    run(main())
+
+
 def test_what_is_written_to_others_leaves_at_the_end_of_the_wake(run: Run) -> None:
     others: list[Notes] = []
 

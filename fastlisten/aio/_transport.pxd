@@ -102,6 +102,7 @@ cdef class Transport(Watched):
     cdef takes_t takes              # how the protocol takes what is received
     cdef bint connected             # there is a protocol
     cdef bint holding               # the protocol is being called by us
+    cdef bint single                # what was last sent at the end of a turn was one write
     cdef bint shared                # somebody has the descriptor and may use it between two writes
     cdef bint closing, paused, ended, eof_sent
 

@@ -800,6 +800,8 @@ cdef class Transport(Watched):
         if length > self.room() or self.shared or self.lost or self.unsent():
             return False
         if self.held is None and not self.holding:
+            if self.single and self.hub.scheduled() == 0:
+                return False  # it most likely is one again, and a turn for it alone costs more than it saves
             try:
                 self.hub.send_soon(self)
             except RuntimeError:  # the loop is closed: no next turn; or in debug mode: not its thread
@@ -813,6 +815,8 @@ cdef class Transport(Watched):
     cdef int send_written(self) except -1:
         """The turn of the loop in which it was written is over.  The protocol is not called: no more is held
         than it may write without a pause."""
+        if self.held is not None:
+            self.single = len(self.held) == 1
         return self.send_held(0)
 
     cdef int send_last(self) except -1:
