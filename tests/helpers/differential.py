@@ -68,8 +68,10 @@ class Protocol(asyncio.BaseProtocol):
         encounter.log.append((self.number, name, *about))
         count = encounter.calls[name]
         encounter.calls[name] += 1
+        encounter.resuming = name == "resume_writing"
         for act in encounter.scenario.acts.get(name, [])[count : count + 1]:
             encounter.act(act)
+        encounter.resuming = False
 
     def connection_made(self, transport: Any) -> None:
         self.encounter.transport = transport
@@ -127,7 +129,7 @@ class Encounter:
         self.loop = loop
         self.scenario = scenario
         self.transport: Any = None
-        self.making = self.over = False
+        self.making = self.resuming = self.over = False
         self.cut = False  # nobody can tell how much of what was written the client got
         self.uvloop = not isinstance(loop, asyncio.BaseEventLoop)
         self.protocols = 0
@@ -210,6 +212,8 @@ class Encounter:
         """Whether it is known that the event loop's own transport does it in another way."""
         if act == ("ask", "resume_reading") and self.calls["eof_received"]:
             return True  # it tells of the end once more
+        if self.resuming and act[0] == "later":
+            return True  # it ends before that if resume_writing() closes it, and once more after it
         if act in (("raise",), ("ask", "abort")) and (self.uvloop or self.written >= HUGE):
             # How much has gone by then is not ours to know: libuv's, or how much the kernel takes, which
             # differs by some bytes with the sizes of the pieces.
@@ -449,6 +453,8 @@ def known(encounter: Encounter, entry: Entry) -> Entry | None:
             return None
         own_words = "connection_lost" in entry[1] or entry[1].startswith("Exception in callback")
         return ("report", entry[2]) if own_words or encounter.uvloop else entry
+    if encounter.scenario.holds and entry == ("client", "BrokenPipeError"):
+        return ("client", "ConnectionResetError")  # the same reset, after the end of the stream: see next
     if (encounter.scenario.holds or encounter.uvloop) and entry[0] == "client" and encounter.cut:
         # Ours ends the stream with the last of it; without that a close resets who has sent what nobody read.
         # libuv still has unsent what ours has given to the kernel.
