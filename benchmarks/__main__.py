@@ -9,11 +9,12 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
 from ._build import build
-from .runner import Cell, Sample, SampleError, Settings, Sizes, plan, raise_file_limit, take_sample
+from .runner import Cell, Sample, SampleError, Sampler, Settings, plan, raise_file_limit
 from .servers import SERVERS
 from .workloads import QUICK, WORKLOADS
 
@@ -56,6 +57,12 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SECONDS",
         help=f"server CPU time that a sample should take, {CPU_SECONDS:g} by default",
+    )
+    p.add_argument(
+        "--alive",
+        action="store_true",
+        help="have the servers that are compared all run, and load them in turns: for a machine whose speed "
+        "changes, with many rounds and little --cpu",
     )
     p.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json, STEM.svg, STEM.png")
     p.add_argument("--compare", type=Path, metavar="OLD.json", help="say what is better or worse than then")
@@ -122,11 +129,10 @@ def too_late(order: list[tuple[int, Cell]], i: int, elapsed: float, limit: float
 
 def measure(cells: list[Cell], settings: Settings, console: Console) -> tuple[list[Sample], list[str]]:
     """Take all samples, with a progress bar and the time left."""
-    order = plan(cells, settings.rounds, settings.seed)
+    order = plan(cells, settings.rounds, settings.seed, by_group=settings.alive)
     samples: list[Sample] = []
     failures: list[str] = []
     seconds: dict[Cell, float] = {}
-    sizes: Sizes = {}
     columns = (
         TextColumn("{task.description}", table_column=None),
         BarColumn(),
@@ -136,7 +142,10 @@ def measure(cells: list[Cell], settings: Settings, console: Console) -> tuple[li
     )
     start = time.monotonic()
     limit = settings.limit_s
-    with Progress(*columns, console=console, refresh_per_second=1, transient=True) as progress:
+    with (
+        closing(Sampler(settings)) as sampler,
+        Progress(*columns, console=console, refresh_per_second=1, transient=True) as progress,
+    ):
         task = progress.add_task("", total=len(order), place="", left="")
         for i, (turn, cell) in enumerate(order):
             progress.update(
@@ -149,7 +158,7 @@ def measure(cells: list[Cell], settings: Settings, console: Console) -> tuple[li
                 console.print(f"{turn} of {settings.rounds} rounds: more would take over {limit:g} s")
                 break
             try:
-                samples.append(take_sample(turn, cell, settings, sizes))
+                samples.append(sampler.take(turn, cell))
             except SampleError as error:
                 failures.append(f"{cell.workload.name} ({cell.concurrency}), round {turn}: {error}")
             except KeyboardInterrupt:  # what is measured is measured
@@ -238,7 +247,7 @@ def run(options: argparse.Namespace, old: Results | None, console: Console) -> R
         refuse("--only: nothing is left to measure")
     if old and not {(c.workload.name, c.concurrency, c.server.name) for c in cells} & old.keys():
         refuse(NOTHING_IN_COMMON)
-    settings = Settings(rounds, cpu)
+    settings = Settings(rounds, cpu, alive=options.alive)
     if options.quick:
         settings.probe, settings.limit_s = QUICK_PROBE, QUICK_LIMIT
     try:

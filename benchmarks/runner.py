@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -83,6 +83,8 @@ class Settings:
     """CPU time of the server that a sample should be made of."""
     probe: int = 2_000
     """Connections after the warm-up and before the measured ones, to learn what one costs."""
+    alive: bool = False
+    """The servers of a group run all the time that it is measured, not each for its sample."""
     limit_s: float | None = None
     """No round begins that would probably end later than this; the first always does."""
     server_core: int = field(default_factory=lambda: sorted(os.sched_getaffinity(0))[0])
@@ -378,10 +380,11 @@ METHODS: dict[str, Callable[[Running, Cell, Settings, Sizes], dict[str, float]]]
 }
 
 
-def plan(cells: list[Cell], rounds: int, seed: int) -> list[tuple[int, Cell]]:
+def plan(cells: list[Cell], rounds: int, seed: int, by_group: bool = False) -> list[tuple[int, Cell]]:
     """Return the order of samples: rounds over groups, each group's servers in a new order.
 
     Servers of a group stand side by side, so that what disturbs the machine disturbs them alike.
+    by_group: all rounds of a group come before the next group.
     """
     shuffle = random.Random(seed).shuffle
     groups: dict[tuple[str, int], list[Cell]] = {}
@@ -393,11 +396,43 @@ def plan(cells: list[Cell], rounds: int, seed: int) -> list[tuple[int, Cell]]:
             servers = list(group)
             shuffle(servers)
             order += [(turn, cell) for cell in servers]
+    if by_group:
+        order.sort(key=lambda planned: list(groups).index(planned[1].group))
     return order
 
 
-def take_sample(turn: int, cell: Cell, settings: Settings, sizes: Sizes) -> Sample:
-    """Start the cell's server, measure once, and end it."""
-    with running(cell.server, cell.workload.work, settings.server_core) as server:
-        result = METHODS[cell.workload.method](server, cell, settings, sizes)
-    return Sample(cell.workload.name, cell.concurrency, cell.server.name, turn, result)
+class Sampler:
+    """Takes samples: of a server that is started for each, or with `settings.alive` for its group.
+
+    Closed by whoever made it.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.sizes: Sizes = {}
+        self.group: tuple[str, int] | None = None
+        self.alive: dict[str, tuple[ExitStack, Running]] = {}
+
+    def start(self, cell: Cell) -> tuple[ExitStack, Running]:
+        """Start the cell's server; the ExitStack ends it."""
+        stack = ExitStack()
+        return stack, stack.enter_context(running(cell.server, cell.workload.work, self.settings.server_core))
+
+    def take(self, turn: int, cell: Cell) -> Sample:
+        """Measure once. Raises SampleError, and then the server is ended."""
+        if cell.group != self.group:
+            self.close()
+            self.group = cell.group
+        name = cell.server.name
+        stack, server = self.alive.pop(name) if name in self.alive else self.start(cell)
+        with stack:
+            result = METHODS[cell.workload.method](server, cell, self.settings, self.sizes)
+            if self.settings.alive:
+                self.alive[name] = stack.pop_all(), server
+        return Sample(cell.workload.name, cell.concurrency, name, turn, result)
+
+    def close(self) -> None:
+        """End the servers that are alive."""
+        while self.alive:
+            _, (stack, _) = self.alive.popitem()
+            stack.close()

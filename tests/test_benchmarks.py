@@ -1,5 +1,6 @@
 """The benchmark stays alive: it measures, checks answers, draws, compares and counts growth."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -458,6 +459,35 @@ def test_rounds_are_interleaved_over_servers() -> None:
         assert len({(turn, cell.group) for turn, cell in group}) == 1
         assert {cell.server.name for _, cell in group} == set(names)
     assert [turn for turn, _ in order] == sorted(turn for turn, _ in order)
+    by_group = [cell.group for _, cell in plan(cells, 5, seed=1, by_group=True)]
+    assert by_group == [("close", 64)] * 15 + [("echo", 64)] * 15
+
+
+@two_cores
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_server_is_started_for_each_sample_or_for_its_group(
+    alive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import runner
+    from benchmarks.servers import SERVERS
+    from benchmarks.workloads import WORKLOADS
+
+    seen = []
+
+    def measure(server: runner.Running, *_: Any) -> dict[str, float]:
+        seen.append(server.process)
+        return {}
+
+    monkeypatch.setitem(runner.METHODS, WORKLOADS["close"].method, measure)
+    one, two = (runner.Cell(WORKLOADS[work], 64, SERVERS["socket.accept"]) for work in ("close", "echo"))
+    with contextlib.closing(runner.Sampler(runner.Settings(2, 0.1, alive=alive))) as sampler:
+        for turn, cell in enumerate((one, one, two)):
+            sample = sampler.take(turn, cell)
+            assert (sample.workload, sample.round) == (cell.workload.name, turn)
+        running = [process for process in seen if process.poll() is None]
+        assert running == seen[2:] * alive
+    assert len(set(seen)) == 3 - alive
+    assert all(process.poll() is not None for process in seen)
 
 
 @pytest.mark.parametrize(("again", "status"), [([2_300, 2_010], 0), ([2_300, 2_200], 1)])
