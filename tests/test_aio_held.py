@@ -184,6 +184,23 @@ def test_frameworks_that_look_at_the_socket_are_sent_for_together(run: Run) -> N
     run(main())
 
 
+def test_what_another_thread_writes_does_not_wait_for_a_loop_that_sleeps(run: Run) -> None:
+    """It should not, asyncio says; where it does, the client gets it as from asyncio's own."""
+
+    async def main() -> None:
+        async with server(Notes) as serving:
+            with connect(serving.address) as client:
+                transport = (await serving.first()).transport
+
+                def tell() -> bytes:
+                    transport.write(b"now")
+                    return client.recv(100)
+
+                assert await in_thread(tell) == b"now"
+
+    run(main())
+
+
 async def one_client() -> tuple[aio.Transport, socket.socket]:
     """A connection of a server that is closed since."""
     running = await aio.create_server(Notes, "127.0.0.1", 0)
@@ -201,13 +218,15 @@ def collect() -> None:
 
 
 @pytest.mark.parametrize("loop_name", LOOPS)
-def test_it_leaves_at_once_when_there_is_no_next_turn(loop_name: str) -> None:
+def test_it_leaves_at_once_when_the_loop_does_not_run(loop_name: str) -> None:
     loop = LOOPS[loop_name]()
     transport, client = loop.run_until_complete(one_client())
-    loop.close()
     with client:
         transport.write(b"now")
         assert client.recv(100) == b"now"
+        loop.close()
+        transport.write(b"closed")
+        assert client.recv(100) == b"closed"
         del loop, transport
         collect()
 

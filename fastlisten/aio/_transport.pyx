@@ -63,6 +63,7 @@ cdef object _StandardSocket = StandardSocket
 # In a socket's type: that the descriptor is non-blocking already.  Else the object has to be told, by a call.
 cdef int _nonblocking = getattr(socket, "SOCK_NONBLOCK", 0)
 cdef object _BaseEventLoop = asyncio.BaseEventLoop
+cdef object _running_loop = asyncio._get_running_loop
 cdef object _BufferedProtocol = asyncio.BufferedProtocol
 cdef object _Protocol = asyncio.Protocol
 cdef object _StreamReader = asyncio.StreamReader
@@ -802,10 +803,9 @@ cdef class Transport(Watched):
         if self.held is None and not self.holding:
             if self.single and self.hub.scheduled() == 0:
                 return False  # it most likely is one again, and a turn for it alone costs more than it saves
-            try:
-                self.hub.send_soon(self)
-            except RuntimeError:  # the loop is closed: no next turn; or in debug mode: not its thread
-                return False
+            if _running_loop() is not self.hub.loop:
+                return False  # it has no next turn soon, or this is not its thread, which may be asleep
+            self.hub.send_soon(self)
         return True
 
     cdef Py_ssize_t room(self) noexcept:
