@@ -45,8 +45,8 @@ def test_stop_ends_an_idle_serve_within_10_ms(threads: Any, listener: Listener) 
         served.wait()
         took.append(time.perf_counter() - begin)
     # The middle one of 21: a busy machine may hold up any single one. Wine's calls go through a process
-    # of its own: what those take on a busy machine tells nothing of ours.
-    assert statistics.median(took) < 0.010 or under_wine(), sorted(took)
+    # of its own, and each wait for that is one more.
+    assert statistics.median(took) < (0.050 if under_wine() else 0.010), sorted(took)
 
 
 @pytest.mark.parametrize("threads", THREADS)
