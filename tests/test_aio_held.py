@@ -5,6 +5,7 @@ import gc
 import os
 import select
 import socket
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +198,34 @@ def test_what_another_thread_writes_does_not_wait_for_a_loop_that_sleeps(run: Ru
                     return client.recv(100)
 
                 assert await in_thread(tell) == b"now"
+
+    run(main())
+
+
+@posix_only("it has fork()")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # 3.12: beside threads
+def test_a_child_of_another_thread_sends_nothing_of_its_parent_s(run: Run) -> None:
+    """There a fork does not send first: what is held is the loop's thread's."""
+
+    async def main() -> None:
+        async with server(Notes) as serving:
+            with connect(serving.address) as client:
+                transport = (await serving.first()).transport
+
+                def fork_and_drop() -> None:
+                    child = os.fork()
+                    if child == 0:
+                        transport.__del__()  # as when nobody has it there any more
+                        os._exit(0)
+                    os.waitpid(child, 0)
+
+                transport.write(b"once")
+                forking = threading.Thread(target=fork_and_drop)
+                forking.start()
+                forking.join()
+                assert not readable(client)
+                transport.close()
+                assert read_all(client) == b"once"
 
     run(main())
 

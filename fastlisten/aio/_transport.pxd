@@ -52,6 +52,7 @@ cdef class Connections:
     cdef int begin(self) except -1
     cdef int leave(self) except -1
     cdef int release_held(self) except -1
+    cdef int forget_held(self) except -1
 
 
 cdef struct short_address_t:    # an address that fits; few do not

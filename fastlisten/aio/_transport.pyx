@@ -94,8 +94,15 @@ def _before_fork():
             connections.release_held()
 
 
+def _after_fork_in_child():
+    """What is held still, because another thread than the loop's has forked, is the parent's to send."""
+    cdef Connections connections
+    for connections in list(_all_connections):
+        connections.forget_held()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 # --- What a transport shows ---------------------------------------------------------------------------------
@@ -178,6 +185,13 @@ cdef class Connections:
         """No Transport holds back what is written any longer."""
         for transport in self.clients():
             (<Transport>transport).release_held()
+        return 0
+
+    cdef int forget_held(self) except -1:
+        """No Transport sends what was written before."""
+        for transport in self.clients():
+            (<Transport>transport).held = None
+            (<Transport>transport).held_size = 0
         return 0
 
     def clients(self):
