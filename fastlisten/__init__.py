@@ -8,6 +8,7 @@ from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_n
 from fastlisten._listener import Listener, ListenerStats, ServeResult
 
 if typing.TYPE_CHECKING:
+    from fastlisten._inherited import inherited
     from fastlisten._patch import patch, unpatch
     from fastlisten._tls import TLSConnection, reloading
 
@@ -25,6 +26,7 @@ __all__ = [
     "create_server",
     "get_host_entry",
     "get_host_name",
+    "inherited",
     "patch",
     "reloading",
     "serve",
@@ -35,6 +37,7 @@ __all__ = [
 # Imported when it is asked for: who has none of it does not pay for it.
 _LATER = {
     "TLSConnection": "fastlisten._tls",
+    "inherited": "fastlisten._inherited",
     "patch": "fastlisten._patch",
     "reloading": "fastlisten._tls",
     "unpatch": "fastlisten._patch",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastlisten._core import standard
 from fastlisten._core.accept import REUSE_ADDRESS
-from fastlisten._endpoint import Endpoint, endpoint_of, resolve
+from fastlisten._endpoint import INETD, SYSTEMD, Endpoint, endpoint_of, resolve
 from fastlisten._listener import Listener, ServeResult, make_loop, serve_options
 from fastlisten._options import BindOptions, Checked, checked, declared, socket_options
 from fastlisten._unix_path import OwnPath, permissions
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from fastlisten._listener import Handler
     from fastlisten._options import AllOptions
+
+PASSED = (SYSTEMD, INETD)  # endpoints of sockets that another program has opened
 
 Address = Endpoint | str | bytes | tuple[Any, ...]
 
@@ -31,6 +33,8 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
     """Bind the endpoints and serve them in one loop, with one set of threads and limits, in turn.
 
     endpoints: as bind() takes them; Listeners are served too and stay open, what serve() bound it closes.
+    Where "systemd:" or "inetd:" alone is a client's connection and no listening socket, this client is
+    served, and serve() returns.
     The other arguments are those of bind() and of Listener.serve().  stop() of any of the listeners ends
     the loop.  Returns and raises as Listener.serve().
 
@@ -43,6 +47,14 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
     serving = serve_options(handler, **options)
     if not endpoints:
         raise TypeError("serve() needs at least one endpoint")
+    if len(endpoints) == 1 and not isinstance(endpoints[0], Listener):
+        where = endpoint_of(endpoints[0])
+        client = passed_connection(where)
+        if client is not None:
+            from fastlisten._inherited import serve_connection
+
+            return serve_connection(client, handler, serving)
+        endpoints = (where,)
     bound: list[Listener] = []
     try:
         listeners = []
@@ -73,7 +85,8 @@ def bind(
     """Bind to an endpoint and listen; returns the Listener, the caller's to close.
 
     endpoint: an Endpoint, text that parses to one, or an address as socket.bind() takes it.  "fd:N" adopts
-    a listener that was inherited.
+    a listener that was inherited; "systemd:" and "systemd:NAME" take the one that systemd has passed, and
+    "inetd:" takes inetd's from the standard streams, which lead nowhere then.
     backlog: how many clients may wait in the kernel's queue; listen(2).
     reuse_port: share the port with other listeners that ask for the same (SO_REUSEPORT).
     dualstack_ipv6: have an IPv6 listener take IPv4 clients too.
@@ -83,10 +96,11 @@ def bind(
     no_delay, keep_alive: TCP_NODELAY and SO_KEEPALIVE on the accepted connections.
     mode: permission bits of a unix path, in force from the moment it exists.
 
-    Raises ValueError for text that is no endpoint and for an option that this system or this kind of
-    endpoint lacks, TypeError and OverflowError for an argument of another type or size, AttributeError for a
-    unix path where Python has no AF_UNIX, all before a socket opens; OSError as socket.bind() does
-    (socket.gaierror for a host without an address).
+    Raises ValueError for text that is no endpoint, for an option that this system or this kind of endpoint
+    lacks, and where systemd has passed several sockets of that name; TypeError and OverflowError for an
+    argument of another type or size, AttributeError for a unix path where Python has no AF_UNIX, all before a
+    socket opens; OSError as socket.bind() does (socket.gaierror for a host without an address), for systemd
+    and inetd as inherited() does, and FileNotFoundError where systemd has passed no socket of that name.
 
     >>> import fastlisten
     >>> with fastlisten.bind("127.0.0.1:0", backlog=100, keep_alive=True) as listener:
@@ -109,6 +123,16 @@ def bind(
     return bind_checked(endpoint_of(endpoint), options)
 
 
+def passed_connection(where: Endpoint) -> socket.socket | None:
+    """The client's connection that was passed where a listening socket might have been, the caller's to
+    close; None if there is none.  Raises as bind()."""
+    if not where.host.startswith(PASSED):
+        return None
+    from fastlisten._inherited import connection_at
+
+    return connection_at(where)
+
+
 def bind_checked(where: Endpoint, options: Checked) -> Listener:
     """bind() with options that were checked, one by one."""
     unix_path = where.host[5:] if where.host.startswith("unix:") else None
@@ -121,6 +145,10 @@ def bind_checked(where: Endpoint, options: Checked) -> Listener:
         if options.reuse_port or options.exclusive or options.dualstack_ipv6:
             raise ValueError(f"{where} is bound already")
         return _inherit(int(where.host[3:]), settings, options.backlog)
+    if where.host.startswith(PASSED):
+        from fastlisten._inherited import bind_inherited  # for who was started by another program
+
+        return bind_inherited(where, settings, options)
     if unix_path is None:
         where = _resolved(where, options.dualstack_ipv6)
 

@@ -25,12 +25,16 @@ SocketAddress = tuple[str, int] | tuple[str, int, int, int] | str | int
 
 UNIX = "unix:"
 DESCRIPTOR = "fd:"
+SYSTEMD = "systemd:"
+INETD = "inetd:"
+NO_IP = (UNIX, DESCRIPTOR, SYSTEMD, INETD)  # how the text of an endpoint begins that has no port
 FLOWINFO = "?flowinfo="
 
 MAX_PORT = 0xFFFF
 MAX_FLOWINFO = 0xFFFFF  # RFC 8200, section 3: 20 bits
 MAX_SCOPE_ID = 0xFFFFFFFF  # RFC 3493, section 3.3: a 32-bit number
 MAX_DESCRIPTOR = 0x7FFFFFFF_FFFFFFFF  # a SOCKET of Windows has 64 bits
+MAX_NAME = 255  # characters of a name that systemd gives a descriptor; sd_notify(3), FDNAME
 
 # RFC 6335, section 6: the last port of each range.
 PORT_RANGES = ((1023, "system"), (49151, "registered"), (MAX_PORT, "dynamic"))
@@ -40,7 +44,10 @@ PORT_RANGES = ((1023, "system"), (49151, "registered"), (MAX_PORT, "dynamic"))
 # not in names either.
 NOT_IN_NAMES = frozenset("[]:/%@?#\\\x7f" + "".join(map(chr, range(0x20))))
 
-EXPECTED = "expected host:port, [IPv6 address]:port, :port, unix:/path, unix:@abstract-name or fd:number"
+EXPECTED = (
+    "expected host:port, [IPv6 address]:port, :port, unix:/path, unix:@abstract-name, fd:number, systemd:, "
+    "systemd:name or inetd:"
+)
 
 
 # Written out, as HostEntry is a tuple: importing dataclasses would cost as much as all of fastlisten.
@@ -50,9 +57,10 @@ class Endpoint:
 
     host: an address or a name; "" or "*" for all IPv4 addresses ("::" for all IPv6 addresses);
         "unix:/path" and "unix:@name" for unix sockets, the second one in Linux's abstract
-        namespace; "fd:3" for a listening socket that this process inherited. Addresses are kept
+        namespace; "fd:3" for a listening socket that this process inherited, "systemd:" and
+        "systemd:name" for one that systemd passed, "inetd:" for that of inetd. Addresses are kept
         in their shortest form. bytes are taken as text, ipaddress objects as their text.
-    port: 0 to 65535; 0 lets the system choose. unix and fd endpoints have port 0.
+    port: 0 to 65535; 0 lets the system choose. All but IP addresses and host names have port 0.
     flowinfo: of an IPv6 address, 0 to 1048575.
     scope_id: of an IPv6 address, the number of its interface, 0 for none. It becomes a part of
         host ("fe80::1%2"); an interface named there ("fe80::1%eth0") stays as written.
@@ -60,8 +68,9 @@ class Endpoint:
     Raises what socket.bind raises for the same mistake: TypeError for a port that is no integer
     and for a host that is no text or holds a null character, OverflowError for a number out of
     range, socket.gaierror for text that cannot be a host name. ValueError: flowinfo or scope_id
-    without an IPv6 address, two different scopes, a port beside unix or fd, an empty unix path or
-    one with a null character, a descriptor that is no number.
+    without an IPv6 address, two different scopes, a port beside unix, fd, systemd or inetd, an empty
+    unix path or one with a null character, a descriptor that is no number, a name that systemd gives
+    no socket.
 
     Equal text means equal endpoints; they sort by host, then port. Nothing is looked up here
     except an interface whose name and number are both given.
@@ -97,9 +106,13 @@ class Endpoint:
             _check_unix(text[len(UNIX) :])
         elif text.startswith(DESCRIPTOR):
             text = f"{DESCRIPTOR}{_descriptor(text[len(DESCRIPTOR) :])}"
+        elif text.startswith(SYSTEMD):
+            check_descriptor_name(text[len(SYSTEMD) :])
+        elif text.startswith(INETD):
+            _check_inetd(text[len(INETD) :])
         else:
             text = _with_scope(_normal_host(text), scope_id)
-        if port and text.startswith((UNIX, DESCRIPTOR)):
+        if port and text.startswith(NO_IP):
             raise ValueError(f"{text!r} takes no port, got {port}")
         if (flowinfo or scope_id) and not _is_ipv6(text):
             raise ValueError(f"flowinfo and scope_id need an IPv6 address, got host {text!r}")
@@ -133,17 +146,18 @@ class Endpoint:
         """Read an endpoint from text, the inverse of str().
 
         text: "127.0.0.1:11000", "[::1]:http", "[fe80::1%lo]:80", "localhost:80", ":11000" or
-            "*:11000" (all IPv4 addresses), "unix:/run/a.sock", "unix:@abstract", "fd:3". A port
-            is a number or a name that socket.getservbyname knows for TCP. Everything after
-            "unix:" belongs to the path. A host may stand in brackets: a host that is called
-            "unix" or "fd" needs them. "[::1]:80?flowinfo=5" carries an IPv6 flowinfo.
+            "*:11000" (all IPv4 addresses), "unix:/run/a.sock", "unix:@abstract", "fd:3",
+            "systemd:", "systemd:web", "inetd:". A port is a number or a name that
+            socket.getservbyname knows for TCP. Everything after "unix:" belongs to the path. A
+            host may stand in brackets: one that is called "unix", "fd", "systemd" or "inetd"
+            needs them. "[::1]:80?flowinfo=5" carries an IPv6 flowinfo.
 
         Raises ValueError with the text and what was expected, TypeError when text is no str.
         """
         if not isinstance(text, str):
             raise TypeError(f"endpoint text must be str, not {type(text).__name__}")
         try:
-            if text.startswith((UNIX, DESCRIPTOR)):
+            if text.startswith(NO_IP):
                 return cls(text)
             host, port, flowinfo = _split(text)
             return cls(host, _port_number(port), flowinfo=_flowinfo_number(flowinfo))
@@ -154,10 +168,10 @@ class Endpoint:
         raise ValueError(f"{text!r} is not an endpoint: {reason}; {EXPECTED}") from None
 
     def __str__(self) -> str:
-        if self.host.startswith((UNIX, DESCRIPTOR)):
+        if self.host.startswith(NO_IP):
             return self.host
         # Brackets keep a host that is called unix or fd apart from the forms of those names.
-        brackets = ":" in self.host or f"{self.host}:" in (UNIX, DESCRIPTOR)
+        brackets = ":" in self.host or f"{self.host}:" in NO_IP
         text = f"[{self.host}]:{self.port}" if brackets else f"{self.host}:{self.port}"
         return f"{text}{FLOWINFO}{self.flowinfo}" if self.flowinfo else text
 
@@ -179,13 +193,13 @@ class Endpoint:
 
     @property
     def family(self) -> socket.AddressFamily:
-        """AF_INET, AF_INET6 or AF_UNIX; AF_UNSPEC for a host name and for fd.
+        """AF_INET, AF_INET6 or AF_UNIX; AF_UNSPEC for a host name and for fd, systemd and inetd.
 
         Raises AttributeError, as socket.AF_UNIX does, where Python has no unix sockets.
         """
         if self.host.startswith(UNIX):
             return socket.AF_UNIX
-        if self.host.startswith(DESCRIPTOR):
+        if self.host.startswith(NO_IP):
             return socket.AF_UNSPEC
         if _is_ipv6(self.host):
             return socket.AF_INET6
@@ -196,8 +210,11 @@ class Endpoint:
         """What socket.bind takes: (host, port), for IPv6 (host, port, flowinfo, scope_id), a path.
 
         An abstract name begins with a null character. fd endpoints give their number, which
-        socket.socket(fileno=...) takes. Raises socket.gaierror when the scope is unknown.
+        socket.socket(fileno=...) takes. Raises socket.gaierror when the scope is unknown, ValueError
+        for systemd and inetd, which say it when they are bound: Listener.endpoint.
         """
+        if self.host.startswith((SYSTEMD, INETD)):
+            raise ValueError(f"{self} has no address before it is bound")
         if self.host.startswith(UNIX):
             path = self.host[len(UNIX) :]
             return f"\0{path[1:]}" if path.startswith("@") else path
@@ -212,9 +229,9 @@ class Endpoint:
         """The range of RFC 6335 that the port is in: "system", "registered" or "dynamic".
 
         Port 0 is in the system range there, although the system replaces it when binding. None
-        for unix and fd endpoints, which have no port.
+        for endpoints that have no port.
         """
-        if self.host.startswith((UNIX, DESCRIPTOR)):
+        if self.host.startswith(NO_IP):
             return None
         return next(name for last, name in PORT_RANGES if self.port <= last)
 
@@ -282,7 +299,7 @@ def resolve(endpoint: Endpoint, family: int = socket.AF_UNSPEC) -> list[Endpoint
     Returns at least one endpoint, in the resolver's order, each one once. Anything but a host
     name comes back as it is. Raises socket.gaierror as socket.bind does.
     """
-    if endpoint.host.startswith((UNIX, DESCRIPTOR)):
+    if endpoint.host.startswith(NO_IP):
         return [endpoint]
     known = endpoint.family
     if known != socket.AF_UNSPEC and family in (known, socket.AF_UNSPEC):
@@ -330,7 +347,7 @@ def _of_tuple(address: tuple[object, ...]) -> Endpoint:
         raise TypeError("AF_INET address must be a pair (host, port)")
     host, port, flowinfo, scope_id = (*address, 0, 0)[:4]
     text = _host_text(host)
-    if text == "*" or text.startswith((UNIX, DESCRIPTOR)):
+    if text == "*" or text.startswith(NO_IP):
         _refuse_name(text)  # in a tuple it is a host name, and none can look like that
     if len(address) > 2 and text == "":
         text = "::"
@@ -460,6 +477,17 @@ def _descriptor(text: str) -> int:
     if not _is_number(text):
         raise ValueError(f"the descriptor must be a number, not {text!r}")
     return _bounded("descriptor", text, MAX_DESCRIPTOR)
+
+
+def check_descriptor_name(name: str) -> None:
+    """ValueError for what systemd names no descriptor; sd_notify(3), FDNAME."""
+    if len(name) > MAX_NAME or not (name.isascii() and name.isprintable()) or ":" in name:
+        raise ValueError(f"{name!r} names no descriptor: at most {MAX_NAME} ASCII characters, no colon")
+
+
+def _check_inetd(rest: str) -> None:
+    if rest:
+        raise ValueError(f"nothing follows {INETD!r}, got {rest!r}")
 
 
 def _bounded(name: str, digits: str, most: int) -> int:

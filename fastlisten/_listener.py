@@ -316,14 +316,20 @@ def make_loop(listeners: Sequence[Listener], handler: Handler | None, options: C
     refuse_green("serve()")
     if len({*listeners}) < len(listeners):
         raise ValueError("a listener is given more than once")
-    handle: Any = handler
-    if options.ssl is not None:
-        from fastlisten._tls import HANDSHAKE_TIMEOUT, TLSHandler  # only for who has a context
-
-        seconds = HANDSHAKE_TIMEOUT if options.handshake_timeout is None else options.handshake_timeout
-        handle = TLSHandler(handle, options.on_error, options.ssl, seconds)
-        options = Checked({**vars(options), "on_error": options.on_error and handle.on_error})
+    handle, on_error = handler_of(handler, options)
+    options = Checked({**vars(options), "on_error": on_error})
     return Loop([(listener.fileno(), listener._state) for listener in listeners], handle, options)
+
+
+def handler_of(handler: Handler | None, options: Checked) -> tuple[Any, Any]:
+    """What a Connection is handed to, and who gets what that raises; with ssl= TLS is between."""
+    if options.ssl is None:
+        return handler, options.on_error
+    from fastlisten._tls import HANDSHAKE_TIMEOUT, TLSHandler  # only for who has a context
+
+    seconds = HANDSHAKE_TIMEOUT if options.handshake_timeout is None else options.handshake_timeout
+    tls: Any = TLSHandler(handler, options.on_error, options.ssl, seconds)  # type: ignore[arg-type]
+    return tls, options.on_error and tls.on_error
 
 
 def _connections(listener: Listener) -> Iterator[Connection]:

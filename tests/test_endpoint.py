@@ -56,9 +56,15 @@ endpoints = st.one_of(
     st.builds(Endpoint, st.ip_addresses(v=6), ports, scope_id=st.integers(0, 0xFFFFFFFF)),
     st.builds(lambda path: Endpoint("unix:" + path), st.one_of(paths, abstract).filter(lambda p: p != "@")),
     st.builds(lambda number: Endpoint(f"fd:{number}"), st.integers(0, 2**63 - 1)),
+    st.builds(
+        lambda name: Endpoint(f"systemd:{name}"),
+        st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters=":"), max_size=255),
+    ),
+    st.just(Endpoint("inetd:")),
 )
 PIECES = [
-    *("[", "]", ":", "%", "@", "/", "?flowinfo=", "unix:", "fd:", "::1", "127.0.0.1", "localhost"),
+    *("[", "]", ":", "%", "@", "/", "?flowinfo=", "::1", "127.0.0.1", "localhost"),
+    *("unix:", "fd:", "systemd:", "inetd:"),
     *("http", "80", "9" * 5000, " ", "\0", "\udc80", "\ud800", "é", "٣"),
 ]
 # Text made of the pieces that the grammar is made of gets further than any text.
@@ -92,6 +98,8 @@ pieces = st.lists(
         ("unix:@a\0b", "unix:@a\0b", 0, "\0a\0b"),
         ("fd:3", "fd:3", 0, 3),
         ("fd:007", "fd:7", 0, 7),
+        ("[systemd]:80", "systemd", 80, ("systemd", 80)),
+        ("[inetd]:80", "inetd", 80, ("inetd", 80)),
     ],
 )
 def test_parse_reads_every_form(text: str, host: str, port: int, sockaddr: object) -> None:
@@ -147,6 +155,10 @@ def test_parse_asks_the_system_for_service_names(host: str) -> None:
         ("fd:-1", "the descriptor must be a number, not '-1'"),
         ("fd:stdin", "the descriptor must be a number, not 'stdin'"),
         ("fd:9223372036854775808", "descriptor must be 0-9223372036854775807"),
+        ("systemd:a:b", "'a:b' names no descriptor: at most 255 ASCII characters, no colon"),
+        ("systemd:\n", "names no descriptor"),
+        ("systemd:" + "a" * 256, "names no descriptor"),
+        ("inetd:80", "nothing follows 'inetd:', got '80'"),
     ],
 )
 def test_parse_shows_the_text_and_what_was_expected(text: str, reason: str) -> None:
@@ -270,14 +282,14 @@ def test_a_scope_out_of_range_is_not_cut_off(number: int) -> None:
         Endpoint("fe80::1", scope_id=number)
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "", "unix:/a", "fd:3"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "", "unix:/a", "fd:3", "inetd:"])
 @pytest.mark.parametrize("option", ["flowinfo", "scope_id"])
 def test_only_ipv6_has_flowinfo_and_scope(host: str, option: str) -> None:
     with pytest.raises(ValueError, match="need an IPv6 address"):
         Endpoint(host, **{option: 1})
 
 
-@pytest.mark.parametrize("host", ["unix:/a", "unix:@a", "fd:3"])
+@pytest.mark.parametrize("host", ["unix:/a", "unix:@a", "fd:3", "systemd:", "systemd:a", "inetd:"])
 def test_unix_and_descriptor_take_no_port(host: str) -> None:
     with pytest.raises(ValueError, match="takes no port, got 80"):
         Endpoint(host, 80)
@@ -347,6 +359,8 @@ def test_an_unknown_interface_is_bind_s_error_when_it_is_needed() -> None:
         ("localhost:0", socket.AF_UNSPEC),
         ("127.1:0", socket.AF_UNSPEC),
         ("fd:3", socket.AF_UNSPEC),
+        ("systemd:web", socket.AF_UNSPEC),
+        ("inetd:", socket.AF_UNSPEC),
     ],
 )
 def test_family_follows_from_the_form(text: str, family: int) -> None:
@@ -377,7 +391,7 @@ def test_port_ranges_are_those_of_rfc_6335(port: int, name: str) -> None:
     assert Endpoint("localhost", port).port_range == name
 
 
-@pytest.mark.parametrize("text", ["unix:/a", "unix:@a", "fd:3"])
+@pytest.mark.parametrize("text", ["unix:/a", "unix:@a", "fd:3", "systemd:", "systemd:a", "inetd:"])
 def test_there_is_no_range_without_a_port(text: str) -> None:
     assert Endpoint.parse(text).port_range is None
 
@@ -397,7 +411,7 @@ def test_what_resolve_gives_can_be_bound_to(text: str) -> None:
 
 
 def test_resolve_leaves_everything_but_names_alone() -> None:
-    for text in ("127.0.0.1:1", "[::1]:1", ":1", "unix:/a", "fd:3"):
+    for text in ("127.0.0.1:1", "[::1]:1", ":1", "unix:/a", "fd:3", "systemd:", "inetd:"):
         endpoint = Endpoint.parse(text)
         assert resolve(endpoint) == [endpoint]
 
@@ -468,7 +482,7 @@ def test_endpoint_of_refuses_what_is_no_address(value: object) -> None:
         endpoint_of(value)
 
 
-@pytest.mark.parametrize("host", ["*", "unix:/a", "fd:3"])
+@pytest.mark.parametrize("host", ["*", "unix:/a", "fd:3", "systemd:a", "inetd:"])
 def test_a_tuple_holds_a_host_and_nothing_else(host: str) -> None:
     with pytest.raises(socket.gaierror) as caught:
         endpoint_of((host, 0))
@@ -586,3 +600,12 @@ def test_dual_stack_reads_all_addresses_as_those_of_ipv6() -> None:
         assert listener.endpoint.host == "::"
     with pytest.raises(ValueError, match="requires AF_INET6"):
         bind("127.0.0.1:0", dualstack_ipv6=True)
+
+
+@pytest.mark.parametrize("text", ["systemd:", "systemd:web", "inetd:"])
+def test_a_socket_that_is_passed_has_its_address_when_it_is_bound(text: str) -> None:
+    endpoint = Endpoint.parse(text)
+    assert (str(endpoint), endpoint.host, endpoint.port) == (text, text, 0)
+    assert Endpoint.parse(str(endpoint)) == endpoint
+    with pytest.raises(ValueError, match=f"{text} has no address before it is bound"):
+        _ = endpoint.sockaddr

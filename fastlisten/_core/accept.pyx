@@ -495,6 +495,28 @@ def accept_now(self):
     return None
 
 
+def connection_on(sock):
+    """A client's connection that another program has accepted, as a Connection of the caller's.
+
+    sock: a connected socket.socket, whose descriptor and timeout the Connection has from now on; closed when
+    that fails.  Raises OSError as getpeername().
+    """
+    cdef client_t client
+    cdef State state
+    cdef double timeout = -1 if sock.gettimeout() is None else sock.gettimeout()
+    try:
+        state = State(sock)
+        if port_peer(<port_socket>sock.fileno(), &client.address, &client.length) != 0:
+            port_raise(port_error())
+    except BaseException:
+        sock.close()
+        raise
+    client.state = state.at
+    client.fd = sock.detach()
+    client_in(client.state)
+    return connection_of(&client, timeout)
+
+
 cdef object connection_of(client_t *client, double timeout):
     """Its Connection, handed out; the client is dropped when that cannot be made."""
     try:

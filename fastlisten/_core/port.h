@@ -90,6 +90,9 @@ static inline void port_make_room(port_socket s, int64_t count);
 static inline port_socket port_accept(port_socket listener, port_address *address, int *length,
                                       int nonblocking);
 
+/* Write the address of the other end of a connection, with its length in bytes.  Return 0, or -1. */
+static inline int port_peer(port_socket s, port_address *address, int *length);
+
 /* Return the thread that calls, for port_interrupt(): a number above 1. */
 static inline int64_t port_thread(void);
 

@@ -55,6 +55,7 @@ cdef extern from "fastlisten/_core/port.h" nogil:
     int port_pair(port_socket *ends)
     port_socket port_accept(
         port_socket listener, port_address *address, int *length, int nonblocking)
+    int port_peer(port_socket s, port_address *address, int *length)
     int64_t port_thread()
     void port_interrupt(port_socket listener, int64_t thread)
     Py_ssize_t port_recv(port_socket s, void *buffer, Py_ssize_t length, int flags)

@@ -200,6 +200,14 @@ static inline port_socket port_accept(port_socket listener, port_address *addres
     return s;
 }
 
+static inline int port_peer(port_socket s, port_address *address, int *length)
+{
+    socklen_t size = sizeof *address;
+    int failed = getpeername(s, &address->any, &size);
+    *length = size > (socklen_t)sizeof *address ? (int)sizeof *address : (int)size;
+    return failed == 0 ? 0 : -1;
+}
+
 static inline int64_t port_thread(void)
 {
     return (int64_t)(uintptr_t)pthread_self();
