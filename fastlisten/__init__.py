@@ -9,6 +9,7 @@ from fastlisten._listener import Listener, ListenerStats, ServeResult
 
 if typing.TYPE_CHECKING:
     from fastlisten._inherited import inherited
+    from fastlisten._notify import Notifier
     from fastlisten._patch import patch, unpatch
     from fastlisten._tls import TLSConnection, reloading
 
@@ -20,6 +21,7 @@ __all__ = [
     "HostEntry",
     "Listener",
     "ListenerStats",
+    "Notifier",
     "ServeResult",
     "TLSConnection",
     "bind",
@@ -36,6 +38,7 @@ __all__ = [
 
 # Imported when it is asked for: who has none of it does not pay for it.
 _LATER = {
+    "Notifier": "fastlisten._notify",
     "TLSConnection": "fastlisten._tls",
     "inherited": "fastlisten._inherited",
     "patch": "fastlisten._patch",

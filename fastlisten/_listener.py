@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ssl import SSLContext
 
     from fastlisten._awaiting import AsyncAcceptor
+    from fastlisten._options import Watchdog
     from fastlisten._tls import TLSConnection
 
     Handler = Callable[[Connection], object] | Callable[[TLSConnection], object]
@@ -146,6 +147,7 @@ class Listener(StandardSocket):
         on_error: OnError | None = None,
         ssl: SSLContext | None = None,
         handshake_timeout: float | None = None,
+        watchdog: Watchdog | None = None,
     ) -> ServeResult:
         """Call `handler(connection)` for each client until stop(); the connection is closed on return.
 
@@ -162,6 +164,8 @@ class Listener(StandardSocket):
         handler's thread, and holds up no accept.  Who does not get through it is closed, counted
         (ListenerStats.tls_failures) and told to the log at level DEBUG.  `busy` is sent as it is, before TLS.
         handshake_timeout: how long a whole handshake may take, in seconds; None is 10.
+        watchdog: a Notifier, which is fed whenever the loop comes round: at least every `interval` while it
+        waits for clients, and not while every handler's thread is busy and a client waits in vain.
 
         Returns a ServeResult.  Raises what ends the loop: KeyboardInterrupt and SystemExit, also out of a
         handler; OSError of the listener; RuntimeError when somebody else serves this Listener already, or
@@ -177,6 +181,7 @@ class Listener(StandardSocket):
             on_error=on_error,
             ssl=ssl,
             handshake_timeout=handshake_timeout,
+            watchdog=watchdog,
         )
         return ServeResult(*make_loop([self], handler, options).run())
 

@@ -6,8 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
 
 if TYPE_CHECKING:
     from ssl import SSLContext
+    from typing import Protocol
+
+    class Watchdog(Protocol):
+        """What is fed while a service makes progress; fastlisten.Notifier is one."""
+
+        @property
+        def interval(self) -> float | None:
+            """How often, in seconds; None: never."""
+
+        def feed(self) -> object:
+            """Called that often."""
 else:
-    SSLContext = Any
+    SSLContext = Watchdog = Any
 
 
 # A time that poll() still counts in milliseconds, in seconds; a longer one is as good as without end.
@@ -110,6 +121,12 @@ def _seconds(name: str, value: Any) -> float | None:
     return min(value, LONGEST)
 
 
+def _watchdog(name: str, value: Any) -> Any:
+    if value is not None and not (callable(getattr(value, "feed", None)) and hasattr(value, "interval")):
+        raise TypeError(f"{name} must be a Notifier or None, not {type(value).__name__}")
+    return value
+
+
 class BindOptions(TypedDict, total=False):
     """What bind() takes beside the endpoint; its docstring says what each means."""
 
@@ -142,7 +159,13 @@ class TLSOptions(TypedDict, total=False):
     handshake_timeout: Annotated[float | None, Option(None, _seconds)]
 
 
-class AllOptions(BindOptions, ServeOptions, TLSOptions, total=False):
+class ServiceOptions(TypedDict, total=False):
+    """And for a service manager; an event loop's is Notifier.feeding()."""
+
+    watchdog: Annotated[Watchdog | None, Option(None, _watchdog)]
+
+
+class AllOptions(BindOptions, ServeOptions, TLSOptions, ServiceOptions, total=False):
     """What fastlisten.serve() takes."""
 
 
@@ -152,7 +175,7 @@ class AsyncioOptions(ServeOptions, total=False):
     handshake_threads: Annotated[int, Option(0, _whole(0))]
 
 
-class InnerOptions(ServeOptions, TLSOptions, total=False):
+class InnerOptions(ServeOptions, TLSOptions, ServiceOptions, total=False):
     """And what the drop-in socketserver asks of the loop.
 
     leave: serve() returns without waiting for the handlers of its threads.  daemon: those are daemon threads.

@@ -62,4 +62,6 @@ cdef class Acceptor:
     cdef void set_modes(self) noexcept nogil
     cdef int64_t until_deadline(self, int64_t patience) noexcept nogil
     cdef int queued(self) noexcept nogil
+    cdef bint somebody_waits(self) noexcept nogil
+    cdef void look_every(self, int64_t interval) noexcept nogil
     cdef void ran_out(self, int code) noexcept nogil

@@ -292,8 +292,10 @@ cdef class Acceptor:
     cdef outcome_t wait(self, int64_t closed_for) noexcept nogil:
         """Wait to be woken, and for clients unless we are closed to them.
 
-        TAKEN: a listener is ready.  LOOK: woken or interrupted.  NOBODY: the time is over.
+        TAKEN: a listener is ready.  LOOK: woken or interrupted, or it is time to look up.  NOBODY: the time
+        is over.
         """
+        cdef int64_t every = port_get(&self.sources[0].state.look_every)
         cdef int n = self.count
         cdef int64_t patience = closed_for if closed_for > 0 else -1
         cdef int i, ready
@@ -312,11 +314,14 @@ cdef class Acceptor:
             patience = 0  # a drain takes who is there, and nobody who may yet come
         if self.deadline:
             patience = self.until_deadline(patience)
+        if every and (patience < 0 or every < patience):
+            patience, outcome = every, LOOK
         ready = port_poll_ns(self.polls, n, patience)
         if ready < 0:
             return self.wait_failed()
         if ready == 0:
-            return NOBODY
+            return outcome
+        outcome = NOBODY
         for i in range(n):
             if self.polls[i].revents:
                 if i >= self.count:
@@ -327,6 +332,26 @@ cdef class Acceptor:
                 self.shortage.cut_short()  # a connection of ours may have closed
                 outcome = LOOK
         return outcome
+
+    cdef void look_every(self, int64_t interval) noexcept nogil:
+        """Have take() come back with LOOK at least so often, in ns; 0: no more."""
+        cdef int i
+        for i in range(self.count):
+            port_swap(&self.sources[i].state.look_every, interval)
+
+    cdef bint somebody_waits(self) noexcept nogil:
+        """Whether the kernel has a client queued that would be accepted; for who may call take()."""
+        cdef int i, ready
+        cdef int n = 0
+        self.enter()
+        for i in range(self.count):
+            if not port_get(&self.sources[i].gone) and not port_get(&self.sources[i].state.paused):
+                self.polls[n].fd = self.sources[i].fd
+                self.polls[n].events = POLLIN
+                n += 1
+        ready = port_poll_ns(self.polls, n, 0)
+        self.leave()
+        return ready != 0
 
     cdef outcome_t wait_failed(self) noexcept nogil:
         """A poll() has failed: what is next.  Without memory, a pause in which nobody is heard."""

@@ -36,7 +36,7 @@ cdef class Loop(Dispatcher):
 
     listeners: (descriptor, State) of each; the caller keeps them open.  handler: called with each Connection;
     None when the caller takes them with next().  options: threads, max_connections, pending, busy, exhausted,
-    on_error, leave, daemon and tick, checked.
+    on_error, leave, daemon, tick and watchdog, checked.
     """
 
     activity = "serve() runs already on"
@@ -50,6 +50,9 @@ cdef class Loop(Dispatcher):
     cdef bint opened                # close() has something to undo
     cdef object failure             # what ends the loop and comes out of run()
     cdef int64_t finished, was_cut  # of the stop: handlers that ended, connections that were closed
+    cdef object feed                # called when the loop comes round; None: nobody watches it
+    cdef int64_t feed_at            # ... not before (port_now()): half of `look_every` after the last time
+    cdef int64_t refused            # clients that were, when all threads were last with handlers
     cdef object done                # a lock: held until the loop is over
     cdef list reapers
 
@@ -61,6 +64,9 @@ cdef class Loop(Dispatcher):
         self.handler = handler
         self.on_error = options.on_error
         self.caller = threading.get_ident()
+        if options.watchdog is not None and options.watchdog.interval is not None:
+            self.feed = options.watchdog.feed
+            self.look_every = max(<int64_t>(options.watchdog.interval * 1e9), 1)
         self.reapers = []
         self.done = allocate_lock()
         self.done.acquire()
@@ -103,6 +109,7 @@ cdef class Loop(Dispatcher):
         """
         take_all(self, self.acceptor.states)
         self.opened = True
+        self.acceptor.look_every(self.look_every)
         self.threads.open()
         self.acceptor.open(self.descriptors())
         if self.overload is not None:
@@ -125,6 +132,7 @@ cdef class Loop(Dispatcher):
                 port_add(&self.was_cut, self.overload.close())
         finally:
             self.acceptor.close()
+            self.acceptor.look_every(0)
             self.done.release()
             try:
                 while self.reapers:
@@ -195,7 +203,22 @@ cdef class Loop(Dispatcher):
             self.acceptor.shortage.tell()
         if port_get(deaf):
             self.mend()
+        if self.feed is not None and port_now() >= port_get(&self.feed_at):
+            port_swap(&self.feed_at, port_now() + self.look_every // 2)
+            self.feed()
         return 0
+
+    cdef bint somebody_waits(self) noexcept nogil:
+        """Whether a client waits for a thread, or was refused since this was asked last."""
+        cdef int64_t refused = 0
+        cdef int64_t before
+        cdef int i
+        if self.overload is None:
+            return self.acceptor.somebody_waits()
+        for i in range(self.acceptor.count):
+            refused += port_get(&self.acceptor.sources[i].state.refused)
+        before = port_swap(&self.refused, refused)
+        return self.overload.waiting > 0 or refused != before
 
     cdef int mend(self) except -1:
         """Make anew what woke the leader: one thread does, and the leader waits for that."""

@@ -39,6 +39,7 @@ cdef struct state_t:
     int64_t draining            # ... with a drain: what the kernel has queued is still taken
     int64_t deadline            # ... and until when (port_now(); 0: handlers have all the time)
     int64_t paused
+    int64_t look_every          # ns; whoever waits for clients looks up at least so often; 0: when woken
     int64_t made_nonblocking    # this process has made its description non-blocking
 
     # These only grow, so that each can be read by itself.  A client that was accepted and is in none of the

@@ -18,6 +18,7 @@ cdef class Worker:
 
 cdef class Dispatcher(Taker):
     cdef int64_t over                   # nobody takes a client any more
+    cdef int64_t look_every             # ns; look_up() is called at least so often; 0: when there is reason
     cdef int64_t cut_at                 # when the handlers' connections were cut; 0: they were not
 
     cdef outcome_t take(self, client_t *client) noexcept nogil
@@ -27,6 +28,7 @@ cdef class Dispatcher(Taker):
     cdef void fail(self, error) noexcept
     cdef void stop_now(self) noexcept
     cdef bint stop_asked(self) noexcept
+    cdef bint somebody_waits(self) noexcept nogil
 
 
 cdef class Lead:
@@ -70,6 +72,7 @@ cdef class Threads:
     cdef bint to_wait_for(self) noexcept
     cdef bint may_leave(self) noexcept
     cdef int wait_for_end(self) except -2
+    cdef int look_for_others(self) except -1
     cdef void wake(self) noexcept
     cdef int grow(self) except -1
     cdef int grow_if_possible(self) except -1

@@ -116,6 +116,10 @@ cdef class Dispatcher(Taker):
         """Whether a stop was asked for."""
         return False
 
+    cdef bint somebody_waits(self) noexcept nogil:
+        """Whether a client waits for a thread; for the leader."""
+        return True
+
 
 @cython.final
 cdef class Lead:
@@ -291,6 +295,8 @@ cdef class Threads:
                 if code != 0:
                     port_raise(code)
                 PyErr_CheckSignals()
+                if self.dispatcher.look_every and port_get(&self.idle) == 0:
+                    self.look_for_others()
         except BaseException:
             self.dispatcher.stop_now()
             while self.to_wait_for():
@@ -362,6 +368,8 @@ cdef class Threads:
             patience = cut_at + GRACE - port_now()
             if patience <= 0:
                 patience = GRACE
+        if self.dispatcher.look_every and (patience < 0 or self.dispatcher.look_every < patience):
+            patience = self.dispatcher.look_every
         poll.fd = self.waker.reader
         poll.events = POLLIN
         with nogil:
@@ -372,6 +380,20 @@ cdef class Threads:
                 code = poll_failed(port_error())
         waker_mend(&self.waker)
         return code
+
+    cdef int look_for_others(self) except -1:
+        """All threads are with handlers, and none looks up.  If no client waits in vain meanwhile, nothing is
+        amiss, and their look_up() is called for them."""
+        cdef bint leads
+        cdef bint waits = True
+        with nogil:
+            leads = self.lead.take(0)
+            if leads:
+                waits = self.dispatcher.somebody_waits()
+                self.lead.hand_off()
+        if not waits:
+            self.dispatcher.look_up()
+        return 0
 
     cdef int grow(self) except -1:
         """Start a thread, unless there are as many as may be."""
