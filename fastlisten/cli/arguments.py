@@ -103,15 +103,17 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
         "serve",
         help="listen at an endpoint and hand each client to a handler",
         description="Listen at an endpoint and hand each client to a handler. SIGTERM drains: it "
-        "lets the clients that are here finish. Ctrl-C ends at once.",
+        "lets the clients that are here finish. Ctrl-C ends at once. A service manager that has started "
+        "it (NOTIFY_SOCKET) is told when it listens and when it drains, and its watchdog is fed.",
     )
     serve.add_argument(
         "endpoint",
         metavar="ENDPOINT",
         nargs="?",
         default=DEFAULT_ENDPOINT,
-        help="host:port, [IPv6 address]:port, :port, unix:/path, unix:@name or fd:number; port 0 "
-        "lets the system choose (default %(default)s)",
+        help="host:port, [IPv6 address]:port, :port, unix:/path, unix:@name or fd:number; systemd:, "
+        "systemd:name or inetd: for what these have passed; port 0 lets the system choose (default "
+        "%(default)s)",
     )
     serve.add_argument(
         "handler",

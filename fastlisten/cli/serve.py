@@ -5,17 +5,23 @@ from __future__ import annotations
 import argparse
 import logging
 import signal
+import socket
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import fastlisten
 from fastlisten import Connection, Endpoint, Listener
+from fastlisten._bind import passed_connection
 from fastlisten._listener import serve_options
 from fastlisten.cli.arguments import BIND_OPTIONS, DEFAULT_ENDPOINT, SERVE_OPTIONS, given
 from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
 from fastlisten.cli.failures import as_option, bind_failure, endpoint_hint
 from fastlisten.cli.handlers import BUILT_IN, load_handler
+from fastlisten.cli.manager import notifier, ready, stopping
 from fastlisten.cli.report import LogLines, Report
+
+if TYPE_CHECKING:
+    from fastlisten import Notifier
 
 
 def serve_command(options: argparse.Namespace) -> int:
@@ -44,14 +50,31 @@ def serve_command(options: argparse.Namespace) -> int:
     except (TypeError, ValueError) as error:
         raise CommandError(f"cannot serve {endpoint}: {as_option(error)}", MISUSED) from error
     try:
-        listener = fastlisten.bind(endpoint, **given(options, BIND_OPTIONS))
+        listener = passed_connection(endpoint) or fastlisten.bind(endpoint, **given(options, BIND_OPTIONS))
     except OSError as error:
         raise CommandError(bind_failure(endpoint, error), FAILED) from error
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
         # An option that does not fit the endpoint, or that this system does not have.
         raise CommandError(f"cannot listen on {endpoint}: {as_option(error)}", MISUSED) from error
-    with listener:
-        return _serve(listener, handler, serving, options)
+    with listener, notifier() as manager:
+        if isinstance(listener, Listener):
+            return _serve(listener, handler, serving, options, manager)
+        for name in given(options, BIND_OPTIONS):
+            text = f"--{name.replace('_', '-')} is for listening, and {endpoint} is a client's connection"
+            raise CommandError(text, MISUSED)
+        ready(manager, "serving one client")
+        return _serve_client(listener, handler, serving)
+
+
+def _serve_client(
+    client: socket.socket, handler: Callable[[Connection], object], serving: dict[str, Any]
+) -> int:
+    """Serve the one client that inetd (nowait) or systemd (Accept=yes) has accepted."""
+    from fastlisten._inherited import serve_connection
+
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    serve_connection(client, handler, serve_options(handler, **serving))
+    return 0
 
 
 def _serve(
@@ -59,25 +82,30 @@ def _serve(
     handler: Callable[[Connection], object],
     serving: dict[str, Any],
     options: argparse.Namespace,
+    manager: Notifier | None,
 ) -> int:
     report = Report(listener, options.json)
-    signals = _drain_on_signals(listener, options.drain, report)
+    signals = _drain_on_signals(listener, options.drain, report, manager)
     # Without effect when the handler's module has set logging up for itself.
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[LogLines(report)])
     result, status, why = None, 0, None
     try:
         report.started(options.handler)
+        ready(manager, f"listening on {listener.endpoint}")
         with report:
-            result = listener.serve(handler, **serving)
+            result = listener.serve(handler, watchdog=manager, **serving)
     except KeyboardInterrupt:
         status, why = INTERRUPTED, "SIGINT"
+        stopping(manager)
     except OSError as error:
         raise CommandError(f"serving {listener.endpoint} failed: {error}", FAILED) from error
     report.stopped(why or (signals[-1] if signals else None), result)
     return status
 
 
-def _drain_on_signals(listener: Listener, seconds: float, report: Report) -> list[str]:
+def _drain_on_signals(
+    listener: Listener, seconds: float, report: Report, manager: Notifier | None
+) -> list[str]:
     """Let SIGTERM, and Ctrl-Break on Windows, drain; the names that came are in the result."""
     names: list[str] = []
 
@@ -86,6 +114,7 @@ def _drain_on_signals(listener: Listener, seconds: float, report: Report) -> lis
         listener.stop(drain=drain)  # the second time means now
         report.draining(name, drain)
         names.append(name)
+        stopping(manager, f"draining for at most {drain:g} s")
 
     for name in ("SIGTERM", "SIGBREAK"):
         if hasattr(signal, name):

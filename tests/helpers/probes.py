@@ -9,6 +9,7 @@ import functools
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable
@@ -100,6 +101,18 @@ def sanitized() -> bool:
     return "libasan" in os.environ.get("LD_PRELOAD", "")
 
 
+@functools.cache
+def inetd() -> str | None:
+    """Return OpenBSD's inetd, if this process may run it; others have other options."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return None
+    found = shutil.which("inetd", path="/usr/sbin:/usr/local/sbin")  # it is in no ordinary user's path
+    if found is None:
+        return None
+    usage = subprocess.run([found, "-?"], capture_output=True, text=True, timeout=10, check=False)
+    return found if "[-dEil]" in usage.stderr else None
+
+
 # What a test may need of the system, by the name that its skip shows.
 PROBES: dict[str, Callable[[], bool]] = {
     "Linux": lambda: sys.platform == "linux",
@@ -110,6 +123,10 @@ PROBES: dict[str, Callable[[], bool]] = {
     "SO_REUSEPORT": lambda: hasattr(socket, "SO_REUSEPORT"),
     "TCP_INFO of a listener": tells_the_queue,
     "the openssl command": lambda: shutil.which("openssl") is not None,
+    "systemd-socket-activate (Debian's package systemd)": lambda: bool(
+        shutil.which("systemd-socket-activate")
+    ),
+    "inetd (Debian's package openbsd-inetd), and root for it": lambda: inetd() is not None,
     "the curl command": lambda: shutil.which("curl") is not None,
     "a free-threaded interpreter": lambda: bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
     "2,500 descriptors": has_descriptors,
