@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,7 +20,7 @@ from helpers import LIMIT, connect, exchange, needs, own_loopback, posix_only, w
 from helpers.command import COMMAND, serve
 from helpers.managers import Manager, manager
 from helpers.probes import inetd
-from helpers.programs import line_of, plain_environment, run, running
+from helpers.programs import ROOT, line_of, plain_environment, run, running
 
 pytestmark = [needs("unix sockets"), posix_only("there are no datagrams between unix sockets")]
 
@@ -271,3 +274,69 @@ def is_running(pid: int) -> bool:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+# --- the units of SYSTEMD.md ----------------------------------------------------------------------
+
+INSTALLED = "/opt/echo/bin/fastlisten"
+
+
+def units() -> dict[str, str]:
+    """Return the texts of the units, by their files' names."""
+    document = ROOT / "SYSTEMD.md"
+    if not document.exists():
+        pytest.skip("needs the sources, and the package is installed")
+    text = document.read_text(encoding="utf-8")
+    return dict(re.findall(r"`/etc/systemd/system/(\S+)`:\n\n```ini\n(.*?)```", text, re.DOTALL))
+
+
+def setting(unit: str, name: str) -> str:
+    found = re.findall(rf"^{name}=(.*)$", unit, re.MULTILINE)
+    assert len(found) == 1
+    return str(found[0])
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="needs the systemd-analyze command")
+def test_the_units_are_right(tmp_path: Path) -> None:
+    found = units()
+    assert sorted(found) == ["echo.service", "echo.socket"]
+    command = tmp_path / "fastlisten"  # it has to be there, and be a program
+    command.write_text("#!/bin/sh\n")
+    command.chmod(0o755)
+    for name, text in found.items():
+        (tmp_path / name).write_text(text.replace(INSTALLED, str(command)))
+    environment = {**os.environ, "SYSTEMD_UNIT_PATH": f"{tmp_path}:"}
+    verified = run(
+        ["systemd-analyze", "verify", *(str(tmp_path / name) for name in found)], environment=environment
+    )
+    told = [line for line in verified.stderr.splitlines() if "echo" in line or str(tmp_path) in line]
+    assert told == []
+
+
+@systemd
+def test_the_units_serve(unix_path: str) -> None:
+    found = units()
+    assert INSTALLED in setting(found["echo.service"], "ExecStart")
+    _, *arguments = shlex.split(setting(found["echo.service"], "ExecStart"))
+    assert setting(found["echo.service"], "Type") == "notify"
+    with socket.create_server((own_loopback(), 0)) as probe:
+        target = probe.getsockname()
+    options = [
+        "--listen={}:{}".format(*target),
+        f"--fdname={setting(found['echo.socket'], 'FileDescriptorName')}",
+    ]
+    with (
+        manager(unix_path) as told,
+        activated(
+            *options,
+            command=[*COMMAND, *arguments],
+            NOTIFY_SOCKET=told.address,
+            WATCHDOG_USEC=str(200_000),
+        ) as process,
+    ):
+        assert exchange(target, b"units") == b"units"
+        assert told.message() == ["READY=1", "STATUS=listening on {}:{}".format(*target)]
+        assert told.message() == ["WATCHDOG=1"]
+        process.send_signal(signal.SIGTERM)
+        told.message_with("STOPPING=1")
+        assert process.wait(LIMIT) == 0
