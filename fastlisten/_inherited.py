@@ -229,6 +229,8 @@ def _listens(number: int, where: str) -> bool:
         except OSError as error:
             if error.errno != errno.ENOTCONN:
                 raise
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                return False  # a client that has sent a reset meanwhile, which accept() gives, too
             text = f"{where} is not listening: descriptor {number} is neither set to listen nor connected"
             raise OSError(errno.EINVAL, text) from None
         return False

@@ -13,7 +13,7 @@ import pytest
 
 import fastlisten
 from fastlisten import Listener, _inherited, bind, inherited, socketserver
-from helpers import LOOPBACK, connect, echo, exchange, needs, posix_only, serving
+from helpers import LOOPBACK, Serving, connect, echo, exchange, needs, posix_only, reset, serving, wait_until
 from helpers.programs import python, running
 
 pytestmark = posix_only("descriptors are inherited by number")
@@ -352,6 +352,32 @@ def test_a_client_that_was_passed_is_served_and_that_is_all(passed: Passed, made
     assert not is_open(FIRST)
 
 
+def test_a_client_that_has_left_with_a_reset_is_handed_out(passed: Passed, made: socket.socket) -> None:
+    client = connect(made)
+    accepted, _ = made.accept()
+    with accepted:
+        reset(client)
+        wait_until(lambda: has_no_peer(accepted))
+        passed(accepted)
+    heard = []
+
+    def handler(connection: Any) -> None:
+        heard.append(connection.peer)
+        with contextlib.suppress(ConnectionResetError):
+            heard.append(connection.recv(1))
+
+    fastlisten.serve(handler, "systemd:")
+    assert heard in ([None], [None, b""])
+
+
+def has_no_peer(sock: socket.socket) -> bool:
+    try:
+        sock.getpeername()
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
 def test_what_the_handler_raises_goes_where_it_always_goes(
     passed: Passed, made: socket.socket, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -377,8 +403,6 @@ def test_a_client_over_tls(passed: Passed, made: socket.socket, tls: Any) -> Non
         accepted, _ = made.accept()
         with accepted:
             passed(accepted)
-        from helpers import Serving
-
         served = Serving(lambda: fastlisten.serve(echo, "systemd:", ssl=server))
         with trusting.wrap_socket(client, server_hostname="localhost") as over_tls:
             over_tls.sendall(b"secret")

@@ -499,7 +499,7 @@ def connection_on(sock):
     """A client's connection that another program has accepted, as a Connection of the caller's.
 
     sock: a connected socket.socket, whose descriptor and timeout the Connection has from now on; closed when
-    that fails.  Raises OSError as getpeername().
+    that fails.  One that its client has reset meanwhile has no peer.
     """
     cdef client_t client
     cdef State state
@@ -507,7 +507,7 @@ def connection_on(sock):
     try:
         state = State(sock)
         if port_peer(<port_socket>sock.fileno(), &client.address, &client.length) != 0:
-            port_raise(port_error())
+            client.length = 0
     except BaseException:
         sock.close()
         raise

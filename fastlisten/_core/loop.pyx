@@ -218,7 +218,7 @@ cdef class Loop(Dispatcher):
         for i in range(self.acceptor.count):
             refused += port_get(&self.acceptor.sources[i].state.refused)
         before = port_swap(&self.refused, refused)
-        return self.overload.waiting > 0 or refused != before
+        return self.overload.somebody_waits() or refused != before
 
     cdef int mend(self) except -1:
         """Make anew what woke the leader: one thread does, and the leader waits for that."""

@@ -29,6 +29,7 @@ cdef class Overload:
     cdef outcome_t take(self, client_t *client) noexcept nogil
     cdef bint pop(self, client_t *client) noexcept nogil
     cdef void handled(self) noexcept nogil
+    cdef bint somebody_waits(self) noexcept nogil
     cdef void take_front(self, client_t *client) noexcept nogil
     cdef bint pop_front(self, client_t *client) noexcept nogil
     cdef int64_t places(self) noexcept nogil

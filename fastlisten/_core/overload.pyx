@@ -174,6 +174,14 @@ cdef class Overload:
         if awaited:
             waker_wake(&self.waker)
 
+    cdef bint somebody_waits(self) noexcept nogil:
+        """Whether a client waits for its handler."""
+        cdef bint some
+        PyThread_acquire_lock(self.lock, WAIT_LOCK)
+        some = self.waiting > 0
+        PyThread_release_lock(self.lock)
+        return some
+
     # --- the queue ------------------------------------------------------------------------------------
 
     cdef void take_front(self, client_t *client) noexcept nogil:
