@@ -238,6 +238,18 @@ def test_an_idle_loop_feeds(listener: Listener, options: dict[str, Any]) -> None
     assert fed.count == after
 
 
+def test_a_loop_at_its_limit_feeds(listener: Listener) -> None:
+    fed, stuck = Fed(), Stuck()
+    options: dict[str, Any] = {"threads": 2, "max_connections": 1}
+    with serving(listener, stuck, watchdog=fed, **options), connect(listener), connect(listener):
+        try:
+            wait_until(lambda: stuck.count == 1)
+            busy = fed.count
+            wait_until(lambda: fed.more(busy))
+        finally:
+            stuck.let_go.set()
+
+
 class Stuck:
     """A handler that is stuck, in as many threads as it is called in, until it is let go."""
 
