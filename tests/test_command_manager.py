@@ -231,10 +231,17 @@ def served_by_inetd(unix_paths: Path, request: pytest.FixtureRequest) -> Iterato
     environment = plain_environment()
     environment["PYTHONPATH"] += f":{unix_paths}"
     with running([program, "-i", "-E", str(settings)], environment=environment) as process:
-        wait_until(path.exists)
+        wait_until(lambda: listens(str(path)))
         yield str(path)
         process.terminate()
         process.wait(LIMIT)
+
+
+def listens(path: str) -> bool:
+    """Tell whether somebody listens at a path, without a connection; proc_net(5), and SO_ACCEPTCON."""
+    with open("/proc/net/unix") as sockets:
+        lines = [line.split() for line in sockets]
+    return any(line[3] == "00010000" and line[7:] == [path] for line in lines)
 
 
 def talk(path: str) -> int:
@@ -272,7 +279,7 @@ def is_running(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # it has ended before, or while it was read
         return False
 
 
