@@ -1,7 +1,7 @@
 from libc.stdint cimport int64_t
 
 from fastlisten._core.accept cimport Shortage, client_t, source_t
-from fastlisten._core.port cimport port_pollfd
+from fastlisten._core.port cimport port_pollfd, port_socket
 from fastlisten._core.state cimport State, state_t
 
 
@@ -18,6 +18,8 @@ cdef class Acceptor:
     cdef int count, turn
     cdef source_t *sources
     cdef port_pollfd *polls
+    cdef source_t helped            # somebody else's listener, whose clients are taken after ours
+    cdef int64_t helping            # ... as long as it has some
     cdef int64_t touching           # OUT, WAITING, or the port_thread() that accepts
     cdef int64_t forking            # a thread forks; until when (port_now()) that is believed
     cdef Shortage shortage
@@ -50,6 +52,8 @@ cdef class Acceptor:
     cdef outcome_t wait_and_accept(self, client_t *client) noexcept nogil
     cdef bint likely(self) noexcept nogil
     cdef outcome_t accept_queued(self, client_t *client) noexcept nogil
+    cdef void help(self, State state, port_socket fd) noexcept nogil
+    cdef outcome_t accept_helped(self, client_t *client) noexcept nogil
     cdef outcome_t wait(self, int64_t closed_for) noexcept nogil
     cdef outcome_t wait_failed(self) noexcept nogil
     cdef int64_t closed_for(self) noexcept nogil

@@ -243,7 +243,7 @@ cdef class Acceptor:
         """Whether to look for a client before poll() tells of one: less often after looks in vain."""
         if self.shortage.failures:
             return self.shortage.eased > 0  # that there is nobody ends the shortage
-        if self.polls_first and not self.stopping:
+        if self.polls_first and not self.stopping and not port_get(&self.helping):
             self.polls_first -= 1
             return False
         return True
@@ -278,7 +278,32 @@ cdef class Acceptor:
                         source.code == PORT_EINVAL and source.proven)):
                     return ENDED
                 return FAILED
+        if port_get(&self.helping) and not recovered:
+            return self.accept_helped(client)
         return LOOK if recovered else NOBODY
+
+    cdef void help(self, State state, port_socket fd) noexcept nogil:
+        """Take the clients that are queued for another listener, too, until nobody is there.
+
+        state: where they count, one of ours.  fd: stays open.  Nothing happens while another is helped.
+        """
+        cdef int i
+        for i in range(self.count):
+            if self.sources[i].state == state.at and not port_get(&self.helping):
+                self.helped = self.sources[i]
+                self.helped.fd = fd
+                port_swap(&self.helping, 1)
+                self.wake()
+
+    cdef outcome_t accept_helped(self, client_t *client) noexcept nogil:
+        """Take the first client of the listener that is helped."""
+        cdef int taken = 0
+        if not self.stopping and not port_get(&self.helped.state.paused):
+            port_set_nonblocking(self.helped.fd, 1)  # its own process may have made it blocking
+            if accept_batch(&self.helped, client, 1, &taken) == ACCEPTED:
+                return TAKEN
+        port_swap(&self.helping, 0)  # whatever else is wrong is for its own process to tell
+        return NOBODY
 
     cdef void ran_out(self, int code) noexcept nogil:
         """An accept failed for want of resources: shed the clients, or pause for longer each time."""

@@ -353,6 +353,10 @@ cdef class Loop(Dispatcher):
         """Have who sleeps in accept() come back."""
         self.acceptor.bring_back()
 
+    def help(self, State state, sock):
+        """Take the clients that are queued for another listener, too, until nobody is there."""
+        self.acceptor.help(state, sock.fileno())
+
     def leave(self, State state):
         """Have no thread touch the listener of this state any more, and end."""
         state.stop(0)

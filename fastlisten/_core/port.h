@@ -21,6 +21,8 @@
  *
  * PORT_REUSE_ADDRESS  1: bind() needs SO_REUSEADDR to take a port over from a server that has just ended, and
  *                     lets nobody in beside one that runs.  0: it does not need it, or others would get in
+ * PORT_BALANCES       1: listeners that share a port by SO_REUSEPORT share its clients.  0: they do not, or there is
+ *                     no such thing
  * PORT_SIGNALS_APART  1: Ctrl-C comes in a thread of its own and interrupts no system call.  0: signals
  *                     interrupt
  *
@@ -107,6 +109,21 @@ static inline const char *port_unix_path(const port_address *address, int length
 /* Tell how many clients the kernel has queued for a TCP listener, and how many it would.  Return 0, or -1
  * where it does not tell. */
 static inline int port_queue(port_socket listener, int *depth, int *limit);
+
+/* --- Processes ------------------------------------------------------------------------------------------ */
+
+/* Have the clients of a port go to `count` of the listeners that share it, at random: `targets` has their places in
+ * the order in which they began to listen.  Clients from the port `probe` (0: none) go to place `probe_target`.
+ * `member` is any of the listeners.  Return 0, or -1 where that is not to be had. */
+static inline int port_steer(port_socket member, const int *targets, int count, int probe, int probe_target);
+
+/* Have the system kill this process when the thread that forked it ends, in process `parent`.  Return 0; 1 when that
+ * has ended already; or -1 where it is not to be had. */
+static inline int port_end_with_parent(int64_t parent);
+
+/* In a forked child: have a copy of its own of these whole pages, which it shares with its parent; they stay where
+ * they are.  Return 0, or -1. */
+static inline int port_unshare(void *pages, size_t length);
 
 /* --- One connection's calls ----------------------------------------------------------------------------- */
 

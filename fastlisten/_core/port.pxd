@@ -16,6 +16,7 @@ cdef extern from "fastlisten/_core/port.h" nogil:
 
     int PORT_REUSE_ADDRESS
     bint PORT_SIGNALS_APART
+    bint PORT_BALANCES
     int AF_UNIX
     int AF_INET
     int AF_INET6
@@ -76,6 +77,10 @@ cdef extern from "fastlisten/_core/port.h" nogil:
     port_socket port_spare()
     void port_make_room(port_socket s, int64_t count)
     int port_queue(port_socket listener, int *depth, int *limit)
+
+    int port_steer(port_socket member, const int *targets, int count, int probe, int probe_target)
+    int port_end_with_parent(int64_t parent)
+    int port_unshare(void *pages, size_t length)
 
     int64_t port_add(int64_t *number, int64_t by)
     int64_t port_get(int64_t *number)

@@ -14,15 +14,19 @@
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef __linux__
+#  include <linux/filter.h>
 #  include <netinet/tcp.h>
 #  include <sys/epoll.h>
+#  include <sys/prctl.h>
 #  include <sys/resource.h>
 #endif
 
@@ -41,6 +45,11 @@ typedef union {
 #  define PORT_REUSE_ADDRESS 1
 #endif
 #define PORT_SIGNALS_APART 0
+#ifdef __linux__                                /* elsewhere the last one that listens gets them all */
+#  define PORT_BALANCES 1
+#else
+#  define PORT_BALANCES 0
+#endif
 
 #ifdef MSG_NOSIGNAL
 #  define PORT_NO_SIGPIPE MSG_NOSIGNAL
@@ -263,6 +272,98 @@ static inline int port_queue(port_socket listener, int *depth, int *limit)
     (void)listener; (void)depth; (void)limit;
 #endif
     return -1;
+}
+
+/* --- Processes ------------------------------------------------------------------------------------------ */
+
+#ifdef SO_ATTACH_REUSEPORT_CBPF
+/* One instruction of classic BPF; see linux/filter.h and the kernel's Documentation/networking/filter.rst. */
+static inline void port_posix_bpf(struct sock_filter *program, unsigned short *length, int code, int if_true,
+                                  int if_false, uint32_t operand)
+{
+    struct sock_filter *next = &program[(*length)++];
+    next->code = (uint16_t)code;
+    next->jt = (uint8_t)if_true;
+    next->jf = (uint8_t)if_false;
+    next->k = operand;
+}
+
+/* What sends one source port to one place.  The program is given the first packet of a connection, from behind its
+ * TCP header on; its IP header is at SKF_NET_OFF, and the source port is what follows that. */
+static inline void port_posix_bpf_probe(struct sock_filter *program, unsigned short *length, int probe, int target)
+{
+    const uint32_t header = (uint32_t)SKF_NET_OFF;
+    port_posix_bpf(program, length, BPF_LD | BPF_B | BPF_ABS, 0, 0, header);
+    port_posix_bpf(program, length, BPF_ALU | BPF_AND | BPF_K, 0, 0, 0xf0);
+    port_posix_bpf(program, length, BPF_JMP | BPF_JEQ | BPF_K, 0, 2, 0x60);
+    port_posix_bpf(program, length, BPF_LDX | BPF_IMM, 0, 0, 40);      /* IPv6's header has a fixed length */
+    port_posix_bpf(program, length, BPF_JMP | BPF_JA, 0, 0, 1);
+    port_posix_bpf(program, length, BPF_LDX | BPF_B | BPF_MSH, 0, 0, header);
+    port_posix_bpf(program, length, BPF_LD | BPF_H | BPF_IND, 0, 0, header);
+    port_posix_bpf(program, length, BPF_JMP | BPF_JEQ | BPF_K, 0, 1, (uint32_t)probe);
+    port_posix_bpf(program, length, BPF_RET | BPF_K, 0, 0, (uint32_t)target);
+}
+#endif
+
+static inline int port_steer(port_socket member, const int *targets, int count, int probe, int probe_target)
+{
+#ifdef SO_ATTACH_REUSEPORT_CBPF
+    struct sock_fprog all = {0, NULL};
+    int i, result, code;
+    if (count < 1 || count > (BPF_MAXINSNS - 16) / 2) {
+        errno = EINVAL;
+        return -1;
+    }
+    all.filter = malloc(((size_t)count * 2 + 16) * sizeof *all.filter);
+    if (all.filter == NULL)
+        return -1;
+    if (probe)
+        port_posix_bpf_probe(all.filter, &all.len, probe, probe_target);
+    port_posix_bpf(all.filter, &all.len, BPF_LD | BPF_W | BPF_ABS, 0, 0, (uint32_t)(SKF_AD_OFF + SKF_AD_RANDOM));
+    port_posix_bpf(all.filter, &all.len, BPF_ALU | BPF_MOD | BPF_K, 0, 0, (uint32_t)count);
+    for (i = 0; i < count - 1; i++) {
+        port_posix_bpf(all.filter, &all.len, BPF_JMP | BPF_JEQ | BPF_K, 0, 1, (uint32_t)i);
+        port_posix_bpf(all.filter, &all.len, BPF_RET | BPF_K, 0, 0, (uint32_t)targets[i]);
+    }
+    port_posix_bpf(all.filter, &all.len, BPF_RET | BPF_K, 0, 0, (uint32_t)targets[i]);
+    result = setsockopt(member, SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, &all, sizeof all);
+    code = errno;
+    free(all.filter);
+    errno = code;
+    return result;
+#else
+    (void)member; (void)targets; (void)count; (void)probe; (void)probe_target;
+    errno = ENOPROTOOPT;
+    return -1;
+#endif
+}
+
+static inline int port_end_with_parent(int64_t parent)
+{
+#ifdef __linux__
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0)
+        return -1;
+    return getppid() != (pid_t)parent;          /* it may have ended before */
+#else
+    (void)parent;
+    return -1;
+#endif
+}
+
+static inline int port_unshare(void *pages, size_t length)
+{
+    int code = 0;
+    void *copy = malloc(length);
+    if (copy == NULL)
+        return -1;
+    memcpy(copy, pages, length);
+    if (mmap(pages, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON | MAP_FIXED, -1, 0) == MAP_FAILED)
+        code = errno;
+    else
+        memcpy(pages, copy, length);
+    free(copy);
+    errno = code;
+    return code ? -1 : 0;
 }
 
 /* --- One connection's calls ----------------------------------------------------------------------------- */

@@ -25,6 +25,7 @@ typedef union {
 
 #define PORT_REUSE_ADDRESS 0
 #define PORT_SIGNALS_APART 1
+#define PORT_BALANCES 0
 
 #define PORT_NO_SIGPIPE 0
 #define PORT_MORE 0
@@ -189,6 +190,27 @@ static inline int port_queue(port_socket listener, int *depth, int *limit)
 {
     (void)listener; (void)depth; (void)limit;
     return -1;
+}
+
+/* --- Processes ------------------------------------------------------------------------------------------ */
+
+static inline int port_steer(port_socket member, const int *targets, int count, int probe, int probe_target)
+{
+    (void)member; (void)targets; (void)count; (void)probe; (void)probe_target;
+    WSASetLastError(WSAENOPROTOOPT);
+    return -1;
+}
+
+static inline int port_end_with_parent(int64_t parent)
+{
+    (void)parent;
+    return -1;
+}
+
+static inline int port_unshare(void *pages, size_t length)
+{
+    (void)pages; (void)length;                  /* nobody forks here */
+    return 0;
 }
 
 /* --- One connection's calls ----------------------------------------------------------------------------- */

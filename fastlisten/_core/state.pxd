@@ -28,6 +28,7 @@ cdef int waker_renew(waker_t *waker) except -1
 # outlives the socket while a Connection is open, so that a Connection needs no Python reference to anything.
 cdef struct state_t:
     int64_t holders             # the State, and each connection that is not yet closed
+    int64_t shared              # it lies in memory that another process reads, and that is never unmapped
     int family
     int type
     int protocol
@@ -67,6 +68,9 @@ cdef void handler_failed(state_t *state) noexcept nogil
 cdef void accept_failed(state_t *state, int code) noexcept nogil
 cdef int tls_failed(state_t *state, str reason) except -1
 cdef int64_t connections_of(state_t *state) noexcept nogil
+cdef dict counts_of(state_t *state)
+cdef dict tls_failures_of(state_t *state)
+cdef state_t *state_in(memory, Py_ssize_t offset, Py_buffer *buffer) except NULL
 
 
 cdef class Taker:
@@ -77,6 +81,7 @@ cdef class State:
     cdef state_t *at
     cdef Taker current          # who takes the clients, for taker_now(); None: nobody
     cdef object sock            # a weak reference
+    cdef public object when_taken  # called after take(); None: nothing is
     cdef bint left              # it is closed or detached: nobody may take its clients any more
     cdef object __weakref__
 

@@ -5,9 +5,11 @@ import os
 from _thread import get_ident
 
 cimport cython
+from cpython.buffer cimport PyBUF_WRITABLE, PyObject_GetBuffer
 from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
+from libc.string cimport memset
 
 from fastlisten._core.port cimport *
 
@@ -111,7 +113,8 @@ cdef void state_release(state_t *state) noexcept nogil:
     """Give one hold on the state back; the last one frees it and its waker."""
     if port_add(&state.holders, -1) == 0:
         waker_close(&state.waker)
-        free(state)
+        if not state.shared:
+            free(state)
 
 
 cdef void client_in(state_t *state) noexcept nogil:
@@ -187,6 +190,52 @@ cdef int64_t connections_of(state_t *state) noexcept nogil:
     return port_get(&state.handed) - handled
 
 
+cdef dict counts_of(state_t *state):
+    """What State.counts() says."""
+    cdef int64_t handled = port_get(&state.handled)
+    cdef int64_t refused = port_get(&state.refused)
+    cdef int64_t dropped = port_get(&state.dropped)
+    cdef int64_t accepted = port_get(&state.accepted)  # last: it grows first
+    cdef int64_t code, count
+    errors = {}
+    for i in range(CODES):
+        count = port_get(&state.counts[i])
+        if count:
+            code = port_get(&state.codes[i])
+            name = errno.errorcode.get(code, str(code))
+            errors[name] = errors.get(name, 0) + count
+    return {
+        "accepted": accepted,
+        "handled": handled,
+        "active": accepted - handled - refused - dropped,
+        "handler_errors": port_get(&state.handler_errors),
+        "accept_errors": errors,
+        "refused": refused,
+        "dropped": dropped,
+    }
+
+
+cdef dict tls_failures_of(state_t *state):
+    """What State.tls_failures() says."""
+    return {TLS_FAILURES[i]: state.tls_failures[i] for i in range(TLS_REASONS) if state.tls_failures[i]}
+
+
+# How many bytes a state takes in memory that processes share.
+STATE_BYTES = sizeof(state_t)
+
+
+cdef state_t *state_in(memory, Py_ssize_t offset, Py_buffer *buffer) except NULL:
+    """The state that lies in memory which processes share.
+
+    memory: an mmap; it is not unmapped before `buffer` is released.  offset: where pages begin that have
+    nothing else in them, so that a forked child can have a copy.
+    """
+    if offset < 0 or offset + STATE_BYTES > len(memory):
+        raise ValueError(f"no state can be at {offset} of {len(memory)} bytes")
+    PyObject_GetBuffer(memory, buffer, PyBUF_WRITABLE)
+    return <state_t *>(<char *>buffer.buf + offset)
+
+
 # --- Who takes the clients ----------------------------------------------------------------------------------
 
 cdef class Taker:
@@ -203,6 +252,9 @@ cdef class Taker:
 
     def bring_back(self):
         """Something was asked that no sleep in accept() may delay: a stop, or a pause."""
+
+    def help(self, State state, sock):
+        """Take the clients that are queued for `sock`, too, until nobody is there; they count in `state`."""
 
     def leave(self, State state):
         """The listener of this state is about to be closed or detached: touch its descriptor no more."""
@@ -227,13 +279,20 @@ cdef class Taker:
 cdef class State:
     """What a listening socket shares with whoever takes its clients and with its Connections.
 
-    sock: the socket.socket; its repr() is in what a second taker is told.
+    sock: the socket.socket; its repr() is in what a second taker is told.  memory, offset: where it is to
+    lie for another process to read, as state_in() says; without that it lies in memory of this process.
     """
 
-    def __cinit__(self, sock):
-        self.at = <state_t *>calloc(1, sizeof(state_t))
-        if self.at is NULL:
-            raise MemoryError
+    def __cinit__(self, sock, memory=None, Py_ssize_t offset=0):
+        cdef Py_buffer buffer  # never released: a Connection may outlive everything else
+        if memory is None:
+            self.at = <state_t *>calloc(1, sizeof(state_t))
+            if self.at is NULL:
+                raise MemoryError
+        else:
+            self.at = state_in(memory, offset, &buffer)
+            memset(self.at, 0, sizeof(state_t))
+            self.at.shared = 1
         self.at.holders = 1
         self.at.family, self.at.type, self.at.protocol = int(sock.family), int(sock.type), sock.proto
         self.sock = PyWeakref_NewRef(sock, None)
@@ -272,6 +331,8 @@ cdef class State:
         self.check(taker, other)
         if left:
             port_raise(PORT_CLOSED)
+        if self.when_taken is not None:
+            self.when_taken()
 
     def taken_by(self):
         """Who takes the clients now; None: nobody.  From one that is over they are taken away."""
@@ -348,6 +409,8 @@ cdef class State:
     def after_fork(self):
         """In a child: have a waker of its own, and no taker that has no thread here."""
         cdef Taker taker = self.current
+        if self.at.shared and port_unshare(self.at, sizeof(state_t)) != 0:
+            port_raise(port_error())  # or what ends here would be counted there
         self.at.made_nonblocking = 0  # the parent did, and may need it
         waker_renew(&self.at.waker)
         if taker is not None and not taker.after_fork():
@@ -409,27 +472,7 @@ cdef class State:
 
     def counts(self):
         """The counters by name; what failed accepts is under `accept_errors`, as {errno name: count}."""
-        cdef int64_t handled = port_get(&self.at.handled)
-        cdef int64_t refused = port_get(&self.at.refused)
-        cdef int64_t dropped = port_get(&self.at.dropped)
-        cdef int64_t accepted = port_get(&self.at.accepted)  # last: it grows first
-        cdef int64_t code, count
-        errors = {}
-        for i in range(CODES):
-            count = port_get(&self.at.counts[i])
-            if count:
-                code = port_get(&self.at.codes[i])
-                name = errno.errorcode.get(code, str(code))
-                errors[name] = errors.get(name, 0) + count
-        return {
-            "accepted": accepted,
-            "handled": handled,
-            "active": accepted - handled - refused - dropped,
-            "handler_errors": port_get(&self.at.handler_errors),
-            "accept_errors": errors,
-            "refused": refused,
-            "dropped": dropped,
-        }
+        return counts_of(self.at)
 
     def tls_failed(self, str reason not None):
         """A TLS handshake failed for one of TLS_FAILURES: count it."""
@@ -437,8 +480,7 @@ cdef class State:
 
     def tls_failures(self):
         """How many TLS handshakes have failed, by reason; those for which one has."""
-        return {TLS_FAILURES[i]: self.at.tls_failures[i]
-                for i in range(TLS_REASONS) if self.at.tls_failures[i]}
+        return tls_failures_of(self.at)
 
 
 cdef int take_all(Taker taker, tuple states) except -1:

@@ -137,6 +137,11 @@ cdef class ListenerWatch(Watched):
         self.hub.give_turns(arrived)
         return 0
 
+    def help(self):
+        """Take all who are queued for it: it is somebody else's, whom the server helps."""
+        self.to_drain = INT_MAX
+        self.look_again()
+
 
 @cython.final
 cdef class QueueWatch(Watched):
@@ -432,6 +437,14 @@ cdef class Accepting(Owner):
         cdef QueueWatch queue = self.queue_now()
         if queue is not None:
             queue.overload.acceptor.bring_back()
+
+    def help(self, State state not None, sock):
+        """Take the clients that are queued for another listener, too, and count them in this state."""
+        cdef QueueWatch queue = self.queue_now()
+        if queue is not None:
+            queue.overload.acceptor.help(state, sock.fileno())
+        elif self.serving:
+            self.connections.hub.loop.call_soon_threadsafe(ListenerWatch(self, sock, state).help)
 
     def leave(self, State state not None):
         """The listener of this state is about to be closed by somebody else: accept from it no more."""

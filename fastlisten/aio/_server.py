@@ -12,6 +12,7 @@ import weakref
 from asyncio import trsock
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from fastlisten._core.accept import Shortage
@@ -60,7 +61,7 @@ class Server(asyncio.AbstractServer):
         self._accepting = Accepting(self._connections, limits.max_connections or 0, shortage)
         self._accepting.when_idle(self._client_gone)
         self._states = [_state_of(sock) for sock in sockets]
-        self._taker = ServerTaker(self._accepting)
+        self._taker = ServerTaker(self, self._accepting)
         self._path = path
         self._tls = tls
         self._ssl_context = tls and tls.context  # others read it from asyncio's own
@@ -182,6 +183,11 @@ class Server(asyncio.AbstractServer):
             self._end_forever()
         else:
             self._abort_within(drain)
+
+    def _stop(self, drain: float | None) -> None:
+        """Close, unless that was done already."""
+        if self._serving:
+            self.close(drain)
 
     def _draining(self) -> bool:
         return self._sockets is not None and self._deadline is not None
@@ -326,9 +332,18 @@ class ServerTaker(Taker):
 
     activity = "an asyncio server accepts from"
 
-    def __init__(self, accepting: Accepting) -> None:
+    def __init__(self, server: Server, accepting: Accepting) -> None:
         # The thread that refuses holds the states, and they this: a server that is dropped must end.
+        self._server = weakref.ref(server)
         self._accepting = weakref.ref(accepting)
+        self._left = False
+
+    def stop(self, drain: float | None) -> None:
+        """A listener was told to stop, from any thread: the server is closed, with this drain."""
+        server = self._server()
+        if server is not None and not self._left:
+            with suppress(RuntimeError):  # its event loop is closed
+                server._loop.call_soon_threadsafe(server._stop, drain)
 
     def bring_back(self) -> None:
         """The thread that refuses does not go on sleeping in accept()."""
@@ -336,8 +351,15 @@ class ServerTaker(Taker):
         if accepting is not None:
             accepting.bring_back()
 
+    def help(self, state: State, sock: socket.socket) -> None:
+        """The server takes who is queued for another listener, too."""
+        accepting = self._accepting()
+        if accepting is not None:
+            accepting.help(state, sock)
+
     def leave(self, state: State) -> None:
         """The server takes no more clients from a listener that is closed without it."""
+        self._left = True
         accepting = self._accepting()
         if accepting is not None:
             accepting.leave(state)
