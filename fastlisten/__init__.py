@@ -2,16 +2,18 @@
 
 import typing
 
-from fastlisten._bind import bind, create_server, serve
+from fastlisten._bind import bind, create_server
 from fastlisten._core.connection import Connection
 from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
 from fastlisten._listener import Listener, ListenerStats, ServeResult
+from fastlisten._serve import serve
 
 if typing.TYPE_CHECKING:
     from fastlisten._inherited import inherited
     from fastlisten._notify import Notifier
     from fastlisten._patch import patch, unpatch
     from fastlisten._tls import TLSConnection, reloading
+    from fastlisten._workers import Worker, Workers, WorkersStats, worker
 
 __version__ = "0.1.0"
 
@@ -24,6 +26,9 @@ __all__ = [
     "Notifier",
     "ServeResult",
     "TLSConnection",
+    "Worker",
+    "Workers",
+    "WorkersStats",
     "bind",
     "create_server",
     "get_host_entry",
@@ -33,6 +38,7 @@ __all__ = [
     "reloading",
     "serve",
     "unpatch",
+    "worker",
 ]
 
 
@@ -40,10 +46,14 @@ __all__ = [
 _LATER = {
     "Notifier": "fastlisten._notify",
     "TLSConnection": "fastlisten._tls",
+    "Worker": "fastlisten._workers",
+    "Workers": "fastlisten._workers",
+    "WorkersStats": "fastlisten._workers",
     "inherited": "fastlisten._inherited",
     "patch": "fastlisten._patch",
     "reloading": "fastlisten._tls",
     "unpatch": "fastlisten._patch",
+    "worker": "fastlisten._workers",
 }
 
 if not typing.TYPE_CHECKING:  # or a type checker would believe that every name is there

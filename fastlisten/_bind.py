@@ -1,23 +1,17 @@
-"""bind(), create_server() and serve(): from an endpoint to a Listener."""
+"""bind() and create_server(): from an endpoint to a Listener."""
 
 from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fastlisten._core import standard
 from fastlisten._core.accept import REUSE_ADDRESS
 from fastlisten._endpoint import INETD, SYSTEMD, Endpoint, endpoint_of, resolve
-from fastlisten._listener import Listener, ServeResult, make_loop, serve_options
-from fastlisten._options import BindOptions, Checked, checked, declared, socket_options
+from fastlisten._listener import Listener
+from fastlisten._options import BindOptions, Checked, checked, socket_options
 from fastlisten._unix_path import OwnPath, permissions
-
-if TYPE_CHECKING:
-    from typing import Unpack
-
-    from fastlisten._listener import Handler
-    from fastlisten._options import AllOptions
 
 PASSED = (SYSTEMD, INETD)  # endpoints of sockets that another program has opened
 
@@ -27,46 +21,6 @@ Address = Endpoint | str | bytes | tuple[Any, ...]
 DEFAULT_BACKLOG = min(socket.SOMAXCONN, 128)
 
 SomeListener = TypeVar("SomeListener", bound=Listener)
-
-
-def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[AllOptions]) -> ServeResult:
-    """Bind the endpoints and serve them in one loop, with one set of threads and limits, in turn.
-
-    endpoints: as bind() takes them; Listeners are served too and stay open, what serve() bound it closes.
-    Where "systemd:" or "inetd:" alone is a client's connection and no listening socket, this client is
-    served, and serve() returns.
-    The other arguments are those of bind() and of Listener.serve().  stop() of any of the listeners ends
-    the loop.  Returns and raises as Listener.serve().
-
-    >>> import fastlisten, socket
-    >>> with fastlisten.bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
-    ...     fastlisten.serve(lambda connection: listener.stop(), listener, "127.0.0.1:0")
-    ServeResult(finished=1, cut=0)
-    """
-    binding = {name: options.pop(name) for name in declared(BindOptions) if name in options}  # type: ignore[misc]
-    serving = serve_options(handler, **options)
-    if not endpoints:
-        raise TypeError("serve() needs at least one endpoint")
-    if len(endpoints) == 1 and not isinstance(endpoints[0], Listener):
-        where = endpoint_of(endpoints[0])
-        client = passed_connection(where)
-        if client is not None:
-            from fastlisten._inherited import serve_connection
-
-            return serve_connection(client, handler, serving)
-        endpoints = (where,)
-    bound: list[Listener] = []
-    try:
-        listeners = []
-        for endpoint in endpoints:
-            if not isinstance(endpoint, Listener):
-                endpoint = bind(endpoint, **binding)
-                bound.append(endpoint)
-            listeners.append(endpoint)
-        return ServeResult(*make_loop(listeners, handler, serving).run())
-    finally:
-        for listener in reversed(bound):
-            listener.close()
 
 
 def bind(

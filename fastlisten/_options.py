@@ -1,5 +1,6 @@
 """The options of bind() and serve(), each declared once: name, type, default, check, and systems."""
 
+import os
 import socket
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypedDict
@@ -127,6 +128,32 @@ def _watchdog(name: str, value: Any) -> Any:
     return value
 
 
+def _workers(name: str, value: Any) -> int | None:
+    if value == "auto":
+        return usable_cores()
+    if isinstance(value, str):
+        raise ValueError(f"{name} must be a number or 'auto', not {value!r}")
+    return None if value is None else whole(name, value, 1)
+
+
+def usable_cores() -> int:
+    """How many cores this process may use: of those that there are, by its affinity and its cgroup's
+    quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open(
+            "/sys/fs/cgroup/cpu.max"
+        ) as file:  # cgroup v2: "QUOTA PERIOD" in microseconds, or "max PERIOD"
+            quota, period = map(int, file.read().split())
+        return max(min(cores, -(-quota // period)), 1)
+    except (OSError, ValueError):
+        return cores
+
+
+def _drain(name: str, value: Any) -> float | None:
+    return 0.0 if value == 0 and isinstance(value, int | float) else _seconds(name, value)
+
+
 class BindOptions(TypedDict, total=False):
     """What bind() takes beside the endpoint; its docstring says what each means."""
 
@@ -165,7 +192,15 @@ class ServiceOptions(TypedDict, total=False):
     watchdog: Annotated[Watchdog | None, Option(None, _watchdog)]
 
 
-class AllOptions(BindOptions, ServeOptions, TLSOptions, ServiceOptions, total=False):
+class WorkerOptions(TypedDict, total=False):
+    """How worker processes are run; the docstring of Workers says what each means."""
+
+    workers: Annotated[int | str | None, Option(None, _workers)]
+    drain: Annotated[float | None, Option(None, _drain)]
+    ready_timeout: Annotated[float | None, Option(None, _seconds)]
+
+
+class AllOptions(BindOptions, ServeOptions, TLSOptions, ServiceOptions, WorkerOptions, total=False):
     """What fastlisten.serve() takes."""
 
 

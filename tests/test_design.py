@@ -20,7 +20,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Boxes that stand for several files, and files that have no box: they import for others.
-FOLDERS = {"fastlisten.cli": "fastlisten.cli.", "fastlisten._startup": "fastlisten._startup."}
+FOLDERS = {
+    "fastlisten.cli": "fastlisten.cli.",
+    "fastlisten._startup": "fastlisten._startup.",
+    "fastlisten._workers": "fastlisten._workers.",
+}
 NO_BOX = {"fastlisten", "fastlisten.__main__", "fastlisten.aio", "fastlisten.http", "fastlisten._core"}
 
 

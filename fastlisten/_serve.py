@@ -1,0 +1,67 @@
+"""serve(): bind and serve in one call, in this process or in several."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fastlisten._bind import Address, bind, passed_connection
+from fastlisten._endpoint import endpoint_of
+from fastlisten._listener import Listener, ServeResult, make_loop, serve_options
+from fastlisten._options import BindOptions, WorkerOptions, declared
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from fastlisten._listener import Handler
+    from fastlisten._options import AllOptions
+
+
+def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[AllOptions]) -> ServeResult:
+    """Bind the endpoints and serve them in one loop, with one set of threads and limits, in turn.
+
+    endpoints: as bind() takes them; Listeners are served too and stay open, what serve() bound it closes.
+    workers: serve them so in as many processes, as Workers does it, with its drain and ready_timeout; a
+    number, or "auto".  The other arguments are those of bind() and of Listener.serve().  Where "systemd:" or
+    "inetd:" alone is a client's connection and no listening socket, this client is served, and serve()
+    returns.  stop() of any of the listeners ends the loop; workers are ended by a signal.  Returns and raises
+    as Listener.serve(), or as Workers.run().
+
+    >>> import fastlisten, socket
+    >>> with fastlisten.bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
+    ...     fastlisten.serve(lambda connection: listener.stop(), listener, "127.0.0.1:0")
+    ServeResult(finished=1, cut=0)
+    """
+    given: dict[str, Any] = {**options}
+    binding, working = (
+        {name: given.pop(name) for name in declared(family) if given.get(name, family) is not family}
+        for family in (BindOptions, WorkerOptions)
+    )
+    serving = serve_options(handler, **given)
+    if not endpoints:
+        raise TypeError("serve() needs at least one endpoint")
+    if working.get("workers") is not None:
+        from fastlisten._workers.workers import Workers, serve_target  # only for who asks for them
+
+        return Workers(serve_target(handler, given), *endpoints, **working, **binding).run()
+    for name in working.keys() - {"workers"}:
+        raise ValueError(f"{name} is only meaningful with workers")
+    if len(endpoints) == 1 and not isinstance(endpoints[0], Listener):
+        where = endpoint_of(endpoints[0])
+        client = passed_connection(where)
+        if client is not None:
+            from fastlisten._inherited import serve_connection
+
+            return serve_connection(client, handler, serving)
+        endpoints = (where,)
+    bound: list[Listener] = []
+    try:
+        listeners = []
+        for endpoint in endpoints:
+            if not isinstance(endpoint, Listener):
+                endpoint = bind(endpoint, **binding)
+                bound.append(endpoint)
+            listeners.append(endpoint)
+        return ServeResult(*make_loop(listeners, handler, serving).run())
+    finally:
+        for listener in reversed(bound):
+            listener.close()

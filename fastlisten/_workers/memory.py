@@ -1,0 +1,76 @@
+"""The memory that the workers write and the parent reads: their counters, without a message."""
+
+from __future__ import annotations
+
+import mmap
+import os
+
+from fastlisten._core.processes import Counters
+from fastlisten._core.state import STATE_BYTES
+
+# A state has pages of its own, so that a fork of a worker can have a copy of it.
+_STATE = mmap.PAGESIZE * -(-STATE_BYTES // mmap.PAGESIZE)
+
+# The numbers at the start of a slot: of the stop, how many clients finished and were cut, and then, for each
+# endpoint, whose queue this worker is to look into: that member's place and 1; 0 is nobody's.
+FINISHED, CUT, HELP = 0, 1, 2
+MOST_ENDPOINTS = mmap.PAGESIZE // 8 - HELP
+
+
+class Memory:
+    """Slots for processes: a page of numbers each, and a state for each endpoint.
+
+    named: a descriptor, `fd`, stands for it, for a process that is no fork of this one.  fd: it was made by
+    another process, and has this descriptor.
+    """
+
+    def __init__(self, endpoints: int, slots: int, named: bool = False, fd: int = -1) -> None:
+        self.endpoints = endpoints
+        self.slots = slots
+        self._size = mmap.PAGESIZE + endpoints * _STATE
+        length = self._size * slots  # a page costs nothing before it is written to
+        self.fd = fd
+        if named:
+            self.fd = _file()
+            os.ftruncate(self.fd, length)
+        self.map = mmap.mmap(self.fd, length)
+        self._free = list(range(slots - 1, -1, -1))
+
+    def take(self) -> Slot:
+        """A slot of zeros, to be given back; IndexError when there is none left."""
+        slot = Slot(self, self._free.pop())
+        start = slot.number * self._size
+        self.map[start : start + self._size] = bytes(self._size)
+        return slot
+
+    def give_back(self, slot: Slot) -> None:
+        """Let another process have it; the one that had it has ended."""
+        self._free.append(slot.number)
+
+    def close(self) -> None:
+        """Close the descriptor; the memory stays while somebody uses it."""
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+def _file() -> int:
+    """A descriptor of memory, not inherited by programs, of no size yet."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("fastlisten", os.MFD_CLOEXEC)
+    import tempfile  # much to import
+
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+class Slot:
+    """What one worker process writes, and is asked."""
+
+    def __init__(self, memory: Memory, number: int) -> None:
+        self.number = number
+        self.map = memory.map
+        start = number * memory._size
+        self.numbers = memoryview(memory.map)[start : start + mmap.PAGESIZE].cast("q")
+        first = start + mmap.PAGESIZE
+        self.offsets = [first + endpoint * _STATE for endpoint in range(memory.endpoints)]
+        self.counters = [Counters(memory.map, offset) for offset in self.offsets]

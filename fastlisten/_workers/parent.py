@@ -1,0 +1,512 @@
+"""The parent: it starts the workers, replaces those that end, and serves no client itself."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import selectors
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+from fastlisten._listener import ServeResult
+from fastlisten._workers.memory import CUT, FINISHED, Memory, Slot
+from fastlisten._workers.relief import Relief
+from fastlisten._workers.sockets import Members
+
+_log = logging.getLogger("fastlisten")
+
+# A worker that has served for less than this has died at once, and is started again after FIRST_DELAY
+# seconds, then after twice as long each time, up to LAST_DELAY.
+LIVED = 1.0  # seconds
+FIRST_AGAIN = 0.1
+LAST_AGAIN = 10.0
+
+# What a worker gets beyond its drain, to end in, before it is killed.
+GRACE = 1.0  # seconds
+
+
+class Starter(Protocol):
+    """How worker processes begin."""
+
+    def start(self, number: int, place: int, slot: Slot, status: int, close: Callable[[], None]) -> int: ...
+
+
+class Process:
+    """One worker process, until it was waited for."""
+
+    counts = True
+
+    def __init__(self, place: Place, member: int, slot: Slot, known: int) -> None:
+        self.place = place
+        self.member = member
+        self.slot = slot
+        self.known = known
+        self.pid = 0
+        self.pidfd: int | None = None
+        self.status: int | None = None  # our end of its pipe
+        self.began = time.monotonic()
+        self.ready = False
+        self.asked = False  # to go
+        self.kill_at: float | None = None
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; it was not waited for, so that the number is still its own."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+class Place:
+    """One of the workers, whichever process it is just now."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.current: Process | None = None  # serves, or is to
+        self.next: Process | None = None  # is to take its place, and is not ready yet
+        self.failures = 0  # in a row
+        self.start_at: float | None = 0.0
+
+
+class Parent:
+    """Runs worker processes on these listeners until it is told to stop.
+
+    endpoints: the listeners of each; the caller closes them.  starter: how a worker begins.  memory: what
+    they write.  count: how many workers.  drain, ready_timeout: seconds.  tell(event, text, **values): gets
+    what happens.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Members],
+        starter: Starter,
+        memory: Memory,
+        count: int,
+        drain: float,
+        ready_timeout: float,
+        tell: Callable[..., None],
+    ) -> None:
+        self.endpoints = endpoints
+        self.places = [Place(number) for number in range(count)]
+        self.processes: dict[int, Process] = {}
+        self.tell = tell
+        self.ending = False
+        self.finished = self.cut = 0
+        self.ticks: list[Tick] = []
+        self._starter = starter
+        self._memory = memory
+        self._drain = drain
+        self._ready_timeout = ready_timeout
+        self._rolling: deque[Place] = deque()
+        self._served = False
+        self._relief = Relief(endpoints, self.serving, self.steer)
+        self._selector = selectors.DefaultSelector()
+        self._wakeups = socket.socketpair()
+        self._watching = False  # the listeners, for a client to come
+
+    # --- the loop -------------------------------------------------------------------------------------
+
+    def run(self) -> ServeResult:
+        """Serve until a signal ends it and all workers have ended; returns what the drain did.
+
+        For the main thread.  Whatever comes out, no worker is left.
+        """
+        with self._signals():
+            try:
+                self._look_after()
+                while self.processes or not self.ending:
+                    for key, _ in self._selector.select(self._wait()):
+                        key.data()
+                    self._look_after()
+            finally:
+                self._end_all()
+        return ServeResult(self.finished, self.cut)
+
+    def _wait(self) -> float | None:
+        """Look at the queues until something else is to be done; returns how long to wait for that."""
+        seconds = self._patience()
+        if self.ending or self._relief.asleep:
+            return seconds
+        # What the selector waits with is a descriptor itself, where there are queues to look at.
+        wakeup: Any = self._selector
+        self._relief.wait(wakeup.fileno(), math.inf if seconds is None else seconds)
+        return 0.0
+
+    def _patience(self) -> float | None:
+        """How long nothing is to be done, in seconds."""
+        times = [tick.due for tick in self.ticks]
+        for place in self.places:
+            if place.start_at is not None and not self.ending:
+                times.append(place.start_at)
+        for process in self.processes.values():
+            if process.kill_at is not None:
+                times.append(process.kill_at)
+            elif not process.ready:
+                times.append(process.began + self._ready_timeout)
+        return max(min(times) - time.monotonic(), 0.0) if times else None
+
+    def _look_after(self) -> None:
+        """Do what is due."""
+        now = time.monotonic()
+        for place in self.places:
+            if place.start_at is not None and place.start_at <= now and not self.ending:
+                place.start_at = None
+                self._start(place)
+        for process in list(self.processes.values()):
+            if process.kill_at is not None and process.kill_at <= now:
+                process.kill_at = None
+                self._log_killed(process)
+                process.signal(signal.SIGKILL)
+            elif not process.ready and not process.asked and process.began + self._ready_timeout <= now:
+                process.asked, process.kill_at = True, None
+                process.signal(signal.SIGKILL)
+                self._not_ready(process)
+        for tick in self.ticks:
+            tick.run(now)
+        if not self.ending:
+            self._relief.look(now)
+            self._watch_listeners(self._relief.asleep)
+
+    def _watch_listeners(self, watch: bool) -> None:
+        """Hear of the next client, or no longer: while they come, each would wake the parent, too."""
+        if watch == self._watching:
+            return
+        self._watching = watch
+        for members in self.endpoints:
+            for listener in () if members.shared else members.listeners:
+                if watch:
+                    self._selector.register(listener, selectors.EVENT_READ, self._client_came)
+                else:
+                    self._selector.unregister(listener)
+
+    def _client_came(self) -> None:
+        self._watch_listeners(False)
+        self._relief.wake()
+
+    # --- workers --------------------------------------------------------------------------------------
+
+    def serving(self) -> Iterator[Process]:
+        """The processes that take new clients."""
+        for place in self.places:
+            if place.current is not None and place.current.ready and not place.current.asked:
+                yield place.current
+
+    def _start(self, place: Place) -> None:
+        """Begin a process at a place: it becomes `current`, or `next` where one serves."""
+        try:
+            slot = self._memory.take()
+            reader, writer = os.pipe()
+        except (OSError, IndexError) as error:
+            self._failed(place, f"worker {place.number} cannot be started: {error}", 1.0)
+            return
+        known = min((len(members.listeners) for members in self.endpoints if not members.shared), default=0)
+        process = Process(place, place.number, slot, known)
+        process.status = reader
+
+        def close() -> None:
+            os.close(reader)
+            self._close_in_child()
+
+        try:
+            process.pid = self._starter.start(place.number, process.member, slot, writer, close)
+        except OSError as error:
+            os.close(reader)
+            self._memory.give_back(slot)
+            self._failed(place, f"worker {place.number} cannot be started: {error}", 1.0)
+            return
+        finally:
+            os.close(writer)
+        if place.current is None:
+            place.current = process
+        else:
+            place.next = process
+        self.processes[process.pid] = process
+        self._selector.register(reader, selectors.EVENT_READ, lambda: self._told(process))
+        if hasattr(os, "pidfd_open"):
+            with contextlib.suppress(OSError):  # then SIGCHLD tells
+                process.pidfd = os.pidfd_open(process.pid)
+                self._selector.register(process.pidfd, selectors.EVENT_READ, self._reap)
+        self.tell(
+            "starting",
+            f"worker {place.number} is process {process.pid}",
+            worker=place.number,
+            pid=process.pid,
+        )
+
+    def _close_in_child(self) -> None:
+        """Close what is the parent's alone."""
+        self._selector.close()
+        for end in self._wakeups:
+            end.close()
+        for process in self.processes.values():
+            for descriptor in (process.status, process.pidfd):
+                if descriptor is not None:
+                    os.close(descriptor)
+
+    def _told(self, process: Process) -> None:
+        """A worker says that it is ready; or its pipe has ended, with it."""
+        if process.status is None:
+            return  # it was waited for just now
+        text = os.read(process.status, 1)
+        if not text:
+            self._selector.unregister(process.status)
+            os.close(process.status)
+            process.status = None
+        elif not process.asked:
+            self.is_ready(process)
+
+    def is_ready(self, process: Process) -> None:
+        """A worker serves: the one before it is asked to go."""
+        place = process.place
+        if process.ready:
+            return
+        process.ready = True
+        seconds = time.monotonic() - process.began
+        self.tell(
+            "ready",
+            f"worker {place.number} (process {process.pid}) serves after {seconds:.2f} s",
+            worker=place.number,
+            pid=process.pid,
+        )
+        if place.next is process:
+            before, place.current, place.next = place.current, process, None
+            if before is not None:
+                self._ask(before)
+        self._relief.replaced(process.member)
+        self.steer()
+        self._replace_next()
+        if not self._served and all(place.current and place.current.ready for place in self.places):
+            self._served = True
+            self.all_ready()
+
+    def all_ready(self) -> None:
+        """All workers serve for the first time.  This is where a service manager is told."""
+        self.tell("serving", "all workers serve", workers=len(self.places))
+
+    def steer(self) -> None:
+        """Have new clients go to those workers that serve, and are not stuck."""
+        for number, members in enumerate(self.endpoints):
+            serving = [process.member for process in self.serving()]
+            good = [place for place in serving if not self._relief.stuck(number, place)]
+            members.steer(sorted(good or serving))
+
+    def _ask(self, process: Process, drain: float | None = None) -> None:
+        """Ask a worker to go; after its drain it is killed."""
+        drain = self._drain if drain is None else drain
+        process.asked = True
+        process.kill_at = time.monotonic() + drain + GRACE
+        # one that has just begun may have no handlers yet, and SIGQUIT would leave a core
+        process.signal(signal.SIGQUIT if drain == 0 and process.ready else signal.SIGTERM)
+
+    def _reap(self) -> None:
+        """Wait for those that have ended; as PID 1 for whoever else has, too."""
+        everybody = os.getpid() == 1
+        for pid in [-1] if everybody else list(self.processes):
+            with contextlib.suppress(ChildProcessError):
+                while (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                    process = self.processes.pop(ended[0], None)
+                    if process is not None:
+                        self._ended(process, os.waitstatus_to_exitcode(ended[1]))
+
+    def _ended(self, process: Process, code: int) -> None:
+        """A worker process has ended."""
+        place = process.place
+        for descriptor in (process.status, process.pidfd):
+            if descriptor is not None:
+                self._selector.unregister(descriptor)
+                os.close(descriptor)
+        process.status = process.pidfd = None
+        self.finished += process.slot.numbers[FINISHED]
+        self.cut += process.slot.numbers[CUT]
+        self.gone(process)
+        self._memory.give_back(process.slot)
+        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        name = f"worker {place.number} (process {process.pid})"
+        values = {"worker": place.number, "pid": process.pid, "status": code}
+        if place.next is process:
+            place.next = None
+            if not self.ending and not process.asked:
+                self._rolling.clear()
+                self._warn("failed", f"{name} ended {how} before it was ready: the old one stays", **values)
+        elif place.current is process:
+            place.current = None
+            self._relief.arrange()
+            self.steer()
+            if not self.ending and place in self.places and place.next is None:
+                self._again(process, f"{name} ended {how}", values)
+        else:
+            self.tell("ended", f"{name} ended {how}", **values)
+
+    def gone(self, process: Process) -> None:
+        """A process has ended, and its slot will be another's: for who adds the counters up."""
+
+    def _again(self, process: Process, text: str, values: dict[str, Any]) -> None:
+        """Start a worker that has died again: at once, or later each time if it dies at once."""
+        place, now = process.place, time.monotonic()
+        if process.ready and now - process.began >= LIVED:
+            place.failures, place.start_at = 0, now
+            self._warn("restarted", f"{text}; started again", seconds=0.0, **values)
+            return
+        delay = min(FIRST_AGAIN * 2**place.failures, LAST_AGAIN)
+        self._failed(place, text, delay, **values)
+
+    def _failed(self, place: Place, text: str, delay: float, **values: Any) -> None:
+        if place.current is not None:  # it was to replace this one
+            self._rolling.clear()
+            self._warn("failed", f"{text}: the old one stays", **values)
+            return
+        place.failures = min(place.failures + 1, 20)
+        place.start_at = time.monotonic() + delay
+        self._warn("restarted", f"{text}; started again in {delay:.1f} s", seconds=delay, **values)
+
+    def _not_ready(self, process: Process) -> None:
+        place = process.place
+        text = (
+            f"worker {place.number} (process {process.pid}) was not ready in {self._ready_timeout:g} s: "
+            "it has neither served its listeners nor called worker().ready()"
+        )
+        if place.next is process:
+            place.next = None
+            self._rolling.clear()
+            self._warn("failed", f"{text}: the old one stays", worker=place.number, pid=process.pid)
+        else:
+            place.current = None
+            self._failed(place, text, min(FIRST_AGAIN * 2**place.failures, LAST_AGAIN), worker=place.number)
+
+    def _log_killed(self, process: Process) -> None:
+        text = f"worker {process.place.number} (process {process.pid}) has not ended in its time: killed"
+        self._warn("killed", text, worker=process.place.number, pid=process.pid)
+
+    def _warn(self, event: str, text: str, **values: Any) -> None:
+        self.tell(event, text, warning=True, **values)
+
+    # --- signals --------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Hear the signals while the block runs."""
+        reader, writer = self._wakeups
+        reader.setblocking(False)
+        writer.setblocking(False)
+        self._selector.register(reader, selectors.EVENT_READ, self._hear)
+        before = {number: signal.signal(number, _heard) for number in self._actions()}
+        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self._selector.close()
+            reader.close()
+            writer.close()
+
+    def _actions(self) -> dict[int, Callable[[], None]]:
+        return {
+            signal.SIGTERM: lambda: self.stop("SIGTERM"),
+            signal.SIGINT: lambda: self.stop("SIGINT"),
+            signal.SIGQUIT: lambda: self.stop("SIGQUIT", 0.0),
+            signal.SIGHUP: self.replace,
+            signal.SIGTTIN: self.add,
+            signal.SIGTTOU: self.take_away,
+            signal.SIGCHLD: self._reap,
+        }
+
+    def _hear(self) -> None:
+        actions = self._actions()
+        with contextlib.suppress(BlockingIOError):
+            for number in self._wakeups[0].recv(4096):
+                if number in actions:
+                    actions[number]()
+
+    def stop(self, why: str, drain: float | None = None) -> None:
+        """End with a drain; the second time, or with `drain` 0, now."""
+        if self.ending:
+            drain = 0.0
+        seconds = self._drain if drain is None else drain
+        self.ending = True
+        self._rolling.clear()
+        self._watch_listeners(False)
+        self.tell("draining", f"{why}: draining for at most {seconds:g} s", signal=why, seconds=seconds)
+        for process in self.processes.values():
+            self._ask(process, seconds)
+
+    def replace(self) -> None:
+        """SIGHUP: replace the workers one by one, each when the new one is ready."""
+        if not self.ending:
+            self._rolling = deque(self.places)
+            self.tell("replacing", f"SIGHUP: replacing {len(self.places)} workers", signal="SIGHUP")
+            self._replace_next()
+
+    def _replace_next(self) -> None:
+        while self._rolling and not any(place.next for place in self.places):
+            place = self._rolling.popleft()
+            if place in self.places and place.current is not None and place.current.ready:
+                self._start(place)
+
+    def add(self) -> None:
+        """SIGTTIN: one worker more."""
+        if self.ending:
+            return
+        number = len(self.places)
+        try:
+            watched = self._watching
+            self._watch_listeners(False)
+            for members in self.endpoints:
+                members.grow(number + 1)
+            self._watch_listeners(watched)
+            self._relief.arrange()
+        except OSError as error:
+            self._warn("failed", f"SIGTTIN: no worker more: {error}")
+            return
+        self.places.append(Place(number))
+        self.tell("adding", f"SIGTTIN: {number + 1} workers", signal="SIGTTIN", workers=number + 1)
+
+    def take_away(self) -> None:
+        """SIGTTOU: one worker less."""
+        if self.ending or len(self.places) == 1:
+            return
+        place = self.places.pop()
+        self._relief.arrange()
+        self.steer()
+        for process in (place.next, place.current):
+            if process is not None:
+                self._ask(process)
+        self.tell(
+            "removing", f"SIGTTOU: {len(self.places)} workers", signal="SIGTTOU", workers=len(self.places)
+        )
+
+    def _end_all(self) -> None:
+        """Leave no worker, whatever has ended the loop."""
+        for process in self.processes.values():
+            process.signal(signal.SIGKILL)
+        for process in self.processes.values():
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process.pid, 0)
+            for descriptor in (process.status, process.pidfd):
+                if descriptor is not None:
+                    os.close(descriptor)
+        self.processes.clear()
+
+
+class Tick:
+    """Something to be done every so many seconds."""
+
+    def __init__(self, every: float, act: Callable[[], None]) -> None:
+        self.every = every
+        self.act = act
+        self.due = time.monotonic() + every
+
+    def run(self, now: float) -> None:
+        """Do it if it is due."""
+        if now >= self.due:
+            self.due = now + self.every
+            self.act()
+
+
+def _heard(*_: object) -> None:
+    """The number comes through the wake-up descriptor."""

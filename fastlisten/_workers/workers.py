@@ -1,0 +1,300 @@
+"""Workers: from a target and endpoints to processes that serve them."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fastlisten._bind import Address
+from fastlisten._core.state import queue
+from fastlisten._endpoint import Endpoint
+from fastlisten._listener import Listener, ListenerStats, ServeResult, make_loop, serve_options
+from fastlisten._options import BindOptions, Checked, WorkerOptions, checked
+from fastlisten._workers.child import Target
+from fastlisten._workers.memory import MOST_ENDPOINTS, Memory
+from fastlisten._workers.parent import Parent, Process, Tick
+from fastlisten._workers.sockets import Members
+from fastlisten._workers.start import Forked, Fresh, single_threaded
+
+if TYPE_CHECKING:
+    from typing import Unpack
+
+    from fastlisten._listener import Handler
+
+_log = logging.getLogger("fastlisten")
+
+DEFAULT_DRAIN = 5.0
+DEFAULT_READY_TIMEOUT = 30.0
+
+# A steering program and a parent's memory are small for so many; more processes than this are a mistake.
+MOST_WORKERS = 512
+
+# What a parent has open beside the listeners and two descriptors a worker process, of which each worker may
+# have two.
+_OTHER_DESCRIPTORS = 32
+
+
+class WorkersStats(NamedTuple):
+    """The counters of all workers, and of each.
+
+    total: their sum.  workers: one entry a worker, in the order of their numbers; what the processes
+    counted that were replaced is in them.
+
+    >>> total, workers = WorkersStats(total=None, workers=())
+    """
+
+    total: Any
+    workers: tuple[Any, ...]
+
+
+class Workers:
+    """Processes that serve the same endpoints, and a parent that replaces them without losing a client.
+
+    target: called in each worker with its Listeners, one for each endpoint; when it returns, or raises, the
+    worker ends.  A coroutine function is run on an aio.EventLoop.  What is to end a worker stops its
+    Listeners: serve() returns then, iteration ends, asyncio servers of fastlisten close, each with the
+    drain.
+    endpoints: as bind() takes them.  Each is bound once a worker, where the system spreads the clients of a
+    port over its listeners, and once for all elsewhere; with port 0 all have the same one.
+    workers: how many; "auto" is one a usable core.
+    drain: how many seconds a worker that is to end has for the clients that it has and that are queued.
+    ready_timeout: how many seconds a worker has to serve all its Listeners, or to call worker().ready();
+    one that has not is ended, and the one that it was to replace stays.
+    bind_options: as bind(), without reuse_port.
+
+    Workers are forks of this process where that is safe: where it has no other thread.  Else they are fresh
+    interpreters, to which the target goes by its name, as multiprocessing's "spawn" does it.
+
+    Raises TypeError and ValueError for what cannot be meant, before a socket opens.
+
+    >>> import fastlisten
+    >>> def target(listener):
+    ...     listener.serve(print, threads=4)
+    >>> fastlisten.Workers(target, "127.0.0.1:0", workers=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: workers must be at least 1, not 0
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *endpoints: Address | Listener,
+        workers: int | str,
+        drain: float = DEFAULT_DRAIN,
+        ready_timeout: float = DEFAULT_READY_TIMEOUT,
+        **bind_options: Unpack[BindOptions],
+    ) -> None:
+        if not callable(target):
+            raise TypeError(f"target must be callable, not {type(target).__name__}")
+        if not endpoints:
+            raise TypeError("Workers() needs at least one endpoint")
+        if len(endpoints) > MOST_ENDPOINTS:
+            raise ValueError(f"endpoints: {len(endpoints)} are more than {MOST_ENDPOINTS}")
+        if not hasattr(os, "fork"):
+            raise ValueError("workers not supported on this platform")
+        own = checked(WorkerOptions, "Workers", workers=workers, drain=drain, ready_timeout=ready_timeout)
+        if own.workers is None:
+            raise TypeError("workers must be an int, not NoneType")
+        self._bind_options = checked(BindOptions, "Workers", **bind_options)
+        if self._bind_options.reuse_port:
+            raise ValueError("reuse_port: the workers' listeners share the port anyway, and with nobody else")
+        _check_limits(own.workers, len(endpoints))
+        self._target = target
+        self._where = endpoints
+        self._count: int = own.workers
+        self._drain: float = DEFAULT_DRAIN if own.drain is None else own.drain
+        self._ready_timeout: float = own.ready_timeout or DEFAULT_READY_TIMEOUT
+        self._endpoints: list[Members] = []
+        self._parent: Parent | None = None
+        self._since = time.time()
+        self._past: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._ticks: list[tuple[float, Callable[[], None]]] = []
+
+    @property
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Where run() listens, with the port that the system chose; empty before."""
+        return tuple(members.endpoint for members in self._endpoints)
+
+    def run(self) -> ServeResult:
+        """Bind, start the workers, and keep them running until a signal ends that.
+
+        SIGTERM and SIGINT: end with the drain; the second one, and SIGQUIT: end now.  SIGHUP: replace the
+        workers one by one, each when the new one is ready.  SIGTTIN and SIGTTOU: one worker more, and one
+        less.
+
+        Returns what the drain let finish and what it cut, of the workers that ended so in all the time.
+        Raises OSError as bind(), RuntimeError outside the main thread and for a target that a fresh
+        interpreter cannot import, ValueError for one that cannot be sent there.  No worker is left then.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("workers are run by the main thread, which has the signals")
+        starter: Forked | Fresh
+        starter = Forked(self._target, self._drain) if single_threaded() else Fresh(self._target, self._drain)
+        with self._bound(self._count) as endpoints:
+            # Each may be replaced while the one before still drains, and be added and taken away meanwhile.
+            memory = Memory(len(endpoints), 4 * MOST_WORKERS, named=isinstance(starter, Fresh))
+            try:
+                starter.serves(endpoints, memory)
+                parent = Parent(
+                    endpoints, starter, memory, self._count, self._drain, self._ready_timeout, self._tell
+                )
+                parent.gone = self._keep_counters  # type: ignore[method-assign]
+                parent.ticks = [Tick(*tick) for tick in self._ticks]
+                self._parent = parent
+                self._started()
+                return parent.run()
+            finally:
+                self._parent = None
+                memory.close()
+
+    @contextmanager
+    def _bound(self, count: int) -> Iterator[list[Members]]:
+        """The listeners of all endpoints; what was bound is closed at the end."""
+        self._endpoints = []
+        try:
+            for where in self._where:
+                self._endpoints.append(Members(where, self._bind_options))
+                self._endpoints[-1].grow(count)
+            yield self._endpoints
+        finally:
+            for members in reversed(self._endpoints):
+                members.close()
+
+    def _started(self) -> None:
+        """The endpoints are bound."""
+        names = ", ".join(str(endpoint) for endpoint in self.endpoints)
+        self._tell("listening", f"listening on {names}", endpoints=[str(one) for one in self.endpoints])
+
+    def _tell(self, event: str, text: str, warning: bool = False, **values: Any) -> None:
+        """What happens: to the log."""
+        _log.log(logging.WARNING if warning else logging.INFO, "%s", text)
+
+    # --- the counters ---------------------------------------------------------------------------------
+
+    def stats(self) -> WorkersStats:
+        """The counters of all workers and of each, as they are now: they lie in memory that this process
+        reads.
+
+        They are those of the workers' Listeners, as Listener.stats() has them; `queue_depth` and
+        `queue_limit` are of a Listener of each worker, or of the one that all share.  Any thread of the
+        parent may call it.
+        """
+        parent = self._parent
+        if parent is None:
+            return WorkersStats(_together([], self._since), ())
+        rows = []
+        for place in parent.places:
+            counts = []
+            for process in (place.current, place.next):
+                if process is not None:
+                    counts += [_counted(counters) for counters in process.slot.counters]
+            for number, kept in self._past.items():
+                if number[0] == place.number:
+                    counts += kept
+            queues = [
+                queue(members.of(place.number).fileno()) for members in self._endpoints if not members.shared
+            ]
+            rows.append(_together(counts, self._since, queues))
+        gone = [
+            counts
+            for (number, _), kept in self._past.items()
+            if number >= len(parent.places)
+            for counts in kept
+        ]
+        shared = [queue(members.of(0).fileno()) for members in self._endpoints if members.shared]
+        leaving = [
+            _counted(counters)
+            for process in list(parent.processes.values())
+            if process not in (process.place.current, process.place.next)
+            or process.place not in parent.places
+            for counters in process.slot.counters
+        ]
+        total = _together([*(row._asdict() for row in rows), *gone, *leaving], self._since, shared, rows)
+        return WorkersStats(total, tuple(rows))
+
+    def _keep_counters(self, process: Process) -> None:
+        """A process has ended: what it counted stays.  Who was with it then is not active any more."""
+        for endpoint, counters in enumerate(process.slot.counters):
+            counts = _counted(counters)
+            counts["handled"] += counts.pop("active")
+            kept = self._past.setdefault((process.place.number, endpoint), [])
+            kept[:] = [_sum([*kept, counts])]
+
+
+def _check_limits(workers: int, endpoints: int) -> None:
+    """ValueError when there can be no so many."""
+    if workers > MOST_WORKERS:
+        raise ValueError(f"workers must be at most {MOST_WORKERS}, not {workers}")
+    try:
+        import resource  # of POSIX
+    except ImportError:
+        return
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = workers * (endpoints + 4) + _OTHER_DESCRIPTORS
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        raise ValueError(f"workers={workers} need {needed} descriptors, and this process may have {limit}")
+
+
+_SUMS = ("accepted", "handled", "active", "handler_errors", "refused", "dropped")
+
+
+def _counted(counters: Any) -> dict[str, Any]:
+    return {**counters.counts(), "tls_failures": counters.tls_failures(), "paused": counters.paused}
+
+
+def _sum(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Several processes' counters in one."""
+    total: dict[str, Any] = dict.fromkeys(_SUMS, 0)
+    errors: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    paused = []
+    for one in counts:
+        for name in _SUMS:
+            total[name] += one.get(name, 0)
+        errors.update(one["accept_errors"])
+        failures.update(one["tls_failures"])
+        paused.append(one["paused"])
+    return {
+        **total,
+        "accept_errors": dict(errors),
+        "tls_failures": dict(failures),
+        "paused": bool(paused) and all(paused),
+    }
+
+
+def _together(
+    counts: Iterable[dict[str, Any]],
+    since: float,
+    queues: Iterable[tuple[int | None, int | None]] = (),
+    rows: Iterable[ListenerStats] = (),
+) -> ListenerStats:
+    queues = [*queues, *((row.queue_depth, row.queue_limit) for row in rows)]
+    depths = [depth for depth, _ in queues if depth is not None]
+    limits = [limit for _, limit in queues if limit is not None]
+    return ListenerStats(
+        **_sum(counts),
+        threads=0,
+        idle_threads=0,
+        queue_depth=sum(depths) if depths else None,
+        queue_limit=sum(limits) if limits else None,
+        since=since,
+    )
+
+
+def serve_target(handler: Handler, options: dict[str, Any]) -> Target:
+    """What serves listeners with a handler in each worker; options: of serve()."""
+    serve_options(handler, **options)
+    return functools.partial(_serve, handler, options)
+
+
+def _serve(handler: Handler, options: dict[str, Any], *listeners: Listener) -> ServeResult:
+    checked_options: Checked = serve_options(handler, **options)
+    return ServeResult(*make_loop(listeners, handler, checked_options).run())

@@ -1,0 +1,178 @@
+"""Worker processes of a parent that runs beside a test, and clients that ask which one has them."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from helpers.programs import Program, running
+from helpers.sockets import connect
+from helpers.waiting import LIMIT, wait_until
+
+# What a worker does for a client: it answers with its number and process, and with what it is told to do.
+HANDLER = """
+import logging, os, signal, sys, time
+import fastlisten
+
+logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+
+
+def handler(connection):
+    word, _, argument = connection.recv(100).decode().partition(" ")
+    connection.sendall(b"%d %d" % (fastlisten.worker().number, os.getpid()))
+    if word == "sleep":
+        time.sleep(float(argument))
+    elif word == "exit":
+        os._exit(int(argument))
+    elif word == "fork" and os.fork() == 0:
+        connection.close()
+        os._exit(0)
+    if word == "say":
+        connection.recv(100)
+
+
+def serve(listener):
+    return listener.serve(handler)
+
+"""
+
+
+class Answer:
+    """Who has answered a client."""
+
+    def __init__(self, text: bytes) -> None:
+        self.number, self.pid = map(int, text.split())
+
+
+class Running:
+    """A parent and its workers."""
+
+    def __init__(self, process: "subprocess.Popen[str]") -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.address: Any = None
+        listening = self.line_with("listening on ").split("listening on ")[1].split(", ")[0]
+        host, _, port = listening.rpartition(":")
+        self.address = host.removeprefix("unix:") if host.startswith("unix:") else (host, int(port))
+        if listening.startswith("unix:"):
+            self.address = listening.removeprefix("unix:")
+
+    def line_with(self, text: str) -> str:
+        """Read lines until one has text; pytest's time limit ends a wait that is in vain."""
+        assert self.process.stdout is not None
+        while line := self.process.stdout.readline():
+            self.lines.append(line.rstrip("\n"))
+            if text in line:
+                return self.lines[-1]
+        raise AssertionError(f"{text!r} never came: {self.lines}")
+
+    def connect(self) -> socket.socket:
+        return connect(self.address)
+
+    def ask(self, word: str = "who") -> Answer:
+        """Connect, say a word, and return who has answered; the connection is closed then."""
+        with self.connect() as client:
+            client.sendall(word.encode())
+            return Answer(client.recv(100))
+
+    def workers(self, count: int) -> dict[int, int]:
+        """Ask until so many workers have answered; returns their processes by their numbers."""
+        found: dict[int, int] = {}
+
+        def all_answered() -> bool:
+            answer = self.ask()
+            found[answer.number] = answer.pid
+            return len(found) == count
+
+        wait_until(all_answered)
+        return found
+
+    def send(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self, number: int = signal.SIGTERM) -> list[str]:
+        """Send the parent a signal; returns what it said until its end, which is a good one."""
+        self.send(number)
+        output, errors = self.process.communicate(timeout=LIMIT)
+        assert self.process.returncode == 0, (output, errors)
+        self.lines += output.splitlines()
+        return output.splitlines()
+
+
+def gone(pid: int) -> bool:
+    """Tell whether a process has ended; one that nobody has waited for yet has."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return not alive(pid)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def parent(
+    program: Program = "fastlisten.Workers(serve, '127.0.0.1:0', workers=4).run()",
+    until: str = "all workers serve",
+    **options: Any,
+) -> Iterator[Running]:
+    """Run a parent beside the test, with what HANDLER defines, once it has said `until`; all its workers have
+    ended when it has."""
+    text: Program = HANDLER + program if isinstance(program, str) else program
+    with running(text, **options) as process:
+        found = Running(process)
+        found.line_with(until)
+        try:
+            yield found
+        finally:
+            children = children_of(process.pid)
+            if process.poll() is None:
+                process.kill()
+                process.wait(LIMIT)
+            wait_until(lambda: all(map(gone, children)), what=f"workers {children} are left")
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process has started, where the system lists them; proc_pid_task(5)."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+        return [int(child) for child in text.split()]
+    return []
+
+
+def while_clients_come(running: Running, clients: int, act: Callable[[], None]) -> list[str]:
+    """Have this many clients come one after the other in a thread while `act` runs, and on until both are
+    done; returns what went wrong for any of them."""
+    import threading
+
+    wrong: list[str] = []
+    acted = threading.Event()
+    came = 0
+
+    def come() -> None:
+        nonlocal came
+        while (came < clients or not acted.is_set()) and not wrong:
+            came += 1
+            try:
+                running.ask()
+            except (OSError, ValueError) as error:
+                wrong.append(f"client {came}: {error!r}")
+
+    thread = threading.Thread(target=come)
+    thread.start()
+    try:
+        act()
+    finally:
+        acted.set()
+        thread.join()
+    return wrong
