@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from fastlisten._listener import ServeResult
 from fastlisten._workers.memory import CUT, FINISHED, Memory, Slot
+from fastlisten._workers.newcomers import LOOK_AT_PROGRAMS, Newcomers
+from fastlisten._workers.process import Place, Process
 from fastlisten._workers.relief import Relief
 from fastlisten._workers.sockets import Members
 
@@ -34,42 +36,11 @@ GRACE = 1.0  # seconds
 class Starter(Protocol):
     """How worker processes begin."""
 
+    counts: bool  # they write their counters, say when they are ready, and help
+
+    def ended(self, slot: Slot) -> None: ...
+
     def start(self, number: int, place: int, slot: Slot, status: int, close: Callable[[], None]) -> int: ...
-
-
-class Process:
-    """One worker process, until it was waited for."""
-
-    counts = True
-
-    def __init__(self, place: Place, member: int, slot: Slot, known: int) -> None:
-        self.place = place
-        self.member = member
-        self.slot = slot
-        self.known = known
-        self.pid = 0
-        self.pidfd: int | None = None
-        self.status: int | None = None  # our end of its pipe
-        self.began = time.monotonic()
-        self.ready = False
-        self.asked = False  # to go
-        self.kill_at: float | None = None
-
-    def signal(self, number: int) -> None:
-        """Send it a signal; it was not waited for, so that the number is still its own."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
-
-
-class Place:
-    """One of the workers, whichever process it is just now."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.current: Process | None = None  # serves, or is to
-        self.next: Process | None = None  # is to take its place, and is not ready yet
-        self.failures = 0  # in a row
-        self.start_at: float | None = 0.0
 
 
 class Parent:
@@ -94,16 +65,19 @@ class Parent:
         self.places = [Place(number) for number in range(count)]
         self.processes: dict[int, Process] = {}
         self.tell = tell
+        self.drain = drain
+        self.spare = 0  # listeners that no worker has
+        self.defers = False  # clients are queued when they have said something
         self.ending = False
         self.finished = self.cut = 0
         self.ticks: list[Tick] = []
         self._starter = starter
         self._memory = memory
-        self._drain = drain
         self._ready_timeout = ready_timeout
         self._rolling: deque[Place] = deque()
         self._served = False
         self._relief = Relief(endpoints, self.serving, self.steer)
+        self._newcomers = None if starter.counts else Newcomers(self, starter)
         self._selector = selectors.DefaultSelector()
         self._wakeups = socket.socketpair()
         self._watching = False  # the listeners, for a client to come
@@ -139,6 +113,8 @@ class Parent:
     def _patience(self) -> float | None:
         """How long nothing is to be done, in seconds."""
         times = [tick.due for tick in self.ticks]
+        if self._newcomers is not None and self._newcomers.busy:
+            times.append(time.monotonic() + LOOK_AT_PROGRAMS)
         for place in self.places:
             if place.start_at is not None and not self.ending:
                 times.append(place.start_at)
@@ -167,6 +143,8 @@ class Parent:
                 self._not_ready(process)
         for tick in self.ticks:
             tick.run(now)
+        if self._newcomers is not None:
+            self._newcomers.look(now)
         if not self.ending:
             self._relief.look(now)
             self._watch_listeners(self._relief.asleep)
@@ -204,7 +182,8 @@ class Parent:
             self._failed(place, f"worker {place.number} cannot be started: {error}", 1.0)
             return
         known = min((len(members.listeners) for members in self.endpoints if not members.shared), default=0)
-        process = Process(place, place.number, slot, known)
+        member = place.member if self._newcomers is None else self._newcomers.member(place)
+        process = Process(place, member, slot, known, self._starter.counts)
         process.status = reader
 
         def close() -> None:
@@ -225,6 +204,8 @@ class Parent:
         else:
             place.next = process
         self.processes[process.pid] = process
+        if self._newcomers is not None:
+            self._newcomers.began(process)
         self._selector.register(reader, selectors.EVENT_READ, lambda: self._told(process))
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):  # then SIGCHLD tells
@@ -274,8 +255,10 @@ class Parent:
         )
         if place.next is process:
             before, place.current, place.next = place.current, process, None
+            place.member = process.member
+            self.steer()
             if before is not None:
-                self._ask(before)
+                self._let_go(before)
         self._relief.replaced(process.member)
         self.steer()
         self._replace_next()
@@ -294,13 +277,20 @@ class Parent:
             good = [place for place in serving if not self._relief.stuck(number, place)]
             members.steer(sorted(good or serving))
 
-    def _ask(self, process: Process, drain: float | None = None) -> None:
+    def _let_go(self, process: Process) -> None:
+        """No new clients come to a worker any more: ask it to go, when it has taken those that have come."""
+        if self._newcomers is None or not self._newcomers.leaves(process):
+            self.ask(process)
+
+    def ask(self, process: Process, drain: float | None = None) -> None:
         """Ask a worker to go; after its drain it is killed."""
-        drain = self._drain if drain is None else drain
+        drain = self.drain if drain is None else drain
         process.asked = True
         process.kill_at = time.monotonic() + drain + GRACE
-        # one that has just begun may have no handlers yet, and SIGQUIT would leave a core
-        process.signal(signal.SIGQUIT if drain == 0 and process.ready else signal.SIGTERM)
+        if drain or not process.ready:  # one that has just begun may have no handlers yet
+            process.signal(signal.SIGTERM)
+        else:
+            process.signal(signal.SIGQUIT if process.counts else signal.SIGKILL)
 
     def _reap(self) -> None:
         """Wait for those that have ended; as PID 1 for whoever else has, too."""
@@ -323,8 +313,12 @@ class Parent:
         self.finished += process.slot.numbers[FINISHED]
         self.cut += process.slot.numbers[CUT]
         self.gone(process)
+        self._starter.ended(process.slot)
+        if self._newcomers is not None:
+            process.signal(signal.SIGKILL)  # what it has started would hold the listeners
+            self._newcomers.ended(process)
         self._memory.give_back(process.slot)
-        how = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        how = f"by signal {signal.strsignal(-code) or -code}" if code < 0 else f"with status {code}"
         name = f"worker {place.number} (process {process.pid})"
         values = {"worker": place.number, "pid": process.pid, "status": code}
         if place.next is process:
@@ -340,6 +334,7 @@ class Parent:
                 self._again(process, f"{name} ended {how}", values)
         else:
             self.tell("ended", f"{name} ended {how}", **values)
+        self._replace_next()
 
     def gone(self, process: Process) -> None:
         """A process has ended, and its slot will be another's: for who adds the counters up."""
@@ -427,13 +422,13 @@ class Parent:
         """End with a drain; the second time, or with `drain` 0, now."""
         if self.ending:
             drain = 0.0
-        seconds = self._drain if drain is None else drain
+        seconds = self.drain if drain is None else drain
         self.ending = True
         self._rolling.clear()
         self._watch_listeners(False)
         self.tell("draining", f"{why}: draining for at most {seconds:g} s", signal=why, seconds=seconds)
         for process in self.processes.values():
-            self._ask(process, seconds)
+            self.ask(process, seconds)
 
     def replace(self) -> None:
         """SIGHUP: replace the workers one by one, each when the new one is ready."""
@@ -444,6 +439,8 @@ class Parent:
 
     def _replace_next(self) -> None:
         while self._rolling and not any(place.next for place in self.places):
+            if self._newcomers is not None and not self._newcomers.has_room(self._rolling[0]):
+                return  # an end makes room
             place = self._rolling.popleft()
             if place in self.places and place.current is not None and place.current.ready:
                 self._start(place)
@@ -457,7 +454,7 @@ class Parent:
             watched = self._watching
             self._watch_listeners(False)
             for members in self.endpoints:
-                members.grow(number + 1)
+                members.grow(number + 1 + self.spare)
             self._watch_listeners(watched)
             self._relief.arrange()
         except OSError as error:
@@ -473,9 +470,10 @@ class Parent:
         place = self.places.pop()
         self._relief.arrange()
         self.steer()
-        for process in (place.next, place.current):
-            if process is not None:
-                self._ask(process)
+        if place.next is not None:
+            self.ask(place.next)
+        if place.current is not None:
+            self._let_go(place.current)
         self.tell(
             "removing", f"SIGTTOU: {len(self.places)} workers", signal="SIGTTOU", workers=len(self.places)
         )

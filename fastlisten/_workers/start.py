@@ -62,6 +62,8 @@ def forget_signals() -> None:
 class Forked:
     """Workers that are forks of the parent, and so have its modules and the target as they are."""
 
+    counts = True
+
     def __init__(self, target: Target, drain: float) -> None:
         self._target = target
         self._drain = drain
@@ -84,6 +86,12 @@ class Forked:
 
         return fork(child)
 
+    def ended(self, slot: Slot) -> None:
+        """The process with this slot has ended."""
+
+    def close(self) -> None:
+        """Nothing was made."""
+
 
 # What a fresh interpreter is started with: the number of the descriptor that has the rest.
 _MAIN = "from fastlisten._workers.start import fresh; fresh({})"
@@ -93,9 +101,11 @@ class Fresh:
     """Workers in interpreters of their own, for a parent that has threads: a fork has none of them, and what
     they held.  The target goes there by its name, as with multiprocessing's "spawn".
 
-    Raises TypeError or ValueError when the target cannot be sent, RuntimeError when it cannot be imported
+    Raises ValueError when the target cannot be sent, RuntimeError when it cannot be imported
     there.
     """
+
+    counts = True
 
     def __init__(self, target: Target, drain: float) -> None:
         # Much to import, and only for who needs it; multiprocessing knows how to find the main module again.
@@ -168,6 +178,12 @@ class Fresh:
                 setsigmask=(),
                 setsigdef=[number for number in _ALL if callable(signal.getsignal(number))],
             )
+
+    def ended(self, slot: Slot) -> None:
+        """The process with this slot has ended."""
+
+    def close(self) -> None:
+        """Nothing was made."""
 
 
 def fresh(argument: Any) -> None:

@@ -8,8 +8,8 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastlisten._bind import Address
@@ -19,7 +19,9 @@ from fastlisten._listener import Listener, ListenerStats, ServeResult, make_loop
 from fastlisten._options import BindOptions, Checked, WorkerOptions, checked
 from fastlisten._workers.child import Target
 from fastlisten._workers.memory import MOST_ENDPOINTS, Memory
-from fastlisten._workers.parent import Parent, Process, Tick
+from fastlisten._workers.parent import Parent, Tick
+from fastlisten._workers.process import Process
+from fastlisten._workers.programs import Programs
 from fastlisten._workers.sockets import Members
 from fastlisten._workers.start import Forked, Fresh, single_threaded
 
@@ -54,46 +56,17 @@ class WorkersStats(NamedTuple):
     workers: tuple[Any, ...]
 
 
-class Workers:
-    """Processes that serve the same endpoints, and a parent that replaces them without losing a client.
-
-    target: called in each worker with its Listeners, one for each endpoint; when it returns, or raises, the
-    worker ends.  A coroutine function is run on an aio.EventLoop.  What is to end a worker stops its
-    Listeners: serve() returns then, iteration ends, asyncio servers of fastlisten close, each with the
-    drain.
-    endpoints: as bind() takes them.  Each is bound once a worker, where the system spreads the clients of a
-    port over its listeners, and once for all elsewhere; with port 0 all have the same one.
-    workers: how many; "auto" is one a usable core.
-    drain: how many seconds a worker that is to end has for the clients that it has and that are queued.
-    ready_timeout: how many seconds a worker has to serve all its Listeners, or to call worker().ready();
-    one that has not is ended, and the one that it was to replace stays.
-    bind_options: as bind(), without reuse_port.
-
-    Workers are forks of this process where that is safe: where it has no other thread.  Else they are fresh
-    interpreters, to which the target goes by its name, as multiprocessing's "spawn" does it.
-
-    Raises TypeError and ValueError for what cannot be meant, before a socket opens.
-
-    >>> import fastlisten
-    >>> def target(listener):
-    ...     listener.serve(print, threads=4)
-    >>> fastlisten.Workers(target, "127.0.0.1:0", workers=0)
-    Traceback (most recent call last):
-    ...
-    ValueError: workers must be at least 1, not 0
-    """
+class Supervised:
+    """Workers of any kind; a subclass says how they begin."""
 
     def __init__(
         self,
-        target: Target,
         *endpoints: Address | Listener,
         workers: int | str,
         drain: float = DEFAULT_DRAIN,
         ready_timeout: float = DEFAULT_READY_TIMEOUT,
         **bind_options: Unpack[BindOptions],
     ) -> None:
-        if not callable(target):
-            raise TypeError(f"target must be callable, not {type(target).__name__}")
         if not endpoints:
             raise TypeError("Workers() needs at least one endpoint")
         if len(endpoints) > MOST_ENDPOINTS:
@@ -107,7 +80,6 @@ class Workers:
         if self._bind_options.reuse_port:
             raise ValueError("reuse_port: the workers' listeners share the port anyway, and with nobody else")
         _check_limits(own.workers, len(endpoints))
-        self._target = target
         self._where = endpoints
         self._count: int = own.workers
         self._drain: float = DEFAULT_DRAIN if own.drain is None else own.drain
@@ -136,9 +108,10 @@ class Workers:
         """
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("workers are run by the main thread, which has the signals")
-        starter: Forked | Fresh
-        starter = Forked(self._target, self._drain) if single_threaded() else Fresh(self._target, self._drain)
-        with self._bound(self._count) as endpoints:
+        starter = self._starter()
+        # A program that replaces another one has listeners of its own meanwhile.
+        spare = 0 if starter.counts else 1
+        with closing(starter), self._bound(self._count + spare) as endpoints:
             # Each may be replaced while the one before still drains, and be added and taken away meanwhile.
             memory = Memory(len(endpoints), 4 * MOST_WORKERS, named=isinstance(starter, Fresh))
             try:
@@ -146,6 +119,8 @@ class Workers:
                 parent = Parent(
                     endpoints, starter, memory, self._count, self._drain, self._ready_timeout, self._tell
                 )
+                parent.spare = spare
+                parent.defers = self._bind_options.defer_accept is not None
                 parent.gone = self._keep_counters  # type: ignore[method-assign]
                 parent.ticks = [Tick(*tick) for tick in self._ticks]
                 self._parent = parent
@@ -227,6 +202,80 @@ class Workers:
             counts["handled"] += counts.pop("active")
             kept = self._past.setdefault((process.place.number, endpoint), [])
             kept[:] = [_sum([*kept, counts])]
+
+    def _starter(self) -> Any:
+        raise NotImplementedError
+
+
+class Workers(Supervised):
+    """Processes that serve the same endpoints, and a parent that replaces them without losing a client.
+
+    target: called in each worker with its Listeners, one for each endpoint; when it returns, or raises, the
+    worker ends.  A coroutine function is run on an aio.EventLoop.  What is to end a worker stops its
+    Listeners: serve() returns then, iteration ends, asyncio servers of fastlisten close, each with the
+    drain.
+    endpoints: as bind() takes them.  Each is bound once a worker, where the system spreads the clients of a
+    port over its listeners, and once for all elsewhere; with port 0 all have the same one.
+    workers: how many; "auto" is one a usable core.
+    drain: how many seconds a worker that is to end has for the clients that it has and that are queued.
+    ready_timeout: how many seconds a worker has to serve all its Listeners, or to call worker().ready();
+    one that has not is ended, and the one that it was to replace stays.
+    bind_options: as bind(), without reuse_port.
+
+    Workers are forks of this process where that is safe: where it has no other thread.  Else they are fresh
+    interpreters, to which the target goes by its name, as multiprocessing's "spawn" does it.
+
+    Raises TypeError and ValueError for what cannot be meant, before a socket opens.
+
+    >>> import fastlisten
+    >>> def target(listener):
+    ...     listener.serve(print, threads=4)
+    >>> fastlisten.Workers(target, "127.0.0.1:0", workers=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: workers must be at least 1, not 0
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *endpoints: Address | Listener,
+        workers: int | str,
+        drain: float = DEFAULT_DRAIN,
+        ready_timeout: float = DEFAULT_READY_TIMEOUT,
+        **bind_options: Unpack[BindOptions],
+    ) -> None:
+        if not callable(target):
+            raise TypeError(f"target must be callable, not {type(target).__name__}")
+        super().__init__(
+            *endpoints, workers=workers, drain=drain, ready_timeout=ready_timeout, **bind_options
+        )
+        self._target = target
+
+    def _starter(self) -> Forked | Fresh:
+        """How they begin; what cannot be is told here, before anything is bound."""
+        return (Forked if single_threaded() else Fresh)(self._target, self._drain)
+
+
+class ProgramWorkers(Supervised):
+    """Workers that are another program: `command` and its arguments, as Programs takes them."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *endpoints: Address | Listener,
+        workers: int | str,
+        drain: float = DEFAULT_DRAIN,
+        ready_timeout: float = DEFAULT_READY_TIMEOUT,
+        **bind_options: Unpack[BindOptions],
+    ) -> None:
+        super().__init__(
+            *endpoints, workers=workers, drain=drain, ready_timeout=ready_timeout, **bind_options
+        )
+        self._command = command
+
+    def _starter(self) -> Programs:
+        return Programs(self._command)
 
 
 def _check_limits(workers: int, endpoints: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import fastlisten
-from fastlisten._options import BindOptions, ServeOptions, TLSOptions, declared
+from fastlisten._options import BindOptions, ServeOptions, TLSOptions, WorkerOptions, declared
 from fastlisten.cli.errors import MISUSED, CommandError
 
 DEFAULT_ENDPOINT = "127.0.0.1:11000"
@@ -17,9 +17,10 @@ DEFAULT_ENDPOINT = "127.0.0.1:11000"
 DEFAULT_THREADS = (1, 64)
 DEFAULT_DRAIN = 5.0
 
-# The options of bind() and of serve() by name. One that has no argument here is never given.
+# The options of bind(), of serve() and of workers by name. One that has no argument here is never given.
 BIND_OPTIONS = tuple(declared(BindOptions))
 SERVE_OPTIONS = (*declared(ServeOptions), *declared(TLSOptions))
+WORKER_OPTIONS = tuple(declared(WorkerOptions))
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +54,10 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds <= threading.TIMEOUT_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds")
     return seconds
+
+
+def _workers(text: str) -> int | str:
+    return text if text == "auto" else _number(1)(text)
 
 
 def _threads(text: str) -> int | tuple[int, int]:
@@ -95,6 +100,7 @@ def parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_hosts(commands)
     _add_run(commands)
+    _add_workers(commands)
     return top
 
 
@@ -131,9 +137,59 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
         default=DEFAULT_DRAIN,
         help="how long SIGTERM lets handlers finish (default %(default)g)",
     )
+    processes = serve.add_argument_group("processes")
+    processes.add_argument(
+        "--workers",
+        metavar="N|auto",
+        type=_workers,
+        help="serve in N processes, or in one a usable core; SIGHUP replaces them without losing a client",
+    )
+    _add_ready_timeout(processes)
     _add_binding(serve)
     _add_serving(serve)
     _add_tls(serve)
+
+
+def _add_ready_timeout(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--ready-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        help="how long a worker may take until it serves (default 30)",
+    )
+
+
+def _add_workers(commands: argparse._SubParsersAction[Parser]) -> None:
+    workers = commands.add_parser(
+        "workers",
+        usage="fastlisten workers [OPTIONS] --bind ENDPOINT [--bind ENDPOINT ...] -- COMMAND [ARGUMENTS ...]",
+        help="run any program in several processes, and replace them without losing a client",
+        description="Run a program in several processes. Each inherits its listening sockets as systemd "
+        "passes them (LISTEN_FDS), and is told the number of the first where the arguments say {fd}, and its "
+        "own where they say {n}. SIGHUP replaces the processes one by one, SIGTTIN and SIGTTOU add and take "
+        "one, SIGTERM ends them.",
+    )
+    value = workers.add_argument
+    value(
+        "--bind",
+        metavar="ENDPOINT",
+        action="append",
+        required=True,
+        help="where to listen, as for serve; the first may be followed by others",
+    )
+    value(
+        "--workers", metavar="N|auto", type=_workers, default="auto", help="how many (default: %(default)s)"
+    )
+    value(
+        "--drain",
+        metavar="SECONDS",
+        type=_seconds,
+        default=DEFAULT_DRAIN,
+        help="how long one that is asked to end may take (default %(default)g)",
+    )
+    value("--json", action="store_true", help="print one JSON object a line")
+    _add_ready_timeout(workers)
+    _add_binding(workers)
 
 
 def _add_binding(serve: Parser) -> None:

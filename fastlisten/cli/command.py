@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -12,7 +13,19 @@ from fastlisten.cli.hosts import hosts_command
 from fastlisten.cli.run import run_command, split
 from fastlisten.cli.serve import serve_command
 
-COMMANDS = {"serve": serve_command, "hosts": hosts_command, "run": run_command}
+
+def _workers_command(options: argparse.Namespace) -> int:
+    from fastlisten.cli.workers import workers_command  # only for who asks for them
+
+    return workers_command(options)
+
+
+COMMANDS = {
+    "serve": serve_command,
+    "hosts": hosts_command,
+    "run": run_command,
+    "workers": _workers_command,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import errno
 import re
 
 from fastlisten import Endpoint
-from fastlisten.cli.arguments import BIND_OPTIONS, DEFAULT_ENDPOINT, SERVE_OPTIONS
+from fastlisten.cli.arguments import BIND_OPTIONS, DEFAULT_ENDPOINT, SERVE_OPTIONS, WORKER_OPTIONS
 from fastlisten.cli.port_holder import holder_of, what_stands_at
 
 
@@ -23,7 +23,7 @@ def endpoint_hint(text: str) -> str:
 
 def as_option(error: Exception) -> str:
     """Return the words of an error that begin with a parameter's name with the option's in its place."""
-    names = "|".join((*BIND_OPTIONS, *SERVE_OPTIONS))
+    names = "|".join((*BIND_OPTIONS, *SERVE_OPTIONS, *WORKER_OPTIONS))
     return re.sub(rf"^({names})\b", lambda name: "--" + name[0].replace("_", "-"), str(error))
 
 

@@ -86,7 +86,7 @@ class Report:
             how += f": {_connections(result.finished)} finished, {result.cut} cut"
             drain = {"finished": result.finished, "cut": result.cut}
         text = f"{how}; {stats.accepted} accepted, {stats.handled} handled"
-        self._event(text, "stopped", signal=why, **drain, **_plain(stats))
+        self._event(text, "stopped", signal=why, **drain, **plain(stats))
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
@@ -115,7 +115,7 @@ class Report:
                 rate = (stats.accepted - before.accepted) / (now - then)
                 before, then = stats, now
                 if self._live:
-                    self._draw(_counters(stats, rate))
+                    self._draw(counters(stats, rate))
                 elif stats != told:
                     self._counted(stats, rate)
                     told = stats
@@ -127,8 +127,8 @@ class Report:
             self._event(text, "draining", signal=why, seconds=seconds)
 
     def _counted(self, stats: ListenerStats, rate: float) -> None:
-        text = f"{time.strftime('%H:%M:%S')} {_counters(stats, rate)}"
-        self._event(text, "stats", per_second=round(rate, 1), **_plain(stats))
+        text = f"{time.strftime('%H:%M:%S')} {counters(stats, rate)}"
+        self._event(text, "stats", per_second=round(rate, 1), **plain(stats))
 
     def _draw(self, line: str) -> None:
         # One column less than there are: some terminals wrap when the last one is written.
@@ -150,7 +150,7 @@ class LogLines(logging.StreamHandler[Any]):
             super().emit(record)
 
 
-def _counters(stats: ListenerStats, rate: float) -> str:
+def counters(stats: ListenerStats, rate: float) -> str:
     parts = [f"accepted {stats.accepted}", f"{rate:.0f}/s", f"active {stats.active}"]
     if stats.queue_depth is not None:
         parts.append(f"queue {stats.queue_depth}/{stats.queue_limit}")
@@ -166,7 +166,7 @@ def _counters(stats: ListenerStats, rate: float) -> str:
     return "  ".join(parts)
 
 
-def _plain(stats: ListenerStats) -> dict[str, object]:
+def plain(stats: ListenerStats) -> dict[str, object]:
     """Return the stats as JSON can hold them."""
     values = stats._asdict()
     return {

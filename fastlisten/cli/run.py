@@ -16,8 +16,12 @@ STARTUP = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The command's own arguments, and those of the program that `run` runs: all after its name."""
+    """The command's own arguments, and those of the program that `run` runs: all after its name; and the
+    program that `workers` runs: all after --."""
     own = len(arguments)
+    if arguments[:1] == ["workers"] and "--" in arguments:
+        own = arguments.index("--")
+        return list(arguments[:own]), list(arguments[own + 1 :])
     if arguments[:1] == ["run"]:
         own = 3 if arguments[1:2] == ["-m"] else 2  # run -m MODULE, or run SCRIPT
     return list(arguments[:own]), list(arguments[own:])

@@ -49,6 +49,12 @@ def serve_command(options: argparse.Namespace) -> int:
         serve_options(handler, **serving)  # what is wrong with them is told before a socket opens
     except (TypeError, ValueError) as error:
         raise CommandError(f"cannot serve {endpoint}: {as_option(error)}", MISUSED) from error
+    if options.workers is not None:
+        from fastlisten.cli.workers import serve_with_workers  # only for who asks for them
+
+        return serve_with_workers(endpoint, handler, serving, options)
+    if options.ready_timeout is not None:
+        raise CommandError("--ready-timeout needs --workers", MISUSED)
     try:
         listener = passed_connection(endpoint) or fastlisten.bind(endpoint, **given(options, BIND_OPTIONS))
     except OSError as error:

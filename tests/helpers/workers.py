@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -51,15 +52,11 @@ class Answer:
 class Running:
     """A parent and its workers."""
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
+    def __init__(self, process: "subprocess.Popen[str]", listening: str = "listening on ") -> None:
         self.process = process
         self.lines: list[str] = []
-        self.address: Any = None
-        listening = self.line_with("listening on ").split("listening on ")[1].split(", ")[0]
-        host, _, port = listening.rpartition(":")
-        self.address = host.removeprefix("unix:") if host.startswith("unix:") else (host, int(port))
-        if listening.startswith("unix:"):
-            self.address = listening.removeprefix("unix:")
+        host, _, port = re.split('[,"]', self.line_with(listening).split(listening)[1])[0].rpartition(":")
+        self.address: Any = (host, int(port))
 
     def line_with(self, text: str) -> str:
         """Read lines until one has text; pytest's time limit ends a wait that is in vain."""
@@ -124,13 +121,14 @@ def alive(pid: int) -> bool:
 def parent(
     program: Program = "fastlisten.Workers(serve, '127.0.0.1:0', workers=4).run()",
     until: str = "all workers serve",
+    listening: str = "listening on ",
     **options: Any,
 ) -> Iterator[Running]:
     """Run a parent beside the test, with what HANDLER defines, once it has said `until`; all its workers have
     ended when it has."""
     text: Program = HANDLER + program if isinstance(program, str) else program
     with running(text, **options) as process:
-        found = Running(process)
+        found = Running(process, listening)
         found.line_with(until)
         try:
             yield found

@@ -1,0 +1,50 @@
+"""A worker process, and the place among the workers that it has."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+
+from fastlisten._workers.memory import Slot
+
+
+class Process:
+    """One worker process, until it was waited for."""
+
+    def __init__(self, place: Place, member: int, slot: Slot, known: int, counts: bool) -> None:
+        self.counts = counts
+        self.place = place
+        self.member = member
+        self.slot = slot
+        self.known = known
+        self.pid = 0
+        self.pidfd: int | None = None
+        self.status: int | None = None  # our end of its pipe
+        self.began = time.monotonic()
+        self.ready = False
+        self.asked = False  # to go
+        self.kill_at: float | None = None
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; it was not waited for, so that the number is still its own.
+
+        A program may have started others: all of its group get it.
+        """
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self.counts:
+                os.kill(self.pid, number)
+            else:
+                os.killpg(self.pid, number)
+
+
+class Place:
+    """One of the workers, whichever process it is just now."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.member = number  # which listeners are its own; a program that replaces another gets others
+        self.current: Process | None = None  # serves, or is to
+        self.next: Process | None = None  # is to take its place, and is not ready yet
+        self.failures = 0  # in a row
+        self.start_at: float | None = 0.0

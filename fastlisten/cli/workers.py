@@ -1,0 +1,168 @@
+"""`fastlisten workers`, and `fastlisten serve --workers`: a parent, and what it tells."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fastlisten import Connection, Endpoint, ListenerStats, ServeResult
+from fastlisten._workers.workers import ProgramWorkers, Supervised, Workers, serve_target
+from fastlisten.cli import output
+from fastlisten.cli.arguments import BIND_OPTIONS, WORKER_OPTIONS, given
+from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
+from fastlisten.cli.failures import as_option, bind_failure, endpoint_hint
+from fastlisten.cli.report import LINE_INTERVAL, LIVE_INTERVAL, counters, plain
+
+
+def serve_with_workers(
+    endpoint: Endpoint,
+    handler: Callable[[Connection], object],
+    serving: dict[str, Any],
+    options: argparse.Namespace,
+) -> int:
+    """`fastlisten serve --workers`; returns the exit status."""
+
+    class Told(WorkersReport, Workers):
+        """Workers that tell."""
+
+    target = serve_target(handler, serving)
+    return _run(lambda: Told(target, endpoint, **_options(options)), [endpoint], options, counts=True)
+
+
+def workers_command(options: argparse.Namespace) -> int:
+    """`fastlisten workers`; returns the exit status."""
+    if not options.arguments:
+        raise CommandError("workers needs a program after --: workers -- COMMAND ARGUMENTS", MISUSED)
+    endpoints = []
+    for text in options.bind:
+        try:
+            endpoints.append(Endpoint.parse(text))
+        except ValueError as error:
+            raise CommandError(f"{error}{endpoint_hint(text)}", MISUSED) from error
+
+    class Told(WorkersReport, ProgramWorkers):
+        """Programs whose parent tells."""
+
+    command = options.arguments
+    return _run(lambda: Told(command, *endpoints, **_options(options)), endpoints, options, counts=False)
+
+
+def _options(options: argparse.Namespace) -> dict[str, Any]:
+    return given(options, (*WORKER_OPTIONS, *BIND_OPTIONS))
+
+
+def _run(
+    make: Callable[[], Any], endpoints: list[Endpoint], options: argparse.Namespace, counts: bool
+) -> int:
+    where = ", ".join(map(str, endpoints))
+    try:
+        workers = make()
+        workers.reports(options.json, counts)
+        result = workers.run()
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise CommandError(f"cannot serve {where}: {as_option(error)}", MISUSED) from error
+    except RuntimeError as error:
+        raise CommandError(f"cannot serve {where}: {error}", FAILED) from error
+    except OSError as error:
+        bound = len(workers._endpoints)
+        if bound == len(endpoints):
+            raise CommandError(f"serving {where} failed: {error}", FAILED) from error
+        raise CommandError(bind_failure(endpoints[bound], error), FAILED) from error
+    workers.stopped(result)
+    return INTERRUPTED if workers.why == "SIGINT" else 0
+
+
+class WorkersReport(Supervised):
+    """Tells what happens, and the counters, a row a worker; by no thread, so that the parent can fork."""
+
+    why: str | None = None  # what has ended it
+    _json = _live = _failed = False
+    _drawn = 0  # lines of the counters that are on the screen
+
+    def reports(self, as_json: bool, counts: bool) -> None:
+        """Say how to tell.  counts: the workers write their counters."""
+        self._json = as_json
+        self._live = sys.stdout.isatty() and not as_json
+        self._before: tuple[ListenerStats, ...] = ()
+        self._then = time.monotonic()
+        if counts:
+            self._ticks.append((LIVE_INTERVAL if self._live else LINE_INTERVAL, self._tick))
+        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+
+    def _started(self) -> None:
+        names = [str(endpoint) for endpoint in self.endpoints]
+        self._event(
+            f"listening on {', '.join(names)}",
+            "started",
+            endpoint=names[0],
+            endpoints=names,
+            workers=self._count,
+            process=os.getpid(),
+        )
+
+    def _tell(self, event: str, text: str, warning: bool = False, **values: Any) -> None:
+        if event == "draining":
+            self.why = values["signal"]
+        self._event(text, event, **values)
+
+    def stopped(self, result: ServeResult) -> None:
+        """Tell how it ended."""
+        how = f"stopped by {self.why}: {result.finished} finished, {result.cut} cut"
+        self._event(how, "stopped", signal=self.why, finished=result.finished, cut=result.cut)
+
+    def _tick(self) -> None:
+        """Tell the counters, if they have changed or are seen live."""
+        total, rows = self.stats()
+        now = time.monotonic()
+        all_rows = (total, *rows)
+        known = self._before if len(self._before) == len(all_rows) else all_rows
+        rates = [
+            (row.accepted - before.accepted) / (now - self._then)
+            for row, before in zip(all_rows, known, strict=True)
+        ]
+        changed, self._before, self._then = all_rows != self._before, all_rows, now
+        if not (changed or self._live):
+            return
+        if self._json:
+            values = [
+                {"worker": number, "per_second": round(rate, 1), **plain(row)}
+                for number, (row, rate) in enumerate(zip(rows, rates[1:], strict=True))
+            ]
+            self._event("", "stats", per_second=round(rates[0], 1), **plain(total), workers=values)
+            return
+        lines = [f"{time.strftime('%H:%M:%S')} {counters(total, rates[0])}"]
+        lines += [
+            f"  worker {number}  {counters(row, rate)}"
+            for number, (row, rate) in enumerate(zip(rows, rates[1:], strict=True))
+        ]
+        if not self._live:
+            self._write("".join(f"{line}\n" for line in lines))
+            return
+        columns = max(shutil.get_terminal_size().columns - 1, 1)
+        up = f"\r\x1b[{self._drawn}A" if self._drawn else ""
+        self._write(up + "".join(f"{line[:columns]}\x1b[K\n" for line in lines) + "\x1b[J")
+        self._drawn = len(lines)
+
+    def _event(self, text: str, event: str, **values: object) -> None:
+        if self._json:
+            text = json.dumps({"event": event, **values}, default=str)
+        if self._drawn:  # the counters are drawn anew below it
+            self._write(f"\r\x1b[{self._drawn}A\x1b[J")
+            self._drawn = 0
+        self._write(f"{text}\n")
+
+    def _write(self, text: str) -> None:
+        """Say it; a service does not end because its log is full. The first failure is told on stderr."""
+        try:
+            output.write(text)
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                print(f"fastlisten: stdout: {error.strerror}; serving goes on", file=sys.stderr)
