@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 from fastlisten._listener import ServeResult
+from fastlisten._workers.handover import Inheritance, Successor
 from fastlisten._workers.memory import CUT, FINISHED, Memory, Slot
 from fastlisten._workers.newcomers import LOOK_AT_PROGRAMS, Newcomers
 from fastlisten._workers.process import Place, Process
@@ -67,6 +68,8 @@ class Parent:
         self.tell = tell
         self.drain = drain
         self.spare = 0  # listeners that no worker has
+        self.names: Sequence[str] = ()  # of the endpoints, for who takes them over
+        self.inheritance: Inheritance | None = None  # of a parent that is to go when all workers serve
         self.defers = False  # clients are queued when they have said something
         self.ending = False
         self.finished = self.cut = 0
@@ -80,6 +83,9 @@ class Parent:
         self._newcomers = None if starter.counts else Newcomers(self, starter)
         self._selector = selectors.DefaultSelector()
         self._wakeups = socket.socketpair()
+        self._successor: Successor | None = None
+        self._hand_over_until = 0.0
+        self._begun: list[int] = []  # successors that may have to be waited for
         self._watching = False  # the listeners, for a client to come
 
     # --- the loop -------------------------------------------------------------------------------------
@@ -113,6 +119,8 @@ class Parent:
     def _patience(self) -> float | None:
         """How long nothing is to be done, in seconds."""
         times = [tick.due for tick in self.ticks]
+        if self._successor is not None:
+            times.append(self._hand_over_until)
         if self._newcomers is not None and self._newcomers.busy:
             times.append(time.monotonic() + LOOK_AT_PROGRAMS)
         for place in self.places:
@@ -143,6 +151,7 @@ class Parent:
                 self._not_ready(process)
         for tick in self.ticks:
             tick.run(now)
+        self._look_for_successor(now)
         if self._newcomers is not None:
             self._newcomers.look(now)
         if not self.ending:
@@ -269,6 +278,9 @@ class Parent:
     def all_ready(self) -> None:
         """All workers serve for the first time.  This is where a service manager is told."""
         self.tell("serving", "all workers serve", workers=len(self.places))
+        if self.inheritance is not None:
+            self.inheritance.serve()
+            self.steer()
 
     def steer(self) -> None:
         """Have new clients go to those workers that serve, and are not stuck."""
@@ -295,11 +307,13 @@ class Parent:
     def _reap(self) -> None:
         """Wait for those that have ended; as PID 1 for whoever else has, too."""
         everybody = os.getpid() == 1
-        for pid in [-1] if everybody else list(self.processes):
+        for pid in [-1] if everybody else [*self.processes, *self._begun]:
             with contextlib.suppress(ChildProcessError):
                 while (ended := os.waitpid(pid, os.WNOHANG))[0]:
                     process = self.processes.pop(ended[0], None)
-                    if process is not None:
+                    if process is None:
+                        self._begun = [pid for pid in self._begun if pid != ended[0]]
+                    else:
                         self._ended(process, os.waitstatus_to_exitcode(ended[1]))
 
     def _ended(self, process: Process, code: int) -> None:
@@ -408,6 +422,7 @@ class Parent:
             signal.SIGHUP: self.replace,
             signal.SIGTTIN: self.add,
             signal.SIGTTOU: self.take_away,
+            signal.SIGUSR2: self.hand_over,
             signal.SIGCHLD: self._reap,
         }
 
@@ -424,6 +439,8 @@ class Parent:
             drain = 0.0
         seconds = self.drain if drain is None else drain
         self.ending = True
+        if self._successor is not None:  # it was to take over, and does not serve yet
+            os.kill(self._successor.pid, signal.SIGTERM)
         self._rolling.clear()
         self._watch_listeners(False)
         self.tell("draining", f"{why}: draining for at most {seconds:g} s", signal=why, seconds=seconds)
@@ -444,6 +461,55 @@ class Parent:
             place = self._rolling.popleft()
             if place in self.places and place.current is not None and place.current.ready:
                 self._start(place)
+
+    def hand_over(self) -> None:
+        """SIGUSR2: start the next parent, and serve on until its workers serve."""
+        if self.ending or self._successor is not None:
+            return
+        if os.getpid() == 1:
+            self._warn("failed", "SIGUSR2: the first process cannot hand over, all others would end with it")
+            return
+        try:
+            named = zip(self.names, self.endpoints, strict=True)
+            successor = self._successor = Successor(list(named))
+        except OSError as error:
+            self._warn("failed", f"SIGUSR2: no other parent can be started: {error}")
+            return
+        self._begun.append(successor.pid)
+        self._hand_over_until = time.monotonic() + self._ready_timeout
+        self._selector.register(successor.reader, selectors.EVENT_READ, self._successor_told)
+        text = f"SIGUSR2: process {successor.pid} takes over when its workers serve"
+        self.tell("handing over", text, signal="SIGUSR2", pid=successor.pid)
+
+    def _successor_told(self) -> None:
+        """The next parent serves, or has ended."""
+        successor = self._successor
+        if successor is None:
+            return
+        serves = successor.serves()
+        self._forget_successor()
+        if serves:
+            for members in self.endpoints:
+                members.disown()
+            self.stop("SIGUSR2")
+        else:
+            text = f"SIGUSR2: process {successor.pid} has ended before its workers served: this one goes on"
+            self._warn("failed", text, pid=successor.pid)
+
+    def _forget_successor(self) -> None:
+        assert self._successor is not None
+        self._selector.unregister(self._successor.reader)
+        self._successor.close()
+        self._successor = None
+
+    def _look_for_successor(self, now: float) -> None:
+        """One that takes too long is ended; its workers end with it."""
+        if self._successor is not None and now >= self._hand_over_until:
+            pid = self._successor.pid
+            os.kill(pid, signal.SIGKILL)
+            self._forget_successor()
+            text = f"SIGUSR2: the workers of process {pid} did not serve in {self._ready_timeout:g} s"
+            self._warn("failed", f"{text}: it is ended, and this one goes on", pid=pid)
 
     def add(self) -> None:
         """SIGTTIN: one worker more."""

@@ -40,6 +40,7 @@ class Members:
         self.shared = not (ours and tcp and processes.BALANCES)
         self._steered: tuple[object, ...] = ()
         self._steers = True
+        self.settled = True  # no other parent steers
 
     @classmethod
     def adopted(cls, listeners: Sequence[Listener], options: Checked, shared: bool) -> Members:
@@ -47,6 +48,7 @@ class Members:
         members = cls.__new__(cls)
         members._options, members._own, members.listeners = options, True, list(listeners)
         members.shared, members._steered, members._steers = shared, (), True
+        members.settled = False
         return members
 
     @property
@@ -101,7 +103,7 @@ class Members:
     @property
     def steers(self) -> bool:
         """Whether new clients go where they are sent."""
-        return not self.shared and len(self.listeners) > 1 and self._steers
+        return self.settled and not self.shared and len(self.listeners) > 1 and self._steers
 
     def disown(self) -> None:
         """Somebody else has them, too, and a unix path is no longer ours to unlink."""

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastlisten._bind import Address
 from fastlisten._core.state import queue
-from fastlisten._endpoint import Endpoint
+from fastlisten._endpoint import Endpoint, endpoint_of
 from fastlisten._listener import Listener, ListenerStats, ServeResult, make_loop, serve_options
 from fastlisten._options import BindOptions, Checked, WorkerOptions, checked
 from fastlisten._workers.child import Target
+from fastlisten._workers.handover import Inheritance
 from fastlisten._workers.memory import MOST_ENDPOINTS, Memory
 from fastlisten._workers.parent import Parent, Tick
 from fastlisten._workers.process import Process
@@ -86,6 +87,7 @@ class Supervised:
         self._ready_timeout: float = own.ready_timeout or DEFAULT_READY_TIMEOUT
         self._endpoints: list[Members] = []
         self._parent: Parent | None = None
+        self._inheritance: Inheritance | None = None
         self._since = time.time()
         self._past: dict[tuple[int, int], list[dict[str, Any]]] = {}
         self._ticks: list[tuple[float, Callable[[], None]]] = []
@@ -100,7 +102,8 @@ class Supervised:
 
         SIGTERM and SIGINT: end with the drain; the second one, and SIGQUIT: end now.  SIGHUP: replace the
         workers one by one, each when the new one is ready.  SIGTTIN and SIGTTOU: one worker more, and one
-        less.
+        less.  SIGUSR2: start this program again, by its command, with the listeners; end when that one's
+        workers serve, and go on if they do not in `ready_timeout`.
 
         Returns what the drain let finish and what it cut, of the workers that ended so in all the time.
         Raises OSError as bind(), RuntimeError outside the main thread and for a target that a fresh
@@ -120,6 +123,7 @@ class Supervised:
                     endpoints, starter, memory, self._count, self._drain, self._ready_timeout, self._tell
                 )
                 parent.spare = spare
+                parent.names, parent.inheritance = self._names(), self._inheritance
                 parent.defers = self._bind_options.defer_accept is not None
                 parent.gone = self._keep_counters  # type: ignore[method-assign]
                 parent.ticks = [Tick(*tick) for tick in self._ticks]
@@ -134,14 +138,25 @@ class Supervised:
     def _bound(self, count: int) -> Iterator[list[Members]]:
         """The listeners of all endpoints; what was bound is closed at the end."""
         self._endpoints = []
+        inheritance = self._inheritance = Inheritance.from_environment()
         try:
-            for where in self._where:
-                self._endpoints.append(Members(where, self._bind_options))
+            for where, name in zip(self._where, self._names(), strict=True):
+                members = inheritance and inheritance.take(name, self._bind_options)
+                self._endpoints.append(members or Members(where, self._bind_options))
                 self._endpoints[-1].grow(count)
             yield self._endpoints
         finally:
+            if inheritance is not None:
+                inheritance.close()
             for members in reversed(self._endpoints):
                 members.close()
+
+    def _names(self) -> list[str]:
+        """The endpoints as they were asked for."""
+        return [
+            str(where.endpoint if isinstance(where, Listener) else endpoint_of(where))
+            for where in self._where
+        ]
 
     def _started(self) -> None:
         """The endpoints are bound."""
