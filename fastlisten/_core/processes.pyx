@@ -99,6 +99,8 @@ cdef class Queues:
     """
 
     cdef member_t *members
+    cdef port_pollfd *polls         # those whose counter has not moved, and which they are
+    cdef int *numbers
     cdef list held                  # the counters, for what the members point to
     cdef int count
     cdef readonly int quiet         # looks in a row at which no queue moved
@@ -108,13 +110,17 @@ cdef class Queues:
         self.count = len(descriptors)
         self.held = [None] * self.count
         self.members = <member_t *>calloc(max(self.count, 1), sizeof(member_t))
-        if self.members is NULL:
+        self.polls = <port_pollfd *>calloc(max(self.count, 1), sizeof(port_pollfd))
+        self.numbers = <int *>calloc(max(self.count, 1), sizeof(int))
+        if self.members is NULL or self.polls is NULL or self.numbers is NULL:
             raise MemoryError
         for i in range(self.count):
             self.members[i].fd = descriptors[i]
 
     def __dealloc__(self):
         free(self.members)
+        free(self.polls)
+        free(self.numbers)
 
     def serve(self, int i, Counters counters):
         """The process with these counters serves listener number i from now on; None: there are none."""
@@ -166,23 +172,34 @@ cdef class Queues:
         """Look once; whether a queue has not moved for long enough."""
         cdef member_t *member
         cdef int i, before, limit
+        cdef int still = 0
         cdef int64_t accepted
         cdef bint seen = False
         self.quiet += 1
         for i in range(self.count):
             member = &self.members[i]
-            before = member.depth
             accepted = 0 if member.at is NULL else port_get(&member.at.accepted)
+            if accepted != member.accepted:
+                member.accepted = accepted
+                member.depth = member.looks = self.quiet = 0
+            else:
+                self.polls[still].fd = member.fd
+                self.polls[still].events = POLLIN
+                self.numbers[still] = i
+                still += 1
+        if still and port_poll_ns(self.polls, still, 0) < 0:
+            return False  # no memory: the next look tells
+        for i in range(still):
+            member = &self.members[self.numbers[i]]
+            before = member.depth
             member.depth = 0
-            if accepted == member.accepted:
-                if port_queue(member.fd, &member.depth, &limit) != 0:
-                    member.depth = 0
-            if accepted != member.accepted or member.at is NULL and member.depth != before:
+            if self.polls[i].revents and port_queue(member.fd, &member.depth, &limit) != 0:
+                member.depth = 0
+            if member.at is NULL and member.depth != before:
                 self.quiet = 0
             if member.depth and (member.at is not NULL or member.depth >= before):
                 member.looks += 1
                 seen = seen or member.looks >= patience
             else:
                 member.looks = 0
-            member.accepted = accepted
         return seen

@@ -34,9 +34,11 @@ RARE_LOOK = 0.05  # seconds
 # A program of somebody else's has no counter: its queue alone tells, and a busy one's may grow for a while.
 LOOKS_WITHOUT_COUNTER = 6
 
-# A stuck worker that has not ended a connection since is tried again after this time, then after twice as
-# long each time: it gets new clients, which the others take if it is still stuck.
+# A stuck worker that has done nothing since is tried again after this time, then after twice as long each
+# time: it gets new clients, which the others take if it is still stuck.  One that has no connection at all
+# was most likely only kept from running.
 FIRST_TRIAL = 0.25  # seconds
+FIRST_TRIAL_OF_IDLE = 0.004
 LAST_TRIAL = 4.0
 
 
@@ -53,10 +55,10 @@ class Serving(Protocol):
 class Stuck:
     """A member that is to get no new clients."""
 
-    def __init__(self, trial: float) -> None:
+    def __init__(self, trial: float, try_at: float, done: tuple[int, int]) -> None:
         self.trial = trial
-        self.try_at = 0.0
-        self.handled = 0  # of its process, when it got stuck
+        self.try_at = try_at
+        self.done = done  # what its process had accepted and handled then
 
 
 class Relief:
@@ -148,7 +150,7 @@ class Relief:
         if process is None:
             moved = True  # it gets nobody anyway
         elif process.counts:
-            moved = process.slot.counters[member[0]].handled != stuck.handled
+            moved = self._done(member[0], process) != stuck.done
         else:
             moved = self._queues.looks(i) == 0  # nobody has helped
         if moved:
@@ -167,9 +169,10 @@ class Relief:
         if not others:
             return
         if member not in self._stuck and place in serving:
-            stuck = self._stuck[member] = Stuck(self._trials.get(member, FIRST_TRIAL))
-            stuck.try_at = now + stuck.trial
-            stuck.handled = serving[place].slot.counters[number].handled
+            done = self._done(number, serving[place])
+            first = FIRST_TRIAL_OF_IDLE if done[0] == done[1] else FIRST_TRIAL
+            trial = self._trials.get(member, first)
+            self._stuck[member] = Stuck(trial, now + trial, done)
         able = [process for process in others if process.counts and process.known > place]
         able.sort(key=lambda process: self._open(number, process))
         idle = [process for process in able if self._open(number, process) == 0]
@@ -184,8 +187,14 @@ class Relief:
         """Whether a member has clients of its own to come to."""
         return (number, place) in self._stuck or self._endpoints[number].depth(place) > 0
 
-    @staticmethod
-    def _open(number: int, process: Serving) -> int:
+    def _open(self, number: int, process: Serving) -> int:
         """How many connections a worker has."""
+        accepted, handled = self._done(number, process)
+        return accepted - handled
+
+    @staticmethod
+    def _done(number: int, process: Serving) -> tuple[int, int]:
+        """How many a worker has accepted, and handled."""
         counters = process.slot.counters[number]
-        return counters.accepted - counters.handled
+        handled = counters.handled
+        return counters.accepted, handled
