@@ -172,6 +172,12 @@ def test_windows_has_no_reuse_port_and_the_error_is_the_standard_library_s() -> 
     assert str(caught.value) == str(expected.value)
 
 
+@pytest.mark.skipif(hasattr(os, "fork"), reason="this system can fork")
+def test_without_fork_there_are_no_workers() -> None:
+    with pytest.raises(ValueError, match="workers not supported on this platform"):
+        fastlisten.Workers(print, "127.0.0.1:0", workers=2)
+
+
 @on_windows
 def test_windows_has_no_sendmsg_and_the_error_is_the_standard_library_s() -> None:
     with fastlisten.bind(("127.0.0.1", 0)) as listener, connect(listener) as client:
