@@ -310,6 +310,17 @@ def test_the_counters_of_the_whole() -> None:
         server.end()
 
 
+def test_clients_are_spread_evenly() -> None:
+    with parent(COUNTING) as server:
+        for _ in range(400):
+            server.ask()
+        server.send(signal.SIGUSR1)
+        names = {name: getattr(fastlisten, name) for name in fastlisten.__all__}
+        rows = eval(server.line_with("WorkersStats"), names).workers
+        assert min(row.accepted for row in rows) > 100  # of 200 each; a machine may be busy
+        server.end()
+
+
 def test_a_parent_with_threads_starts_fresh_interpreters(tmp_path: Path) -> None:
     (tmp_path / "service.py").write_text(HANDLER)
     program = """

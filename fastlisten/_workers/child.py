@@ -64,7 +64,8 @@ class Worker:
         """
         if not self._ready:
             self._ready = True
-            os.write(self._status, b"r")
+            with contextlib.suppress(BrokenPipeError):  # there is no parent any more, and we are about to end
+                os.write(self._status, b"r")
 
     # --- what the parent does with it -----------------------------------------------------------------
 

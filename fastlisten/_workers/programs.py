@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import struct
 import sys
@@ -87,6 +88,8 @@ class Programs:
             for word, value in told.items():
                 arguments = [argument.replace(word, value) for argument in arguments]
             forget_signals()
+            for ignored in ("SIGPIPE", "SIGXFSZ"):  # by Python, which other programs do not expect
+                signal.signal(getattr(signal, ignored), signal.SIG_DFL)
             try:
                 os.execve(self._path, arguments, environment)
             except OSError as error:
