@@ -202,7 +202,7 @@ def test_serve_in_several_processes() -> None:
             assert client.recv(100) == b"hello"
         lines = server.end()
         assert lines[-1].startswith("stopped by SIGTERM: ")
-        assert lines[-1].endswith(" finished, 0 cut")
+        assert lines[-1].endswith(" finished, 0 cut; 1 accepted, 1 handled")
 
 
 def test_the_counters_as_json_have_a_row_a_worker() -> None:

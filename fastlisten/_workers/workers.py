@@ -178,8 +178,9 @@ class Supervised:
         parent may call it.
         """
         parent = self._parent
-        if parent is None:
-            return WorkersStats(_together([], self._since), ())
+        if parent is None:  # it has ended, or has not begun
+            past = [counts for kept in self._past.values() for counts in kept]
+            return WorkersStats(_together(past, self._since), ())
         rows = []
         for place in parent.places:
             counts = []

@@ -115,7 +115,12 @@ class WorkersReport(Supervised):
     def stopped(self, result: ServeResult) -> None:
         """Tell how it ended."""
         how = f"stopped by {self.why}: {result.finished} finished, {result.cut} cut"
-        self._event(how, "stopped", signal=self.why, finished=result.finished, cut=result.cut)
+        values: dict[str, object] = {"finished": result.finished, "cut": result.cut}
+        if self._ticks:  # else nobody has counted
+            total = self.stats().total
+            how += f"; {total.accepted} accepted, {total.handled} handled"
+            values |= plain(total)
+        self._event(how, "stopped", signal=self.why, **values)
 
     def _tick(self) -> None:
         """Tell the counters, if they have changed or are seen live."""
