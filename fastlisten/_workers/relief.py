@@ -34,11 +34,13 @@ RARE_LOOK = 0.05  # seconds
 # A program of somebody else's has no counter: its queue alone tells, and a busy one's may grow for a while.
 LOOKS_WITHOUT_COUNTER = 6
 
+# A worker may be late because the machine is busy.  The others help at once; but only one that has accepted
+# and handled nobody from the first to this time that they had to, is left out by new clients.
+TIMES_LATE = 3
+
 # A stuck worker that has done nothing since is tried again after this time, then after twice as long each
-# time: it gets new clients, which the others take if it is still stuck.  One that has no connection at all
-# was most likely only kept from running.
+# time: it gets new clients, which the others take if it is still stuck.
 FIRST_TRIAL = 0.25  # seconds
-FIRST_TRIAL_OF_IDLE = 0.004
 LAST_TRIAL = 4.0
 
 
@@ -79,6 +81,7 @@ class Relief:
         self._steer = steer
         self._stuck: dict[tuple[int, int], Stuck] = {}
         self._trials: dict[tuple[int, int], float] = {}
+        self._late: dict[tuple[int, int], tuple[tuple[int, int], int]] = {}  # what it had done, and how often
         self._turn = 0  # whom to ask next of those who are as good as each other
         self._members: list[tuple[int, int]] = []  # as the queues are numbered: the endpoint, the place
         self.arrange()
@@ -105,6 +108,7 @@ class Relief:
         for number in range(len(self._endpoints)):
             self._stuck.pop((number, place), None)
             self._trials.pop((number, place), None)
+            self._late.pop((number, place), None)
         self.arrange()
 
     @property
@@ -168,11 +172,9 @@ class Relief:
         ]
         if not others:
             return
-        if member not in self._stuck and place in serving:
-            done = self._done(number, serving[place])
-            first = FIRST_TRIAL_OF_IDLE if done[0] == done[1] else FIRST_TRIAL
-            trial = self._trials.get(member, first)
-            self._stuck[member] = Stuck(trial, now + trial, done)
+        if member not in self._stuck and place in serving and self._too_late(member, serving[place]):
+            trial = self._trials.get(member, FIRST_TRIAL)
+            self._stuck[member] = Stuck(trial, now + trial, self._done(number, serving[place]))
         able = [process for process in others if process.counts and process.known > place]
         able.sort(key=lambda process: self._open(number, process))
         idle = [process for process in able if self._open(number, process) == 0]
@@ -182,6 +184,14 @@ class Relief:
             helper = helpers[(self._turn + k) % len(helpers)]
             helper.slot.numbers[HELP + number] = place + 1
             os.kill(helper.pid, signal.SIGURG)
+
+    def _too_late(self, member: tuple[int, int], process: Serving) -> bool:
+        """Whether a worker is stuck, and not late because the machine is busy."""
+        done, times = self._late.get(member, ((-1, -1), 0))
+        now = self._done(member[0], process)
+        times = times + 1 if now == done else 1
+        self._late[member] = now, times
+        return times >= (TIMES_LATE if process.counts else 1)
 
     def _busy(self, number: int, place: int) -> bool:
         """Whether a member has clients of its own to come to."""
