@@ -161,7 +161,7 @@ def restarts(name: str, count: int, times: int) -> str:
             if done < times:
                 os.kill(pid, number)
                 done += 1
-            time.sleep(1.0)
+            time.sleep(0.8)  # longer than ours and shorter than others take: all get the same
         found = told(load)
     lost = {key: found[key] for key in ("refused", "reset", "timed_out", "wrong") if found[key]}
     return f"{sum(lost.values())} of {count:,}, {done} restarts {lost or ''}"
@@ -210,6 +210,27 @@ def killed() -> str:
         os.kill(worker, signal.SIGKILL)
         found = told(load)
     return f"{found['answered']} of 500 answered, the last after {found['max'] / 1e6:.0f} ms"
+
+
+def handed_over(count: int) -> str:
+    """Hand over to another parent while clients come: return how many were lost."""
+    with server("fastlisten") as (pid, port):
+        workers = set(children(pid))
+        load = clients(port, count, 300.0)
+        time.sleep(0.5)
+        os.kill(pid, signal.SIGUSR2)
+        successor = 0
+        while not successor or not children(successor):
+            time.sleep(0.01)
+            successor = next((child for child in children(pid) if child not in workers), successor)
+        found = told(load)
+        ended = not children(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(successor, signal.SIGTERM)
+        while Path(f"/proc/{successor}/fd").is_dir() and children(successor):
+            time.sleep(0.01)
+    lost = count - found["answered"]
+    return f"{lost} of {count:,}, the old parent {'has ended' if ended else 'is there'}"
 
 
 def even(count: int) -> str:
@@ -306,6 +327,7 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{name}: crash at start: {crashes(name, options.crash)}", flush=True)
     if "own" in chosen:
         print("killed with clients queued:", killed(), flush=True)
+        print("lost when another parent takes over:", handed_over(options.connections // 4), flush=True)
         print("busiest to idlest:", even(options.connections // 2), flush=True)
         for many in (1, 8, 64):
             print(f"16 workers to 1, {many} clients:", cost(many, options.connections // 10), flush=True)
