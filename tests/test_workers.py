@@ -241,6 +241,23 @@ def test_the_old_ones_stay_when_a_new_one_does_not_get_ready(tmp_path: Path, ins
         server.end()
 
 
+def test_a_worker_that_dies_while_its_successor_starts_in_vain_is_started_again(tmp_path: Path) -> None:
+    flag = tmp_path / "broken"
+    with parent(UNREADY.format(flag=str(flag), instead="signal.pause()")) as server:
+        before = server.workers(2)
+        flag.touch()
+        server.send(signal.SIGHUP)
+        server.line_with("worker 0 is process")
+        os.kill(before[0], signal.SIGKILL)
+        server.line_with(f"worker 0 (process {before[0]}) ended")
+        flag.unlink()
+        server.line_with("was not ready in 0.5 s")
+        assert "started again" in server.lines[-1]
+        server.line_with("serves after")
+        assert server.workers(2)[0] != before[0]
+        server.end()
+
+
 def test_one_worker_more_and_one_less() -> None:
     with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=1).run()") as server:
         server.send(signal.SIGTTIN)

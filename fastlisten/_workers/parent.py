@@ -129,7 +129,7 @@ class Parent:
         for process in self.processes.values():
             if process.kill_at is not None:
                 times.append(process.kill_at)
-            elif not process.ready:
+            elif not process.ready and not process.asked:
                 times.append(process.began + self._ready_timeout)
         return max(min(times) - time.monotonic(), 0.0) if times else None
 
@@ -337,17 +337,20 @@ class Parent:
         values = {"worker": place.number, "pid": process.pid, "status": code}
         if place.next is process:
             place.next = None
-            if not self.ending and not process.asked:
-                self._rolling.clear()
-                self._warn("failed", f"{name} ended {how} before it was ready: the old one stays", **values)
         elif place.current is process:
             place.current = None
             self._relief.arrange()
             self.steer()
-            if not self.ending and place in self.places and place.next is None:
-                self._again(process, f"{name} ended {how}", values)
-        else:
+        expected = self.ending or process.asked or place not in self.places
+        if expected:
             self.tell("ended", f"{name} ended {how}", **values)
+        elif place.current is None and place.next is None:
+            self._again(process, f"{name} ended {how}", values)
+        elif place.current is not None:
+            self._rolling.clear()
+            self._warn("failed", f"{name} ended {how} before it was ready: the old one stays", **values)
+        else:
+            self._warn("ended", f"{name} ended {how}: the one that was to replace it goes on", **values)
         self._replace_next()
 
     def gone(self, process: Process) -> None:
@@ -380,11 +383,9 @@ class Parent:
         )
         if place.next is process:
             place.next = None
-            self._rolling.clear()
-            self._warn("failed", f"{text}: the old one stays", worker=place.number, pid=process.pid)
         else:
             place.current = None
-            self._failed(place, text, min(FIRST_AGAIN * 2**place.failures, LAST_AGAIN), worker=place.number)
+        self._failed(place, text, min(FIRST_AGAIN * 2**place.failures, LAST_AGAIN), worker=place.number)
 
     def _log_killed(self, process: Process) -> None:
         text = f"worker {process.place.number} (process {process.pid}) has not ended in its time: killed"
@@ -402,14 +403,14 @@ class Parent:
         reader.setblocking(False)
         writer.setblocking(False)
         self._selector.register(reader, selectors.EVENT_READ, self._hear)
+        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)  # first: none is missed
         before = {number: signal.signal(number, _heard) for number in self._actions()}
-        wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
         try:
             yield
         finally:
-            signal.set_wakeup_fd(wakeup)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
             self._selector.close()
             reader.close()
             writer.close()
@@ -440,7 +441,8 @@ class Parent:
         seconds = self.drain if drain is None else drain
         self.ending = True
         if self._successor is not None:  # it was to take over, and does not serve yet
-            os.kill(self._successor.pid, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._successor.pid, signal.SIGTERM)
         self._rolling.clear()
         self._watch_listeners(False)
         self.tell("draining", f"{why}: draining for at most {seconds:g} s", signal=why, seconds=seconds)
@@ -506,7 +508,8 @@ class Parent:
         """One that takes too long is ended; its workers end with it."""
         if self._successor is not None and now >= self._hand_over_until:
             pid = self._successor.pid
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
             self._forget_successor()
             text = f"SIGUSR2: the workers of process {pid} did not serve in {self._ready_timeout:g} s"
             self._warn("failed", f"{text}: it is ended, and this one goes on", pid=pid)
