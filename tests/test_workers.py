@@ -242,12 +242,13 @@ def test_the_old_ones_stay_when_a_new_one_does_not_get_ready(tmp_path: Path, ins
 
 
 def test_a_worker_that_dies_while_its_successor_starts_in_vain_is_started_again(tmp_path: Path) -> None:
-    flag = tmp_path / "broken"
-    with parent(UNREADY.format(flag=str(flag), instead="signal.pause()")) as server:
+    flag, seen = tmp_path / "broken", tmp_path / "seen"
+    instead = f"open({str(seen)!r}, 'w').close(); signal.pause()"
+    with parent(UNREADY.format(flag=str(flag), instead=instead)) as server:
         before = server.workers(2)
         flag.touch()
         server.send(signal.SIGHUP)
-        server.line_with("worker 0 is process")
+        wait_until(seen.exists)
         os.kill(before[0], signal.SIGKILL)
         server.line_with(f"worker 0 (process {before[0]}) ended")
         flag.unlink()
