@@ -39,6 +39,11 @@ class Worker:
 
     number: which of the workers this is, from 0 on; the one that replaces it has the same.
     stopping: whether the parent has asked it to end.
+
+    >>> import fastlisten
+    >>> worker = fastlisten.worker()
+    >>> if worker is not None and not worker.stopping:
+    ...     worker.ready()
     """
 
     def __init__(self, number: int, slot: Slot, status: int, parent: int, drain: float) -> None:

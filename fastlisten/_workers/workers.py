@@ -53,8 +53,8 @@ class WorkersStats(NamedTuple):
     >>> total, workers = WorkersStats(total=None, workers=())
     """
 
-    total: Any
-    workers: tuple[Any, ...]
+    total: ListenerStats
+    workers: tuple[ListenerStats, ...]
 
 
 class Supervised:
@@ -72,8 +72,6 @@ class Supervised:
             raise TypeError("Workers() needs at least one endpoint")
         if len(endpoints) > MOST_ENDPOINTS:
             raise ValueError(f"endpoints: {len(endpoints)} are more than {MOST_ENDPOINTS}")
-        if not hasattr(os, "fork"):
-            raise ValueError("workers not supported on this platform")
         own = checked(WorkerOptions, "Workers", workers=workers, drain=drain, ready_timeout=ready_timeout)
         if own.workers is None:
             raise TypeError("workers must be an int, not NoneType")
@@ -81,6 +79,8 @@ class Supervised:
         if self._bind_options.reuse_port:
             raise ValueError("reuse_port: the workers' listeners share the port anyway, and with nobody else")
         _check_limits(own.workers, len(endpoints))
+        if not hasattr(os, "fork"):
+            raise ValueError("workers not supported on this platform")
         self._where = endpoints
         self._count: int = own.workers
         self._drain: float = DEFAULT_DRAIN if own.drain is None else own.drain
