@@ -298,6 +298,33 @@ fastlisten.Workers(serve, '127.0.0.1:0', workers=2).run()
         wait_until(lambda: all(map(gone, workers.values())))
 
 
+def test_as_on_a_system_that_has_none_of_it() -> None:
+    """One listener for all, no pidfd, no PR_SET_PDEATHSIG, no look at the queues: macOS and the BSDs."""
+    program = """
+from fastlisten._core import processes
+import fastlisten._workers.child as child
+
+processes.BALANCES = False
+del os.pidfd_open
+child.end_with_parent = lambda parent: False
+fastlisten.Workers(serve, '127.0.0.1:0', workers=2).run()
+"""
+    with parent(program) as server:
+        before = server.workers(2)
+        server.ask("sleep 60")  # the other one takes all
+        assert len({server.ask().pid for _ in range(10)}) == 1
+        server.send(signal.SIGHUP)
+        server.line_with("serves after")
+        server.line_with("serves after")
+        wait_until(lambda: all(map(gone, before.values())))
+        assert set(server.workers(2).values()).isdisjoint(before.values())
+        os.kill(server.workers(2)[1], signal.SIGKILL)
+        server.line_with("serves after")
+        workers = server.workers(2)
+        server.process.kill()
+        wait_until(lambda: all(map(gone, workers.values())))
+
+
 COUNTING = """
 workers = fastlisten.Workers(serve, '127.0.0.1:0', workers=2)
 signal.signal(signal.SIGUSR1, lambda *_: print(workers.stats(), flush=True))
