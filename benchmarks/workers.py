@@ -111,16 +111,17 @@ def server(name: str, n: int = WORKERS, wait: bool = True, **environment: str) -
             time.sleep(0.5)  # the other workers
         yield process.pid, port
     finally:
-        left = descendants(process.pid)
+        left = [os.pidfd_open(pid) for pid in descendants(process.pid)]  # their numbers may be others' soon
         process.terminate()
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-        for pid in left:
+        for pidfd in left:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
 
 
 def answer(port: int, request: bytes) -> bytes:
@@ -227,9 +228,8 @@ def handed_over(count: int) -> str:
             successor = next((child for child in children(pid) if child not in workers), successor)
         found = told(load)
         ended = not children(pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(successor, signal.SIGTERM)
-        while Path(f"/proc/{successor}/fd").is_dir() and children(successor):
+        os.kill(successor, signal.SIGTERM)
+        while Path(f"/proc/{successor}").exists() and children(successor):
             time.sleep(0.01)
     lost = count - found["answered"]
     return f"{lost} of {count:,}, the old parent {'has ended' if ended else 'is there'}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -39,14 +40,20 @@ def handed_over(server: Running) -> Iterator[int]:
     """Give the process ID of the next parent, which is ended at the end, with its workers."""
     server.send(signal.SIGUSR2)
     pid = int(server.line_with("takes over").split("process ")[1].split()[0])
-    children: list[int] = []
+    process = os.pidfd_open(pid)  # its number may be another's by the end
     try:
         yield pid
     finally:
-        children = children_of(pid)
+        children = [] if ended(process) else children_of(pid)
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: all(map(gone, [pid, *children])))
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        wait_until(lambda: ended(process) and all(map(gone, children)))
+        os.close(process)
+
+
+def ended(process: int) -> bool:
+    """Tell whether a process has ended; pidfd_open(2)."""
+    return bool(select.select([process], [], [], 0)[0])
 
 
 def test_nobody_is_lost_when_another_parent_takes_over(tmp_path: Path) -> None:
