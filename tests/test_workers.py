@@ -117,9 +117,10 @@ def test_a_stopped_worker_s_queue_is_taken_by_the_others() -> None:
 
 
 @pytest.mark.parametrize("loop", ["aio.EventLoop", "aio.UvloopEventLoop"])
-def test_asyncio_s_workers_help_too(loop: str) -> None:
+def test_asyncio_s_workers_help_too(loop: str, tmp_path: Path) -> None:
     if "Uvloop" in loop:
         pytest.importorskip("uvloop")
+    blocked = tmp_path / "blocked"
     program = f"""
 import asyncio
 from fastlisten import aio
@@ -130,6 +131,7 @@ async def answer(reader, writer):
     if text == b"block":
         await asyncio.sleep(0)
         await asyncio.sleep(0)  # what a task has written leaves on the next turn
+        open({str(blocked)!r}, "w").close()
         time.sleep(30)
     writer.close()
 
@@ -150,6 +152,7 @@ fastlisten.Workers(target, '127.0.0.1:0', workers=2).run()
     with parent(program) as server:
         server.workers(2)
         stuck = server.ask("block").pid
+        wait_until(blocked.exists)  # it takes nobody any more
         for _ in range(30):
             assert server.ask().pid != stuck
         server.end(signal.SIGQUIT)
@@ -319,7 +322,9 @@ fastlisten.Workers(serve, '127.0.0.1:0', workers=2).run()
         server.line_with("serves after")
         wait_until(lambda: all(map(gone, before.values())))
         assert set(server.workers(2).values()).isdisjoint(before.values())
-        os.kill(server.workers(2)[1], signal.SIGKILL)
+        killed = server.workers(2)[1]
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: gone(killed))
         server.line_with("serves after")
         workers = server.workers(2)
         server.process.kill()

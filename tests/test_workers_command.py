@@ -88,9 +88,10 @@ def test_a_program_that_takes_systemd_s_variables(program: str) -> None:
     arguments = ["{fd}", "{n}"] if program is PLAIN else ["{n}"]
     with parent([*WORKERS, "--", sys.executable, "-c", program, *arguments]) as server:
         restarts(server)
-        os.kill(server.workers(2)[1], signal.SIGKILL)
-        server.line_with("serves after")
-        server.workers(2)
+        killed = server.workers(2)[1]
+        os.kill(killed, signal.SIGKILL)
+        wait_until(lambda: gone(killed))  # whom it takes before that is lost
+        assert server.workers(2)[1] != killed
         server.end()
 
 
