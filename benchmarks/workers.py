@@ -104,6 +104,7 @@ def server(name: str, n: int = WORKERS, wait: bool = True, **environment: str) -
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         cwd=ROOT,
+        start_new_session=True,
     )
     try:
         if wait:
@@ -111,17 +112,13 @@ def server(name: str, n: int = WORKERS, wait: bool = True, **environment: str) -
             time.sleep(0.5)  # the other workers
         yield process.pid, port
     finally:
-        left = [os.pidfd_open(pid) for pid in descendants(process.pid)]  # their numbers may be others' soon
-        process.terminate()
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        for pidfd in left:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.close(pidfd)
+        os.kill(process.pid, signal.SIGTERM)
+        for _ in range(1000):  # not waited for yet: its number, and that of its group, are its own
+            if os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None:
+                break
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)  # some leave workers when they end
+        process.wait()
 
 
 def answer(port: int, request: bytes) -> bytes:
