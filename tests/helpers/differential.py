@@ -218,6 +218,8 @@ class Encounter:
             # How much has gone by then is not ours to know: libuv's, or how much the kernel takes, which
             # differs by some bytes with the sizes of the pieces.
             self.cut = True
+        if self.written >= HUGE and self.resuming and act[:2] == ("ask", "set_write_buffer_limits"):
+            return True  # whether it pauses again is how much is left, which is the kernel's to know, too
         if self.written >= HUGE and act[0] in ("write", "writelines") and self.transport.is_closing():
             return True  # it goes out if anything is unsent still, which is the kernel's to know
         if not self.uvloop:
@@ -345,6 +347,8 @@ class Encounter:
             self.client = socket.socket(family)
             with self.client:
                 self.client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER)
+                if not self.scenario.unix:  # or what it sends would wait for when ours acknowledges (RFC 896)
+                    self.client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.client.connect(self.address)
                 self.client_address = self.client.getsockname()
                 self.client.setblocking(False)
