@@ -137,13 +137,11 @@ def _workers(name: str, value: Any) -> int | None:
 
 
 def usable_cores() -> int:
-    """How many cores this process may use: of those that there are, by its affinity and its cgroup's
-    quota."""
+    """How many cores this process may use, by its affinity and its cgroup's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        with open(
-            "/sys/fs/cgroup/cpu.max"
-        ) as file:  # cgroup v2: "QUOTA PERIOD" in microseconds, or "max PERIOD"
+        # Of version 2, and of the container: "QUOTA PERIOD" in microseconds, or "max PERIOD".
+        with open("/sys/fs/cgroup/cpu.max") as file:
             quota, period = map(int, file.read().split())
         return max(min(cores, -(-quota // period)), 1)
     except (OSError, ValueError):

@@ -77,6 +77,7 @@ def test_help_names_every_option_of_bind_and_serve(told: Told) -> None:
         (["serve", "--nonsense"], 2, "unrecognized arguments: --nonsense"),
         (["serve", "--backlog", "many"], 2, "--backlog: 'many' is not a number from 0 on"),
         (["serve", "--max-connections", "0"], 2, "'0' is not a number from 1 on"),
+        (["serve", "--workers", "x"], 2, "'x' is not a number from 1 on, nor auto"),
         (["serve", "--threads", "9,2"], 2, "'9,2' has its minimum above its maximum"),
         (["serve", "--threads", "1,2,3"], 2, "'1,2,3' is neither N nor MIN,MAX"),
         (["serve", "--threads", "-1"], 2, "--threads"),

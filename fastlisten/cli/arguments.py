@@ -57,7 +57,12 @@ def _seconds(text: str) -> float:
 
 
 def _workers(text: str) -> int | str:
-    return text if text == "auto" else _number(1)(text)
+    if text == "auto":
+        return text
+    try:
+        return _number(1)(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, nor auto") from None
 
 
 def _threads(text: str) -> int | tuple[int, int]:
