@@ -143,6 +143,8 @@ class AcceptMixIn:
                 self._BaseServer__shutdown_request = False
                 self._BaseServer__is_shut_down.set()
             elif not served:
+                with _states:
+                    self._begin()
                 super().serve_forever(poll_interval)  # type: ignore[misc]
         finally:
             with _states:
@@ -178,7 +180,7 @@ class AcceptMixIn:
             if options.leave:
                 self._loops = (*(old for old in self._loops if old.threads_now()[0]), loop)
                 _with_threads.add(self)
-            self._BaseServer__is_shut_down.clear()
+            self._begin()
             asked = self._BaseServer__shutdown_request
         try:
             if not asked:
@@ -193,9 +195,17 @@ class AcceptMixIn:
                 if self._BaseServer__shutdown_request:
                     self._BaseServer__shutdown_request = False
                     listener._state.answered()  # shutdown() may have come when the loop was over
-            self._BaseServer__is_shut_down.set()
+                self._BaseServer__is_shut_down.set()
         hooks.raise_failure()
         return True
+
+    def _begin(self) -> None:
+        """Have shutdown() wait for the end that is to come.
+
+        Who has yet to wait for the one before, of a server that serves again at once, still finds that one.
+        """
+        if self._BaseServer__is_shut_down.is_set():
+            self._BaseServer__is_shut_down = threading.Event()
 
     def _hooks(self, listener: Listener) -> tuple[RequestHooks, Checked]:
         """What to do with a client, and the options of the loop that does it."""
@@ -221,10 +231,11 @@ class AcceptMixIn:
                 self._listener.stop()
             self._end_pause()
             wait = bool(self._serving) or not self._steps
+            ended = self._BaseServer__is_shut_down
             if threading.current_thread() in self._serving:
                 wait = False
         if wait:
-            self._BaseServer__is_shut_down.wait()
+            ended.wait()
 
     def server_close(self) -> None:
         """Close the listening socket; with block_on_close, wait for the handlers in other threads.

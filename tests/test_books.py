@@ -534,13 +534,15 @@ def test_a_dropin_server_that_is_shut_down_under_load(kind: Any) -> None:
         listener = server.socket
         with watched(clients, listener.stats), ThreadPoolExecutor(2) as pool:
             serving = pool.submit(again, server)
-            coming = pool.submit(clients.crowd, [server.server_address], 60, ["ask"])
-            for _ in range(10):
-                wait_until(lambda: is_served(listener))
-                server.shutdown()
-            coming.result(3 * LIMIT)
-            wait_until(lambda: is_served(listener) and not listener.stats().active)
-            over.set()
-            server.shutdown()
+            try:
+                coming = pool.submit(clients.crowd, [server.server_address], 60, ["ask"])
+                for _ in range(10):
+                    wait_until(lambda: is_served(listener))
+                    server.shutdown()
+                coming.result(3 * LIMIT)
+                wait_until(lambda: is_served(listener) and not listener.stats().active)
+            finally:  # or the thread that serves would be waited for without an end
+                over.set()
+                listener.stop()
             serving.result(LIMIT)
         agree(clients, listener.stats())

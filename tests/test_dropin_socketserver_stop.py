@@ -47,6 +47,40 @@ def test_shutdown_before_serve_forever(module: Any, threading_: bool) -> None:
 
 
 @THREADING
+@pytest.mark.parametrize("plain", [True, False], ids=["our loop", "a class with a hook"])
+def test_shutdown_ends_although_it_is_served_again_before_it_waits(threading_: bool, plain: bool) -> None:
+    """Whoever serves in a loop can be so quick; the original's shutdown() waits for ever then."""
+
+    class Late(threading.Event):
+        """Waits only when the server serves again."""
+
+        def wait(self, timeout: float | None = None) -> bool:
+            wait_until(lambda: times == 2 and server._BaseServer__is_shut_down is not self)
+            return super().wait(timeout)
+
+    class Own(server_class(dropin, threading_)):  # type: ignore[misc]
+        def get_request(self) -> Any:
+            return super().get_request()
+
+    times = 0
+
+    def again() -> None:
+        nonlocal times
+        for times in (1, 2):  # noqa: B007
+            server.serve_forever(0.01)
+
+    with (server_class(dropin, threading_) if plain else Own)(LOOPBACK, Echo) as server:
+        server._BaseServer__is_shut_down = Late()
+        with ThreadPoolExecutor(2) as pool:
+            serving = pool.submit(again)
+            assert exchange(server.server_address, b"x\n") == b"x\n"
+            pool.submit(server.shutdown).result(LIMIT)
+            assert exchange(server.server_address, b"x\n") == b"x\n"
+            server.shutdown()
+            serving.result(LIMIT)
+
+
+@THREADING
 @pytest.mark.parametrize("by_hand", [False, True], ids=["serve_forever", "handle_request"])
 def test_shutdown_in_a_handler(threading_: bool, by_hand: Any) -> None:
     returned = threading.Event()
