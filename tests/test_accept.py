@@ -267,7 +267,10 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, collections.Cou
     log = tmp_path_factory.mktemp("strace") / "log"
     if run([strace, "-o", "/dev/null", "true"], status=None).returncode:
         pytest.skip("needs the right to trace processes")
-    run([strace, "-f", "-o", log, sys.executable, "-c", COUNTED], limit=50)
+    # For the interpreter alone, and not for strace: run() takes it away for programs that are not Python.
+    preload = os.environ.get("LD_PRELOAD")
+    variables = [] if preload is None else ["-E", f"LD_PRELOAD={preload}"]
+    run([strace, "-f", "-o", log, *variables, sys.executable, "-c", COUNTED], limit=50)
     found: dict[str, collections.Counter[str]] = {}
     for part in re.finditer(r"\"begin-(\w+)\".*?\n(.*?)\n[^\n]*\"end-", log.read_text(), re.DOTALL):
         lines = re.findall(r"^\d+ +(\w+)\(.*= (-?\d+)", part[2], re.MULTILINE)
