@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from fastlisten._listener import Listener
 from fastlisten._options import Checked
 from fastlisten._unix_path import OwnPath
+from fastlisten._workers.events import Events
 from fastlisten._workers.sockets import Members
 
 # Has the old parent's process ID, the descriptors of its listeners, and the pipe to it, as JSON.
@@ -22,19 +25,19 @@ VARIABLE = "FASTLISTEN_HANDOVER"
 class Successor:
     """The next parent, which this one has started: by the same command, with the listeners.
 
-    named: each endpoint as it was asked for, and its listeners.  It serves when it writes to `reader`; the
-    end of that pipe is its own.  Raises OSError when it cannot be started.
+    It serves when it writes to `reader`; the end of that pipe is its own.  Raises OSError when it cannot be
+    started.
     """
 
-    def __init__(self, named: Sequence[tuple[str, Members]]) -> None:
+    def __init__(self, endpoints: Sequence[Members]) -> None:
         self.reader, writer = os.pipe()
-        descriptors = [[listener.fileno() for listener in members.listeners] for _, members in named]
+        descriptors = [[listener.fileno() for listener in members.listeners] for members in endpoints]
         what = {
             "parent": os.getpid(),
             "pipe": writer,
             "endpoints": [
-                {"name": name, "shared": members.shared, "descriptors": numbers}
-                for (name, members), numbers in zip(named, descriptors, strict=True)
+                {"name": members.name, "shared": members.shared, "descriptors": numbers}
+                for members, numbers in zip(endpoints, descriptors, strict=True)
             ],
         }
         kept = [writer, *(number for numbers in descriptors for number in numbers)]
@@ -60,6 +63,104 @@ class Successor:
 
     def close(self) -> None:
         os.close(self.reader)
+
+
+class Handover:
+    """From SIGUSR2 on: the next parent, until it serves, or has not in its time.
+
+    taken_over(pid): called when it serves; the listeners are its own then, too.
+    """
+
+    def __init__(
+        self,
+        endpoints: Sequence[Members],
+        seconds: float,
+        events: Events,
+        tell: Callable[..., None],
+        taken_over: Callable[[int], None],
+    ) -> None:
+        self._endpoints = endpoints
+        self._seconds = seconds
+        self._events = events
+        self._tell = tell
+        self._taken_over = taken_over
+        self._successor: Successor | None = None
+        self.until = math.inf  # when it is to serve
+        self._begun: list[int] = []  # that may have to be waited for
+
+    def begin(self) -> None:
+        """Start the next parent, if that has not begun."""
+        if self._successor is not None:
+            return
+        if os.getpid() == 1:
+            self._failed("SIGUSR2: the first process cannot hand over, all others would end with it")
+            return
+        try:
+            successor = self._successor = Successor(self._endpoints)
+        except OSError as error:
+            self._failed(f"SIGUSR2: no other parent can be started: {error}")
+            return
+        self._begun.append(successor.pid)
+        self.until = time.monotonic() + self._seconds
+        self._events.hear(successor.reader, self._told)
+        text = f"SIGUSR2: process {successor.pid} takes over when its workers serve"
+        self._tell("handing over", text, signal="SIGUSR2", pid=successor.pid)
+
+    def stop(self) -> None:
+        """It is to take over no more, if it does not serve yet."""
+        self._signal(signal.SIGTERM)
+
+    def look(self, now: float) -> None:
+        """One that takes too long is ended; its workers end with it."""
+        if now >= self.until:
+            self._signal(signal.SIGKILL)
+            pid = self._forget()
+            text = f"SIGUSR2: the workers of process {pid} did not serve in {self._seconds:g} s"
+            self._failed(f"{text}: it is ended, and this one goes on", pid=pid)
+
+    def reap(self) -> None:
+        """Wait for those that have ended."""
+        for pid in list(self._begun):
+            try:
+                ended = os.waitpid(pid, os.WNOHANG)[0] != 0
+            except ChildProcessError:
+                ended = True
+            if ended:
+                self._begun.remove(pid)
+
+    def close(self) -> None:
+        """Wait for nobody more."""
+        if self._successor is not None:
+            self._forget()
+
+    def _told(self) -> None:
+        """The next parent serves, or has ended."""
+        if self._successor is None:
+            return
+        serves = self._successor.serves()
+        pid = self._forget()
+        if serves:
+            for members in self._endpoints:
+                members.disown()
+            self._taken_over(pid)
+        else:
+            text = f"SIGUSR2: process {pid} has ended before its workers served: this one goes on"
+            self._failed(text, pid=pid)
+
+    def _signal(self, number: int) -> None:
+        if self._successor is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._successor.pid, number)
+
+    def _forget(self) -> int:
+        successor, self._successor, self.until = self._successor, None, math.inf
+        assert successor is not None
+        self._events.forget(successor.reader)
+        successor.close()
+        return successor.pid
+
+    def _failed(self, text: str, **values: object) -> None:
+        self._tell("failed", text, warning=True, **values)
 
 
 class Inheritance:
@@ -91,7 +192,7 @@ class Inheritance:
             if entry[0] == name:
                 self._endpoints.remove(entry)
                 listeners = [Listener(fileno=number) for number in entry[2]]
-                self._taken.append(Members.adopted(listeners, options, entry[1]))
+                self._taken.append(Members.adopted(name, listeners, options, entry[1]))
                 return self._taken[-1]
         return None
 

@@ -1,16 +1,16 @@
-"""When a program that does not know us serves, and when the one that it replaces can go."""
+"""When a worker that has begun serves, and when the one that it replaces can go."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
 import time
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
 
+from fastlisten._workers.pool import Pool
 from fastlisten._workers.process import Place, Process
 from fastlisten._workers.programs import Probe, half_open
-from fastlisten._workers.sockets import Members
+from fastlisten._workers.steering import Steering
 
 # How often programs that are about to serve, or to go, are looked at; and after what time one that cannot be
 # seen to accept is believed to.
@@ -18,22 +18,35 @@ LOOK_AT_PROGRAMS = 0.01  # seconds
 BELIEVED_READY = 1.0
 
 
-class Host(Protocol):
-    """The parent, as far as this goes."""
-
-    endpoints: Sequence[Members]
-    places: list[Place]
-    processes: dict[int, Process]
-    drain: float
-    defers: bool
-
-    def serving(self) -> Iterable[Process]: ...
-    def steer(self) -> None: ...
-    def is_ready(self, process: Process) -> None: ...
-    def ask(self, process: Process) -> None: ...
-
-
 class Newcomers:
+    """Workers that have begun, and those that are to go: as ours do it, who say when they are ready and leave
+    their listener to the next one."""
+
+    busy = False  # whether somebody is to be looked at soon
+
+    def member(self, place: Place) -> int:
+        """Which listeners a new process gets."""
+        return place.member
+
+    def has_room(self, place: Place) -> bool:
+        """Whether one that is to replace another can begin."""
+        return True
+
+    def began(self, process: Process) -> None:
+        """A process has begun."""
+
+    def look(self, now: float, ready: Callable[[Process], None]) -> None:
+        """See who is ready, and who can go."""
+
+    def leaves(self, process: Process) -> bool:
+        """A process gets no new clients; returns whether it is asked to go later."""
+        return False
+
+    def ended(self, process: Process) -> None:
+        """A process has ended."""
+
+
+class ProgramNewcomers(Newcomers):
     """Programs that need not tell when they serve, and that may close their listener when they are asked to
     go.
 
@@ -44,19 +57,20 @@ class Newcomers:
     second.
     """
 
-    def __init__(self, parent: Host, starter: Any) -> None:
-        self._parent = parent
-        self._notifications: dict[int, socket.socket] = starter.notifications
+    def __init__(self, pool: Pool, steering: Steering, notifications: dict[int, socket.socket]) -> None:
+        self._pool = pool
+        self._steering = steering
+        self._endpoints = steering.endpoints
+        self._notifications = notifications
         self._probes: dict[Process, Probe | None] = {}
         self._leaving: dict[Process, tuple[float, list[set[bytes]]]] = {}
 
     @property
     def _steers(self) -> bool:
-        return all(members.steers for members in self._parent.endpoints)
+        return all(members.steers for members in self._endpoints)
 
     @property
-    def busy(self) -> bool:
-        """Whether somebody is to be looked at soon."""
+    def busy(self) -> bool:  # type: ignore[override]
         return bool(self._probes or self._leaving)
 
     def member(self, place: Place) -> int:
@@ -72,39 +86,39 @@ class Newcomers:
         """The listeners that nobody has and that no other place is to have."""
         if not self._steers:
             return set()
-        taken = {process.member for process in self._parent.processes.values()}
-        taken |= {other.member for other in self._parent.places if other is not place}
-        return set(range(len(self._parent.endpoints[0].listeners))) - taken
+        taken = {process.member for process in self._pool.processes.values()}
+        taken |= {other.member for other in self._pool.places if other is not place}
+        return set(range(len(self._endpoints[0].listeners))) - taken
 
     def began(self, process: Process) -> None:
         """A process has begun: look whether it accepts."""
         self._probes[process] = None
-        if self._steers and not self._parent.defers:
-            live = [other.member for other in self._parent.serving()]
+        if self._steers and not any(members.defers for members in self._endpoints):
+            live = [other.member for other in self._pool.serving()]
             with contextlib.suppress(OSError):  # then it is waited for as where clients cannot be steered
-                self._probes[process] = Probe(self._parent.endpoints[0], process.member, live)
-            self._parent.steer()
+                self._probes[process] = Probe(self._endpoints[0], process.member, live)
+            self._steering.steer()
 
-    def look(self, now: float) -> None:
+    def look(self, now: float, ready: Callable[[Process], None]) -> None:
         """See who is ready, and who can go."""
         for process, probe in list(self._probes.items()):
             accepts = probe.accepted() if probe is not None else now - process.began > BELIEVED_READY
             if self._says_ready(process) or accepts:
                 del self._probes[process]
                 if not process.asked:
-                    self._parent.is_ready(process)
+                    ready(process)
         for process, (until, on_their_way) in list(self._leaving.items()):
             if now >= until or not self._awaited(process, on_their_way):
                 del self._leaving[process]
-                self._parent.ask(process)
+                self._pool.ask(process)
 
     def leaves(self, process: Process) -> bool:
         """A process gets no new clients; returns whether it is asked to go later."""
-        others = [other for other in self._parent.serving() if other.member != process.member]
+        others = [other for other in self._pool.serving() if other.member != process.member]
         if not self._steers or not others or process.asked:
             return False
-        on_their_way = [half_open(members.of(process.member)) for members in self._parent.endpoints]
-        self._leaving[process] = (time.monotonic() + self._parent.drain, on_their_way)
+        on_their_way = [half_open(members.of(process.member)) for members in self._endpoints]
+        self._leaving[process] = (time.monotonic() + self._pool.options.drain, on_their_way)
         return True
 
     def ended(self, process: Process) -> None:
@@ -114,7 +128,7 @@ class Newcomers:
 
     def _awaited(self, process: Process, on_their_way: list[set[bytes]]) -> bool:
         """Whether clients that were sent to a process have yet to come out of its queue."""
-        for members, before in zip(self._parent.endpoints, on_their_way, strict=True):
+        for members, before in zip(self._endpoints, on_their_way, strict=True):
             if before:
                 before &= half_open(members.of(process.member))
             if before or members.depth(process.member):

@@ -10,9 +10,13 @@ from fastlisten._workers.memory import Slot
 
 
 class Process:
-    """One worker process, until it was waited for."""
+    """One worker process, until it was waited for.
 
-    def __init__(self, place: Place, member: int, slot: Slot, known: int, counts: bool) -> None:
+    member: which listeners are its own.  known: it has those of so many places.  counts: it writes its
+    counters, and helps.  status: our end of its pipe, which close() closes.
+    """
+
+    def __init__(self, place: Place, member: int, slot: Slot, known: int, counts: bool, status: int) -> None:
         self.counts = counts
         self.place = place
         self.member = member
@@ -20,11 +24,14 @@ class Process:
         self.known = known
         self.pid = 0
         self.pidfd: int | None = None
-        self.status: int | None = None  # our end of its pipe
+        self.status: int | None = status
         self.began = time.monotonic()
         self.ready = False
         self.asked = False  # to go
         self.kill_at: float | None = None
+
+    def __str__(self) -> str:
+        return f"worker {self.place.number} (process {self.pid})"
 
     def signal(self, number: int) -> None:
         """Send it a signal; it was not waited for, so that the number is still its own.
@@ -36,6 +43,13 @@ class Process:
                 os.kill(self.pid, number)
             else:
                 os.killpg(self.pid, number)
+
+    def close(self) -> None:
+        """Close what stands for it here."""
+        for descriptor in (self.status, self.pidfd):
+            if descriptor is not None:
+                os.close(descriptor)
+        self.status = self.pidfd = None
 
 
 class Place:

@@ -35,6 +35,7 @@ class Programs:
     """
 
     counts = False
+    spare = 1  # one that replaces another has listeners of its own meanwhile
 
     def __init__(self, command: Sequence[str]) -> None:
         names = {os.path.basename(word) for word in command[:3]}  # also after python -m

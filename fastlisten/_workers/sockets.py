@@ -20,7 +20,7 @@ class Members:
     """The listeners of one endpoint, in the order in which they began to listen.
 
     where: as bind() takes it; a Listener is served as it is, by all workers, and stays the caller's.
-    options: of bind(), checked.  Raises as bind().
+    options: of bind(), checked.  name: where, as it was asked for.  Raises as bind().
 
     The kernel numbers the listeners that share a port in this order, and would number them anew if one was
     closed, with the clients in its queue reset: so they stay open for as long as there is a parent, whoever
@@ -30,6 +30,7 @@ class Members:
     def __init__(self, where: Address | Listener, options: Checked) -> None:
         self._options = options
         self._own = not isinstance(where, Listener)
+        self.name = name_of(where)
         if isinstance(where, Listener):
             first, ours = where, False
         else:
@@ -43,9 +44,10 @@ class Members:
         self.settled = True  # no other parent steers
 
     @classmethod
-    def adopted(cls, listeners: Sequence[Listener], options: Checked, shared: bool) -> Members:
-        """Those of another parent, in its order."""
+    def adopted(cls, name: str, listeners: Sequence[Listener], options: Checked, shared: bool) -> Members:
+        """Those of another parent, in its order, which had this endpoint by this name."""
         members = cls.__new__(cls)
+        members.name = name
         members._options, members._own, members.listeners = options, True, list(listeners)
         members.shared, members._steered, members._steers = shared, (), True
         members.settled = False
@@ -55,6 +57,11 @@ class Members:
     def endpoint(self) -> Endpoint:
         """Where they listen."""
         return self.listeners[0].endpoint
+
+    @property
+    def defers(self) -> bool:
+        """Whether clients are queued when they have said something."""
+        return self._options.defer_accept is not None
 
     def of(self, place: int) -> Listener:
         """The listener at a place; all have the same one where it is shared."""
@@ -115,3 +122,8 @@ class Members:
         if self._own:
             for listener in reversed(self.listeners):
                 listener.close()
+
+
+def name_of(where: Address | Listener) -> str:
+    """An endpoint as it was asked for."""
+    return str(where.endpoint if isinstance(where, Listener) else endpoint_of(where))

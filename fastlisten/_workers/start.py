@@ -63,6 +63,7 @@ class Forked:
     """Workers that are forks of the parent, and so have its modules and the target as they are."""
 
     counts = True
+    spare = 0
 
     def __init__(self, target: Target, drain: float) -> None:
         self._target = target
@@ -106,6 +107,7 @@ class Fresh:
     """
 
     counts = True
+    spare = 0
 
     def __init__(self, target: Target, drain: float) -> None:
         # Much to import, and only for who needs it; multiprocessing knows how to find the main module again.

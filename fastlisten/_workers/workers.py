@@ -14,16 +14,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastlisten._bind import Address
 from fastlisten._core.state import queue
-from fastlisten._endpoint import Endpoint, endpoint_of
+from fastlisten._endpoint import Endpoint
 from fastlisten._listener import Listener, ListenerStats, ServeResult, make_loop, serve_options
 from fastlisten._options import BindOptions, Checked, WorkerOptions, checked
 from fastlisten._workers.child import Target
 from fastlisten._workers.handover import Inheritance
 from fastlisten._workers.memory import MOST_ENDPOINTS, Memory
 from fastlisten._workers.parent import Parent, Tick
+from fastlisten._workers.pool import Pool
 from fastlisten._workers.process import Process
 from fastlisten._workers.programs import Programs
-from fastlisten._workers.sockets import Members
+from fastlisten._workers.sockets import Members, name_of
 from fastlisten._workers.start import Forked, Fresh, single_threaded
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("fastlisten")
 
-DEFAULT_DRAIN = 5.0
-DEFAULT_READY_TIMEOUT = 30.0
+DEFAULT_DRAIN = 5.0  # seconds
+DEFAULT_READY_TIMEOUT = 30.0  # seconds
 
 # A steering program and a parent's memory are small for so many; more processes than this are a mistake.
 MOST_WORKERS = 512
@@ -64,15 +65,21 @@ class Supervised:
         self,
         *endpoints: Address | Listener,
         workers: int | str,
-        drain: float = DEFAULT_DRAIN,
-        ready_timeout: float = DEFAULT_READY_TIMEOUT,
+        drain: float | None = None,
+        ready_timeout: float | None = None,
         **bind_options: Unpack[BindOptions],
     ) -> None:
         if not endpoints:
             raise TypeError("Workers() needs at least one endpoint")
         if len(endpoints) > MOST_ENDPOINTS:
             raise ValueError(f"endpoints: {len(endpoints)} are more than {MOST_ENDPOINTS}")
-        own = checked(WorkerOptions, "Workers", workers=workers, drain=drain, ready_timeout=ready_timeout)
+        own = checked(
+            WorkerOptions,
+            "Workers",
+            workers=workers,
+            drain=DEFAULT_DRAIN if drain is None else drain,
+            ready_timeout=DEFAULT_READY_TIMEOUT if ready_timeout is None else ready_timeout,
+        )
         if own.workers is None:
             raise TypeError("workers must be an int, not NoneType")
         self._bind_options = checked(BindOptions, "Workers", **bind_options)
@@ -82,11 +89,9 @@ class Supervised:
         if not hasattr(os, "fork"):
             raise ValueError("workers not supported on this platform")
         self._where = endpoints
-        self._count: int = own.workers
-        self._drain: float = DEFAULT_DRAIN if own.drain is None else own.drain
-        self._ready_timeout: float = own.ready_timeout or DEFAULT_READY_TIMEOUT
+        self._options = own
         self._endpoints: list[Members] = []
-        self._parent: Parent | None = None
+        self._pool: Pool | None = None
         self._inheritance: Inheritance | None = None
         self._since = time.time()
         self._past: dict[tuple[int, int], list[dict[str, Any]]] = {}
@@ -112,26 +117,26 @@ class Supervised:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("workers are run by the main thread, which has the signals")
         starter = self._starter()
-        # A program that replaces another one has listeners of its own meanwhile.
-        spare = 0 if starter.counts else 1
-        with closing(starter), self._bound(self._count + spare) as endpoints:
+        with closing(starter), self._bound(self._options.workers + starter.spare) as endpoints:
             # Each may be replaced while the one before still drains, and be added and taken away meanwhile.
             memory = Memory(len(endpoints), 4 * MOST_WORKERS, named=isinstance(starter, Fresh))
             try:
                 starter.serves(endpoints, memory)
                 parent = Parent(
-                    endpoints, starter, memory, self._count, self._drain, self._ready_timeout, self._tell
+                    endpoints,
+                    starter,
+                    memory,
+                    self._options,
+                    self._tell,
+                    self._keep_counters,
+                    [Tick(*tick) for tick in self._ticks],
+                    self._inheritance,
                 )
-                parent.spare = spare
-                parent.names, parent.inheritance = self._names(), self._inheritance
-                parent.defers = self._bind_options.defer_accept is not None
-                parent.gone = self._keep_counters  # type: ignore[method-assign]
-                parent.ticks = [Tick(*tick) for tick in self._ticks]
-                self._parent = parent
+                self._pool = parent.pool
                 self._started()
                 return parent.run()
             finally:
-                self._parent = None
+                self._pool = None
                 memory.close()
 
     @contextmanager
@@ -140,8 +145,8 @@ class Supervised:
         self._endpoints = []
         inheritance = self._inheritance = Inheritance.from_environment()
         try:
-            for where, name in zip(self._where, self._names(), strict=True):
-                members = inheritance and inheritance.take(name, self._bind_options)
+            for where in self._where:
+                members = inheritance and inheritance.take(name_of(where), self._bind_options)
                 self._endpoints.append(members or Members(where, self._bind_options))
                 self._endpoints[-1].grow(count)
             yield self._endpoints
@@ -150,13 +155,6 @@ class Supervised:
                 inheritance.close()
             for members in reversed(self._endpoints):
                 members.close()
-
-    def _names(self) -> list[str]:
-        """The endpoints as they were asked for."""
-        return [
-            str(where.endpoint if isinstance(where, Listener) else endpoint_of(where))
-            for where in self._where
-        ]
 
     def _started(self) -> None:
         """The endpoints are bound."""
@@ -177,12 +175,12 @@ class Supervised:
         `queue_limit` are of a Listener of each worker, or of the one that all share.  Any thread of the
         parent may call it.
         """
-        parent = self._parent
-        if parent is None:  # it has ended, or has not begun
+        pool = self._pool
+        if pool is None:  # it has ended, or has not begun
             past = [counts for kept in self._past.values() for counts in kept]
             return WorkersStats(_together(past, self._since), ())
         rows = []
-        for place in parent.places:
+        for place in pool.places:
             counts = []
             for process in (place.current, place.next):
                 if process is not None:
@@ -197,15 +195,14 @@ class Supervised:
         gone = [
             counts
             for (number, _), kept in self._past.items()
-            if number >= len(parent.places)
+            if number >= len(pool.places)
             for counts in kept
         ]
         shared = [queue(members.of(0).fileno()) for members in self._endpoints if members.shared]
         leaving = [
             _counted(counters)
-            for process in list(parent.processes.values())
-            if process not in (process.place.current, process.place.next)
-            or process.place not in parent.places
+            for process in list(pool.processes.values())
+            if process not in (process.place.current, process.place.next) or process.place not in pool.places
             for counters in process.slot.counters
         ]
         total = _together([*(row._asdict() for row in rows), *gone, *leaving], self._since, shared, rows)
@@ -219,7 +216,7 @@ class Supervised:
             kept = self._past.setdefault((process.place.number, endpoint), [])
             kept[:] = [_sum([*kept, counts])]
 
-    def _starter(self) -> Any:
+    def _starter(self) -> Forked | Fresh | Programs:
         raise NotImplementedError
 
 
@@ -233,9 +230,9 @@ class Workers(Supervised):
     endpoints: as bind() takes them.  Each is bound once a worker, where the system spreads the clients of a
     port over its listeners, and once for all elsewhere; with port 0 all have the same one.
     workers: how many; "auto" is one a usable core.
-    drain: how many seconds a worker that is to end has for the clients that it has and that are queued.
-    ready_timeout: how many seconds a worker has to serve all its Listeners, or to call worker().ready();
-    one that has not is ended, and the one that it was to replace stays.
+    drain: how many seconds a worker that is to end has for the clients that it has and that are queued; 5.
+    ready_timeout: how many seconds a worker has to serve all its Listeners, or to call worker().ready(); 30.
+    One that has not is ended, and the one that it was to replace stays.
     bind_options: as bind(), without reuse_port.
 
     Workers are forks of this process where that is safe: where it has no other thread.  Else they are fresh
@@ -257,8 +254,8 @@ class Workers(Supervised):
         target: Target,
         *endpoints: Address | Listener,
         workers: int | str,
-        drain: float = DEFAULT_DRAIN,
-        ready_timeout: float = DEFAULT_READY_TIMEOUT,
+        drain: float | None = None,
+        ready_timeout: float | None = None,
         **bind_options: Unpack[BindOptions],
     ) -> None:
         if not callable(target):
@@ -270,7 +267,7 @@ class Workers(Supervised):
 
     def _starter(self) -> Forked | Fresh:
         """How they begin; what cannot be is told here, before anything is bound."""
-        return (Forked if single_threaded() else Fresh)(self._target, self._drain)
+        return (Forked if single_threaded() else Fresh)(self._target, self._options.drain)
 
 
 class ProgramWorkers(Supervised):
@@ -281,8 +278,8 @@ class ProgramWorkers(Supervised):
         command: Sequence[str],
         *endpoints: Address | Listener,
         workers: int | str,
-        drain: float = DEFAULT_DRAIN,
-        ready_timeout: float = DEFAULT_READY_TIMEOUT,
+        drain: float | None = None,
+        ready_timeout: float | None = None,
         **bind_options: Unpack[BindOptions],
     ) -> None:
         super().__init__(

@@ -103,7 +103,7 @@ class WorkersReport(Supervised):
             "started",
             endpoint=names[0],
             endpoints=names,
-            workers=self._count,
+            workers=self._options.workers,
             process=os.getpid(),
         )
 

@@ -1,0 +1,73 @@
+"""What the parent waits for: descriptors that can be read, and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+Act = Callable[[], object]
+
+
+class Events:
+    """Calls what belongs to a descriptor when it can be read, and to a signal when it has come."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._wakeups = socket.socketpair()
+        for end in self._wakeups:
+            end.setblocking(False)
+        self._actions: Mapping[int, Act] = {}
+        self.hear(self._wakeups[0], self._signals_came)
+
+    def hear(self, file: Any, act: Act) -> None:
+        """Call `act` from now on when this can be read: a descriptor, or what has one."""
+        self._selector.register(file, selectors.EVENT_READ, act)
+
+    def forget(self, file: Any) -> None:
+        """Do so no longer."""
+        self._selector.unregister(file)
+
+    def fileno(self) -> int:
+        """A descriptor that can be read when something has come; of the systems that have epoll or kqueue."""
+        selector: Any = self._selector
+        number: int = selector.fileno()
+        return number
+
+    def wait(self, seconds: float | None) -> None:
+        """Wait until something has come, and call what belongs to it; None: without end."""
+        for key, _ in self._selector.select(seconds):
+            key.data()
+
+    @contextlib.contextmanager
+    def signals(self, actions: Mapping[int, Act]) -> Iterator[None]:
+        """Hear these signals while the block runs.  For the main thread."""
+        self._actions = actions
+        writer = self._wakeups[1].fileno()
+        wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # first: none is missed
+        before = {number: signal.signal(number, _heard) for number in actions}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            signal.set_wakeup_fd(wakeup)
+
+    def _signals_came(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            for number in self._wakeups[0].recv(4096):
+                if number in self._actions:
+                    self._actions[number]()
+
+    def close(self) -> None:
+        """Wait for nothing more; in a fork, too, where the parent's goes on."""
+        self._selector.close()
+        for end in self._wakeups:
+            end.close()
+
+
+def _heard(*_: object) -> None:
+    """The number comes through the wake-up descriptor."""

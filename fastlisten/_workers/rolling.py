@@ -1,0 +1,46 @@
+"""The workers replaced one by one, each when the new one is ready."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from fastlisten._workers.newcomers import Newcomers
+from fastlisten._workers.pool import Pool
+from fastlisten._workers.process import Place, Process
+from fastlisten._workers.supervision import Supervision
+
+
+class Rolling:
+    """Replaces workers; ends when all are replaced, or when one that is new does not get ready."""
+
+    def __init__(self, pool: Pool, supervision: Supervision, newcomers: Newcomers) -> None:
+        self._pool = pool
+        self._supervision = supervision
+        self._newcomers = newcomers
+        self._left: deque[Place] = deque()
+        self._new: Process | None = None  # the one that is to be ready next
+
+    def begin(self) -> None:
+        """Replace all, from the first on."""
+        self._left = deque(self._pool.places)
+
+    def stop(self) -> None:
+        """Replace nobody more."""
+        self._left.clear()
+
+    def look(self) -> None:
+        """Begin the next replacement, if there is nothing to wait for."""
+        if self._new is not None:
+            if self._new.place.next is self._new:
+                return
+            if not self._new.ready:
+                self._left.clear()
+            self._new = None
+        while self._left and not any(place.next for place in self._pool.places):
+            if not self._newcomers.has_room(self._left[0]):
+                return  # an end makes room
+            place = self._left.popleft()
+            if place in self._pool.places and place.current is not None and place.current.ready:
+                self._new = self._supervision.start(place)
+                if self._new is None:
+                    self._left.clear()
