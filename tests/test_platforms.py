@@ -17,6 +17,7 @@ import pytest
 import fastlisten
 from fastlisten._core.state import queue
 from helpers import connect, echo, exchange, needs, serving, wait_until
+from helpers.command import COMMAND
 from helpers.programs import run
 
 WINDOWS = os.name == "nt"
@@ -173,9 +174,9 @@ def test_windows_has_no_reuse_port_and_the_error_is_the_standard_library_s() -> 
 
 
 @pytest.mark.skipif(hasattr(os, "fork"), reason="this system can fork")
-def test_without_fork_there_are_no_workers() -> None:
-    with pytest.raises(ValueError, match="workers not supported on this platform"):
-        fastlisten.Workers(print, "127.0.0.1:0", workers=2)
+def test_without_fork_no_other_program_is_a_worker() -> None:
+    done = run([*COMMAND, "workers", "--bind", "127.0.0.1:0", "--", sys.executable], status=2)
+    assert "programs as workers are not supported on this platform: serve --workers" in done.stderr
 
 
 @on_windows

@@ -1,26 +1,31 @@
 """Worker processes: that they serve, that they are replaced without a client lost, and that none is left."""
 
+import errno
 import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 import fastlisten
-from helpers import LOOPBACK, needs, posix_only, wait_until
+from helpers import LOOPBACK, needs, wait_until
 from helpers.programs import run
-from helpers.workers import HANDLER, alive, children_of, gone, parent, while_clients_come
+from helpers.workers import FORKS, HANDLER, alive, children_of, gone, main, parent, while_clients_come
 
-pytestmark = [posix_only("signals between processes"), needs("Linux")]
+linux = needs("Linux")
+
+# What a program does with it, it says; HANDLER has the same.
+TOLD = getattr(signal, "SIGUSR1", signal.SIGABRT)
 
 
 def test_each_worker_serves_and_a_signal_ends_them() -> None:
     with parent() as server:
         workers = server.workers(4)
         assert sorted(workers) == [0, 1, 2, 3]
-        assert sorted(workers.values()) == sorted(children_of(server.process.pid))
+        assert not FORKS or sorted(workers.values()) == sorted(children_of(server.process.pid))
         server.end()
         assert all(map(gone, workers.values()))
     assert fastlisten.worker() is None
@@ -37,7 +42,7 @@ def test_a_client_that_is_served_is_let_finish() -> None:
         assert server.process.wait(10) == 0
 
 
-@pytest.mark.parametrize("names", ["SIGQUIT", "SIGTERM SIGINT"])
+@pytest.mark.parametrize("names", [pytest.param("SIGQUIT", marks=linux), "SIGTERM SIGINT"])
 def test_now_means_now(names: str) -> None:
     with parent() as server, server.connect() as client:
         client.sendall(b"say")
@@ -49,13 +54,15 @@ def test_now_means_now(names: str) -> None:
 
 
 def test_a_worker_that_does_not_end_is_killed() -> None:
-    with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=2, drain=0.1).run()") as server:
+    program = main("fastlisten.Workers(serve, '127.0.0.1:0', workers=2, drain=0.1).run()")
+    with parent(program) as server:
         server.ask("sleep 60")
         server.send(signal.SIGTERM)
         server.line_with("killed")
         assert server.process.wait(5) == 0
 
 
+@linux
 def test_a_rolling_restart_loses_nobody() -> None:
     with parent() as server:
         before = server.workers(4)
@@ -71,6 +78,7 @@ def test_a_rolling_restart_loses_nobody() -> None:
         assert set(server.workers(4).values()).isdisjoint(before.values())
 
 
+@linux
 def test_the_old_one_is_asked_to_go_when_the_new_one_serves() -> None:
     with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=1).run()") as server:
         old = server.ask().pid
@@ -80,6 +88,7 @@ def test_the_old_one_is_asked_to_go_when_the_new_one_serves() -> None:
         server.line_with(f"worker 0 (process {old}) ended with status 0")
 
 
+@linux
 def test_a_killed_worker_s_queue_is_served_by_the_next() -> None:
     with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=1).run()") as server:
         old = server.ask().pid
@@ -93,6 +102,7 @@ def test_a_killed_worker_s_queue_is_served_by_the_next() -> None:
                 assert int(client.recv(100).split()[1]) != old
 
 
+@linux
 def test_nobody_waits_behind_a_stuck_worker() -> None:
     with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=3).run()") as server:
         server.workers(3)
@@ -102,6 +112,7 @@ def test_nobody_waits_behind_a_stuck_worker() -> None:
         server.end(signal.SIGQUIT)
 
 
+@linux
 def test_a_stopped_worker_s_queue_is_taken_by_the_others() -> None:
     with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=2).run()") as server:
         stopped = server.workers(2)[0]
@@ -116,6 +127,7 @@ def test_a_stopped_worker_s_queue_is_taken_by_the_others() -> None:
         assert len(server.workers(2)) == 2  # it gets clients again
 
 
+@linux
 @pytest.mark.parametrize("loop", ["aio.EventLoop", "aio.UvloopEventLoop"])
 def test_asyncio_s_workers_help_too(loop: str, tmp_path: Path) -> None:
     if "Uvloop" in loop:
@@ -167,13 +179,13 @@ async def answer(reader, writer):
     writer.write(b"%d %d" % (fastlisten.worker().number, os.getpid()))
     writer.close()
 
-async def main(listener):
+async def serve_on_it(listener):
     assert "fastlisten" in type(asyncio.get_running_loop()).__module__
     async with await asyncio.start_server(answer, sock=listener) as server:
         await server.serve_forever()
 
-fastlisten.Workers(main, '127.0.0.1:0', workers=2).run()
 """
+    program += main("fastlisten.Workers(serve_on_it, '127.0.0.1:0', workers=2).run()")
     with parent(program) as server:
         server.workers(2)
         assert "Traceback" not in "\n".join(server.end())
@@ -186,8 +198,8 @@ def target(listener):
         sys.exit(3)
     return listener.serve(handler)
 
-fastlisten.Workers(target, '127.0.0.1:0', workers=2).run()
 """
+    program += main("fastlisten.Workers(target, '127.0.0.1:0', workers=2).run()")
     with parent(program, until="ended with status 3; started again in 0.8 s") as server:
         told = [line.rpartition(" in ")[2] for line in server.lines if "ended with status 3" in line]
         assert told == ["0.1 s", "0.2 s", "0.4 s", "0.8 s"]
@@ -196,20 +208,15 @@ fastlisten.Workers(target, '127.0.0.1:0', workers=2).run()
 
 
 def test_one_that_dies_later_is_started_at_once() -> None:
-    with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=1).run()") as server:
+    with parent(main("fastlisten.Workers(serve, '127.0.0.1:0', workers=1).run()")) as server:
+        served = time.monotonic()
         pid = server.ask().pid
-        wait_until(lambda: seconds_old(pid) > 1.2)
+        wait_until(lambda: time.monotonic() - served > 1.1)
         server.ask("exit 5")
         server.line_with(f"(process {pid}) ended with status 5; started again")
         assert " in " not in server.lines[-1]
         server.line_with("serves after")
         assert server.ask().pid != pid
-
-
-def seconds_old(pid: int) -> float:
-    with open(f"/proc/{pid}/stat") as stat, open("/proc/uptime") as uptime:
-        began = int(stat.read().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-        return float(uptime.read().split()[0]) - began
 
 
 UNREADY = """
@@ -222,6 +229,7 @@ fastlisten.Workers(target, '127.0.0.1:0', workers=2, ready_timeout=0.5).run()
 """
 
 
+@linux
 @pytest.mark.parametrize(
     ("instead", "said"),
     [
@@ -245,6 +253,7 @@ def test_the_old_ones_stay_when_a_new_one_does_not_get_ready(tmp_path: Path, ins
         server.end()
 
 
+@linux
 def test_a_worker_that_dies_while_its_successor_starts_in_vain_is_started_again(tmp_path: Path) -> None:
     flag, seen = tmp_path / "broken", tmp_path / "seen"
     instead = f"open({str(seen)!r}, 'w').close(); signal.pause()"
@@ -263,6 +272,7 @@ def test_a_worker_that_dies_while_its_successor_starts_in_vain_is_started_again(
         server.end()
 
 
+@linux
 def test_one_worker_more_and_one_less() -> None:
     with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=1).run()") as server:
         server.send(signal.SIGTTIN)
@@ -290,6 +300,7 @@ def test_a_parent_that_is_killed_takes_its_workers_along() -> None:
             pass
 
 
+@linux
 def test_where_the_system_does_not_end_orphans_the_pipe_does() -> None:
     program = """
 import fastlisten._workers.child as child
@@ -302,6 +313,7 @@ fastlisten.Workers(serve, '127.0.0.1:0', workers=2).run()
         wait_until(lambda: all(map(gone, workers.values())))
 
 
+@linux
 def test_as_on_a_system_that_has_none_of_it() -> None:
     """One listener for all, no pidfd, no PR_SET_PDEATHSIG, no look at the queues: macOS and the BSDs."""
     program = """
@@ -331,23 +343,23 @@ fastlisten.Workers(serve, '127.0.0.1:0', workers=2).run()
         wait_until(lambda: all(map(gone, workers.values())))
 
 
-COUNTING = """
+COUNTING = main("""
 workers = fastlisten.Workers(serve, '127.0.0.1:0', workers=2)
-signal.signal(signal.SIGUSR1, lambda *_: print(workers.stats(), flush=True))
+signal.signal(TOLD, lambda *_: print(workers.stats(), flush=True))
 workers.run()
-"""
+""")
 
 
 def test_the_counters_of_the_whole() -> None:
     with parent(COUNTING) as server:
         server.workers(2)
-        server.ask("fork")  # what ends in a fork of a worker is not counted there
+        server.ask("fork" if FORKS else "who")  # what ends in a fork of a worker is not counted there
         server.ask("exit 1")
         server.line_with("serves after")
         with server.connect() as client:
             client.sendall(b"say")
             assert client.recv(100)
-            server.send(signal.SIGUSR1)
+            server.send(TOLD)
             stats = eval(
                 server.line_with("WorkersStats"),
                 {name: getattr(fastlisten, name) for name in fastlisten.__all__},
@@ -357,21 +369,24 @@ def test_the_counters_of_the_whole() -> None:
         assert total.active == sum(row.active for row in rows) == 1
         assert total.accepted == sum(row.accepted for row in rows) == total.handled + 1
         assert total.accepted >= 5
-        assert total.queue_limit == sum(row.queue_limit for row in rows)
+        if FORKS:
+            assert total.queue_limit == sum(row.queue_limit for row in rows)
         server.end()
 
 
+@linux
 def test_clients_are_spread_evenly() -> None:
     with parent(COUNTING) as server:
         for _ in range(400):
             server.ask()
-        server.send(signal.SIGUSR1)
+        server.send(TOLD)
         names = {name: getattr(fastlisten, name) for name in fastlisten.__all__}
         rows = eval(server.line_with("WorkersStats"), names).workers
         assert min(row.accepted for row in rows) > 100  # of 200 each; a machine may be busy
         server.end()
 
 
+@linux
 def test_a_parent_with_threads_starts_fresh_interpreters(tmp_path: Path) -> None:
     (tmp_path / "service.py").write_text(HANDLER)
     program = """
@@ -394,6 +409,7 @@ finally:
         server.end()
 
 
+@linux
 def test_what_a_fresh_interpreter_cannot_have_is_told_before_anything_is_bound(tmp_path: Path) -> None:
     (tmp_path / "service.py").write_text(
         "import os\nif os.path.exists('gone'): raise ValueError('no such')\n"
@@ -419,6 +435,7 @@ over.set()
     assert "cannot be imported in a worker: ValueError: no such" in second
 
 
+@linux
 def test_unix_sockets_and_several_endpoints(tmp_path: Path) -> None:
     path = tmp_path / "s"
     program = f"""
@@ -439,6 +456,7 @@ fastlisten.Workers(both, '127.0.0.1:0', 'unix:{path}', workers=2, backlog=50).ru
     assert not path.exists()
 
 
+@linux
 def test_where_clients_cannot_be_steered_the_kernel_spreads_them() -> None:
     program = """
 from fastlisten._core import processes
@@ -461,10 +479,8 @@ fastlisten.Workers(serve, '127.0.0.1:0', workers=3).run()
 
 
 def test_serve_with_workers() -> None:
-    program = (
-        "print(fastlisten.serve(handler, '127.0.0.1:0', workers=2, drain=3.0, threads=2, no_delay=True))"
-    )
-    with parent(program) as server:
+    program = "fastlisten.serve(handler, '127.0.0.1:0', workers=2, drain=3.0, threads=2, no_delay=True)"
+    with parent(main(f"print({program})")) as server:
         server.workers(2)
         assert "ServeResult(finished=0, cut=0)" in server.end()
 
@@ -475,11 +491,12 @@ with fastlisten.bind('127.0.0.1:0') as listener:
     fastlisten.serve(handler, listener, workers=2)
     print("open", listener.fileno() > 0)
 """
-    with parent(program) as server:
+    with parent(main(program)) as server:
         server.workers(2)
         assert "open True" in server.end()
 
 
+@linux
 def test_nothing_is_left_in_the_parent() -> None:
     program = """
 def opened():
@@ -502,6 +519,7 @@ except ChildProcessError:
         assert server.end()[-1] == "nobody"
 
 
+@linux
 def test_the_first_process_of_a_container() -> None:
     unshare = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
     if os.geteuid() != 0 or run([*unshare, "true"], status=None).returncode != 0:
@@ -555,7 +573,7 @@ def target(*listeners: fastlisten.Listener) -> None:
         ({"workers": "many"}, ValueError, "workers must be a number or 'auto', not 'many'"),
         ({"workers": 1.5}, TypeError, "workers must be an int, not float"),
         ({"workers": None}, TypeError, "workers must be an int, not NoneType"),
-        ({"workers": 10_000}, ValueError, "workers must be at most 512, not 10000"),
+        ({"workers": 10_000}, ValueError, "workers must be at most 500, not 10000"),
         ({"workers": 1, "drain": -1}, ValueError, "drain must be above 0, not -1"),
         ({"workers": 1, "ready_timeout": 0}, ValueError, "ready_timeout must be above 0, not 0"),
         ({"workers": 1, "reuse_port": True}, ValueError, "reuse_port"),
@@ -568,6 +586,7 @@ def test_bad_options(options: dict[str, object], kind: type[Exception], said: st
         fastlisten.Workers(target, LOOPBACK, **options).run()  # type: ignore[arg-type]
 
 
+@linux
 def test_more_descriptors_than_there_may_be() -> None:
     program = """
 import fastlisten, resource
@@ -580,15 +599,20 @@ except ValueError as error:
     assert "descriptors, and this process may have 64" in run(program).stdout
 
 
-def test_bad_endpoints(tmp_path: Path) -> None:
+def test_bad_endpoints() -> None:
     with pytest.raises(TypeError, match="at least one endpoint"):
         fastlisten.Workers(target, workers=1)
     with pytest.raises(ValueError, match="expected host:port"):
         fastlisten.Workers(target, "nonsense", workers=1).run()
     with pytest.raises(TypeError, match="target must be callable"):
         fastlisten.Workers("app:app", LOOPBACK, workers=1)  # type: ignore[arg-type]
-    with fastlisten.bind(LOOPBACK) as taken, pytest.raises(OSError, match="Address already in use"):
+    with fastlisten.bind(LOOPBACK) as taken, pytest.raises(OSError) as caught:  # noqa: PT011
         fastlisten.Workers(target, LOOPBACK, taken.endpoint, workers=2).run()
+    assert caught.value.errno == errno.EADDRINUSE
+
+
+@linux
+def test_a_unix_path_in_use_stays(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with fastlisten.bind(f"unix:{path}"):
         with pytest.raises(OSError, match="Address already in use"):
@@ -596,6 +620,7 @@ def test_bad_endpoints(tmp_path: Path) -> None:
         assert path.exists()
 
 
+@linux
 def test_a_port_that_another_process_shares_with_whoever_asks_is_in_use() -> None:
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -607,8 +632,9 @@ def test_a_port_that_another_process_shares_with_whoever_asks_is_in_use() -> Non
 
 def test_two_parents_at_one_port() -> None:
     with parent() as server:
-        with pytest.raises(OSError, match="Address already in use"):
+        with pytest.raises(OSError) as caught:  # noqa: PT011
             fastlisten.Workers(target, server.address, workers=2).run()
+        assert caught.value.errno == errno.EADDRINUSE
         server.workers(4)
 
 

@@ -238,7 +238,7 @@ def test_the_counters_as_json_have_a_row_a_worker() -> None:
             2,
             "'0' is not a number from 1",
         ),
-        (["workers", "--bind", "127.0.0.1:0", "--workers", "9999", "--", "true"], 2, "must be at most 512"),
+        (["workers", "--bind", "127.0.0.1:0", "--workers", "9999", "--", "true"], 2, "must be at most 500"),
         (["serve", "--workers", "0"], 2, "'0' is not a number from 1"),
         (["serve", "--ready-timeout", "3"], 2, "--ready-timeout needs --workers"),
         (["serve", "127.0.0.1:0", "nosuch:handler", "--workers", "2"], 2, "nosuch"),

@@ -1,11 +1,11 @@
-"""The worker's side: what it is told by signals, and what it tells its parent."""
+"""The worker's side: what it is told, and what it tells its parent."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -19,6 +19,9 @@ from fastlisten._listener import Listener, ServeResult
 from fastlisten._workers.memory import CUT, FINISHED, HELP, Slot
 
 Target = Callable[..., object]
+
+# What the parent says by the channel, where it cannot send signals: end with the drain, and end now.
+DRAIN, NOW = b"d", b"n"
 
 # This process as a worker; set once, in a process that has just begun.
 _this: list[Worker] = []
@@ -46,11 +49,11 @@ class Worker:
     ...     worker.ready()
     """
 
-    def __init__(self, number: int, slot: Slot, status: int, parent: int, drain: float) -> None:
+    def __init__(self, number: int, slot: Slot, status: socket.socket, parent: int, drain: float) -> None:
         self.number = number
         self.stopping = False
         self._slot = slot
-        self._status = status  # the pipe to the parent
+        self._status = status  # the channel to the parent
         self._parent = parent
         self._drain = drain
         self._ready = False
@@ -69,8 +72,8 @@ class Worker:
         """
         if not self._ready:
             self._ready = True
-            with contextlib.suppress(BrokenPipeError):  # there is no parent any more, and we are about to end
-                os.write(self._status, b"r")
+            with contextlib.suppress(OSError):  # there is no parent any more, and we are about to end
+                self._status.send(b"r")
 
     # --- what the parent does with it -----------------------------------------------------------------
 
@@ -80,7 +83,6 @@ class Worker:
         members: for each endpoint all its listeners.  place: which of them is this worker's.
         """
         _this.append(self)
-        self._live_with_parent()
         self._members = members
         for endpoint, listeners in enumerate(members):
             listener = listeners[place if place < len(listeners) else 0]
@@ -89,6 +91,7 @@ class Worker:
             self._listeners.append(listener)
         self._waiting = len(members)
         self._hear_signals()
+        self._live_with_parent()
         try:
             result = target(*self._listeners)
             if isinstance(result, CoroutineType):
@@ -118,13 +121,14 @@ class Worker:
                 return
         except ProcessLookupError:
             os._exit(1)
-        threading.Thread(target=self._watch_parent, daemon=True).start()
+        threading.Thread(target=self._hear_parent, daemon=True).start()
 
-    def _watch_parent(self) -> None:
-        """Where the system does not end us, the pipe tells: nobody else reads it."""
-        reader = select.poll()
-        reader.register(self._status, 0)  # POLLERR is told unasked
-        reader.poll()
+    def _hear_parent(self) -> None:
+        """Where the system does not end us, the end of the channel tells; where it has no signals, the parent
+        asks us by it to end, too."""
+        with contextlib.suppress(OSError):
+            while asked := self._status.recv(1):
+                self._stop(0.0 if asked == NOW else self._drain)
         os._exit(1)
 
     def _served(self) -> None:
@@ -134,21 +138,20 @@ class Worker:
             self.ready()
 
     def _hear_signals(self) -> None:
-        heard: dict[int, Any] = {
-            signal.SIGTERM: self._stop,
-            signal.SIGQUIT: self._stop,
-            signal.SIGURG: self._help,
+        heard: dict[str, Any] = {
+            "SIGTERM": lambda *_: self._stop(self._drain),
+            "SIGQUIT": lambda *_: self._stop(0.0),
+            "SIGURG": self._help,
         }
-        for number, handler in heard.items():
-            signal.signal(number, handler)
         # Those of the terminal's keys go to all its processes, and are the parent's.
-        for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR2, signal.SIGTTIN, signal.SIGTTOU):
-            signal.signal(number, signal.SIG_IGN)
+        ignored = ("SIGINT", "SIGBREAK", "SIGHUP", "SIGUSR2", "SIGTTIN", "SIGTTOU")
+        for name, handler in (*heard.items(), *((name, signal.SIG_IGN) for name in ignored)):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), handler)
 
-    def _stop(self, number: int, _: object) -> None:
-        """SIGTERM: end with a drain.  SIGQUIT: end now."""
+    def _stop(self, drain: float) -> None:
+        """End with this drain."""
         self.stopping = True
-        drain = self._drain if number == signal.SIGTERM else 0.0
         for listener in self._listeners:
             with contextlib.suppress(OSError):
                 listener.stop(drain)

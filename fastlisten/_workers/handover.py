@@ -178,8 +178,10 @@ class Inheritance:
     def from_environment(cls) -> Inheritance | None:
         """Take it out of the environment; None when there is nothing for this process."""
         text = os.environ.pop(VARIABLE, None)
-        what = json.loads(text) if text else {}
-        if what.get("parent") != os.getppid():
+        if text is None:
+            return None
+        what = json.loads(text)
+        if what["parent"] != os.getppid():
             return None
         endpoints = [(one["name"], one["shared"], one["descriptors"]) for one in what["endpoints"]]
         for number in (what["pipe"], *(number for _, _, numbers in endpoints for number in numbers)):

@@ -11,6 +11,9 @@ from fastlisten._core.state import STATE_BYTES
 # A state has pages of its own, so that a fork of a worker can have a copy of it.
 _STATE = mmap.PAGESIZE * -(-STATE_BYTES // mmap.PAGESIZE)
 
+# On Windows memory that processes share has a name, and no descriptor.
+_HAS_NAMES = not hasattr(mmap, "MAP_SHARED")
+
 # The numbers at the start of a slot: of the stop, how many clients finished and were cut, and then, for each
 # endpoint, whose queue this worker is to look into: that member's place and 1; 0 is nobody's.
 FINISHED, CUT, HELP = 0, 1, 2
@@ -20,20 +23,27 @@ MOST_ENDPOINTS = mmap.PAGESIZE // 8 - HELP
 class Memory:
     """Slots for processes: a page of numbers each, and a state for each endpoint.
 
-    named: a descriptor, `fd`, stands for it, for a process that is no fork of this one.  fd: it was made by
-    another process, and has this descriptor.
+    named: something stands for it, `name`, for a process that is no fork of this one: a descriptor that it
+    inherits, or on Windows a name.  name: it was made by another process, which calls it so.
     """
 
-    def __init__(self, endpoints: int, slots: int, named: bool = False, fd: int = -1) -> None:
+    def __init__(
+        self, endpoints: int, slots: int, named: bool = False, name: int | str | None = None
+    ) -> None:
         self.endpoints = endpoints
         self.slots = slots
         self._size = mmap.PAGESIZE + endpoints * _STATE
         length = self._size * slots  # a page costs nothing before it is written to
-        self.fd = fd
-        if named:
-            self.fd = _file()
-            os.ftruncate(self.fd, length)
-        self.map = mmap.mmap(self.fd, length)
+        if named and _HAS_NAMES:
+            name = f"fastlisten-{os.getpid()}-{os.urandom(16).hex()}"
+        elif named:
+            name = _file()
+            os.ftruncate(name, length)
+        self.name = name
+        if isinstance(name, str):
+            self.map = mmap.mmap(-1, length, tagname=name)  # type: ignore[call-arg,unused-ignore]
+        else:
+            self.map = mmap.mmap(-1 if name is None else name, length)
         self._free = list(range(slots - 1, -1, -1))
 
     def take(self) -> Slot:
@@ -49,8 +59,8 @@ class Memory:
 
     def close(self) -> None:
         """Close the descriptor; the memory stays while somebody uses it."""
-        if self.fd >= 0:
-            os.close(self.fd)
+        if isinstance(self.name, int):
+            os.close(self.name)
 
 
 def _file() -> int:

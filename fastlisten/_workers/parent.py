@@ -12,12 +12,11 @@ from fastlisten._workers.events import Act, Events
 from fastlisten._workers.handover import Handover, Inheritance
 from fastlisten._workers.memory import Memory
 from fastlisten._workers.newcomers import LOOK_AT_PROGRAMS, Newcomers, ProgramNewcomers
-from fastlisten._workers.pool import Pool
+from fastlisten._workers.pool import Pool, Starter
 from fastlisten._workers.process import Place, Process
 from fastlisten._workers.programs import Programs
 from fastlisten._workers.rolling import Rolling
 from fastlisten._workers.sockets import Members
-from fastlisten._workers.start import Forked, Fresh
 from fastlisten._workers.steering import Steering
 from fastlisten._workers.supervision import Supervision, Tell
 
@@ -33,7 +32,7 @@ class Parent:
     def __init__(
         self,
         endpoints: Sequence[Members],
-        starter: Forked | Fresh | Programs,
+        starter: Starter,
         memory: Memory,
         options: Checked,
         tell: Tell,
@@ -116,16 +115,18 @@ class Parent:
     # --- signals --------------------------------------------------------------------------------------
 
     def _actions(self) -> dict[int, Act]:
-        return {
-            signal.SIGTERM: lambda: self._stop("SIGTERM"),
-            signal.SIGINT: lambda: self._stop("SIGINT"),
-            signal.SIGQUIT: lambda: self._stop("SIGQUIT", 0.0),
-            signal.SIGHUP: self._replace,
-            signal.SIGTTIN: self._add,
-            signal.SIGTTOU: self._take_away,
-            signal.SIGUSR2: self._hand_over,
-            signal.SIGCHLD: self._reap,
+        actions: dict[str, Act] = {
+            "SIGTERM": lambda: self._stop("SIGTERM"),
+            "SIGINT": lambda: self._stop("SIGINT"),
+            "SIGBREAK": lambda: self._stop("SIGBREAK"),
+            "SIGQUIT": lambda: self._stop("SIGQUIT", 0.0),
+            "SIGHUP": self._replace,
+            "SIGTTIN": self._add,
+            "SIGTTOU": self._take_away,
+            "SIGUSR2": self._hand_over,
+            "SIGCHLD": self._reap,
         }
+        return {getattr(signal, name): act for name, act in actions.items() if hasattr(signal, name)}
 
     def _stop(self, why: str, drain: float | None = None) -> None:
         """End with a drain; the second time, or with `drain` 0, now."""

@@ -5,18 +5,31 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from fastlisten._listener import ServeResult
 from fastlisten._options import Checked
 from fastlisten._workers.events import Events
 from fastlisten._workers.memory import CUT, FINISHED, Memory, Slot
-from fastlisten._workers.process import Place, Process
+from fastlisten._workers.process import Handle, Place, Process
+from fastlisten._workers.sockets import Members
 
 # What a worker gets beyond its drain, to end in, before it is killed.
 GRACE = 1.0  # seconds
+
+
+Channel = tuple[socket.socket, socket.socket]
+"""The parent's end of a worker's status, and the worker's."""
+
+Close = Callable[[], None]
+"""Closes in a fork what is the parent's alone."""
+
+# Where the system does not tell of an end, a process whose channel has ended is looked at until it has, too.
+TELLS_OF_ENDS = hasattr(signal, "SIGCHLD")
+LOOK_FOR_END = 0.01  # seconds
 
 
 class Starter(Protocol):
@@ -24,9 +37,13 @@ class Starter(Protocol):
 
     counts: bool  # they write their counters, say when they are ready, and help
     spare: int  # how many listeners there are beside one a worker
+    named: bool  # the memory needs something that stands for it
 
-    def start(self, number: int, place: int, slot: Slot, status: int, close: Callable[[], None]) -> int: ...
+    def serves(self, endpoints: Sequence[Members], memory: Memory) -> None: ...
+
+    def start(self, number: int, place: int, slot: Slot, channel: Channel, close: Close) -> Handle: ...
     def ended(self, slot: Slot) -> None: ...
+    def close(self) -> None: ...
 
 
 class Supervisor(Protocol):
@@ -79,31 +96,32 @@ class Pool:
         except IndexError:
             raise OSError("too many of them have not ended yet") from None
         try:
-            reader, writer = os.pipe()
+            ours, theirs = socket.socketpair()
         except BaseException:
             self._memory.give_back(slot)
             raise
-        process = Process(place, member, slot, known, self._starter.counts, reader)
 
         def close() -> None:
             self._events.close()
-            for one in (process, *self.processes.values()):
-                one.close()
+            ours.close()
+            for process in self.processes.values():
+                process.close()
 
         try:
-            process.pid = self._starter.start(place.number, member, slot, writer, close)
+            handle = self._starter.start(place.number, member, slot, (ours, theirs), close)
         except BaseException:
-            process.close()
+            ours.close()
             self._memory.give_back(slot)
             raise
         finally:
-            os.close(writer)
+            theirs.close()
+        process = Process(place, member, slot, known, self._starter.counts, handle, ours)
         if place.current is None:
             place.current = process
         else:
             place.next = process
         self.processes[process.pid] = process
-        self._events.hear(reader, lambda: self._told(process, supervisor))
+        self._events.hear(ours, lambda: self._told(process, supervisor))
         if hasattr(os, "pidfd_open"):
             with contextlib.suppress(OSError):  # then SIGCHLD tells
                 process.pidfd = os.pidfd_open(process.pid)
@@ -111,12 +129,17 @@ class Pool:
         return process
 
     def _told(self, process: Process, supervisor: Supervisor) -> None:
-        """A worker says that it is ready; or its pipe has ended, with it."""
-        if process.status is None:
+        """A worker says that it is ready; or the channel has ended, with it."""
+        status = process.status
+        if status is None:
             return  # it was waited for just now
-        if not os.read(process.status, 1):
-            self._events.forget(process.status)
-            os.close(process.status)
+        try:
+            told = status.recv(1)
+        except ConnectionError:
+            told = b""
+        if not told:
+            self._events.forget(status)
+            status.close()
             process.status = None
         elif not process.asked:
             supervisor.ready(process)
@@ -127,6 +150,8 @@ class Pool:
             if place.start_at is not None and not self.ending:
                 yield place.start_at
         for process in self.processes.values():
+            if process.status is None and not TELLS_OF_ENDS:
+                yield time.monotonic() + LOOK_FOR_END
             if process.kill_at is not None:
                 yield process.kill_at
             elif not process.ready and not process.asked:
@@ -134,16 +159,18 @@ class Pool:
 
     def look(self, now: float, supervisor: Supervisor) -> None:
         """Kill those that have not ended, or are not ready, in their time."""
+        if not TELLS_OF_ENDS:
+            self.reap(supervisor)
         for process in list(self.processes.values()):
             if process.kill_at is not None and process.kill_at <= now:
                 process.kill_at = None
                 supervisor.killed(process)
-                process.signal(signal.SIGKILL)
+                process.handle.kill()
             elif (
                 not process.ready and not process.asked and now >= process.began + self.options.ready_timeout
             ):
                 process.asked, process.kill_at = True, None
-                process.signal(signal.SIGKILL)
+                process.handle.kill()
                 supervisor.late(process)
 
     def ask(self, process: Process, drain: float | None = None) -> None:
@@ -151,40 +178,46 @@ class Pool:
         drain = float(self.options.drain if drain is None else drain)
         process.asked = True
         process.kill_at = time.monotonic() + drain + GRACE
-        if drain or not process.ready:  # one that has just begun may have no handlers yet
-            process.signal(signal.SIGTERM)
-        else:
-            process.signal(signal.SIGQUIT if process.counts else signal.SIGKILL)
+        # one that has just begun may have no handlers for "now" yet
+        process.handle.stop(now=drain == 0 and process.ready)
 
     def reap(self, supervisor: Supervisor) -> None:
         """Wait for those that have ended; as PID 1 for whoever else has, too."""
-        for pid in [-1] if os.getpid() == 1 else list(self.processes):
-            with contextlib.suppress(ChildProcessError):
-                while (ended := os.waitpid(pid, os.WNOHANG))[0]:
-                    process = self.processes.pop(ended[0], None)
-                    if process is not None:
-                        self._ended(process)
-                        supervisor.ended(process, os.waitstatus_to_exitcode(ended[1]))
+        for process in list(self.processes.values()):
+            code = process.handle.poll()
+            if code is not None:
+                del self.processes[process.pid]
+                self._ended(process)
+                supervisor.ended(process, code)
+        if os.getpid() == 1:
+            self._reap_orphans()
+
+    def _reap_orphans(self) -> None:
+        """Wait for those that are not ours, up to one of ours that has just ended: we are to hear of it."""
+        with contextlib.suppress(ChildProcessError):
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if ended.si_pid in self.processes:
+                    return
+                os.waitpid(ended.si_pid, 0)
 
     def _ended(self, process: Process) -> None:
-        for descriptor in (process.status, process.pidfd):
-            if descriptor is not None:
-                self._events.forget(descriptor)
+        for one in (process.status, process.pidfd):
+            if one is not None:
+                self._events.forget(one)
         process.close()
         finished, cut = process.slot.numbers[FINISHED], process.slot.numbers[CUT]
         self.result = ServeResult(self.result.finished + finished, self.result.cut + cut)
         self._gone(process)
         self._starter.ended(process.slot)
         if not process.counts:
-            process.signal(signal.SIGKILL)  # what it has started would hold the listeners
+            process.handle.kill()  # what it has started would hold the listeners
         self._memory.give_back(process.slot)
 
     def end_all(self) -> None:
         """Leave no process."""
         for process in self.processes.values():
-            process.signal(signal.SIGKILL)
+            process.handle.kill()
         for process in self.processes.values():
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(process.pid, 0)
+            process.handle.wait()
             process.close()
         self.processes.clear()

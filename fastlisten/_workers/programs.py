@@ -10,10 +10,12 @@ import socket
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fastlisten._core.processes import end_with_parent
 from fastlisten._workers.memory import Memory, Slot
+from fastlisten._workers.pool import Channel, Close
+from fastlisten._workers.process import Child
 from fastlisten._workers.sockets import Members
 from fastlisten._workers.start import forget_signals, fork
 
@@ -31,13 +33,19 @@ class Programs:
     """Workers that are another program.
 
     command: its name and arguments, in which {fd} is the first descriptor's number and {n} the worker's.
-    Raises ValueError when the program cannot be found, or would not be told of its listener.
+    Raises ValueError where there is no fork, and when the program cannot be found, or would not be told of
+    its listener.
     """
 
     counts = False
     spare = 1  # one that replaces another has listeners of its own meanwhile
+    named = False
 
     def __init__(self, command: Sequence[str]) -> None:
+        if not hasattr(os, "fork"):
+            raise ValueError(
+                "programs as workers are not supported on this platform: serve --workers runs a handler"
+            )
         names = {os.path.basename(word) for word in command[:3]}  # also after python -m
         for name, argument in TOLD.items():
             if name in names and not any("{fd}" in word for word in command):
@@ -57,8 +65,8 @@ class Programs:
         """What the workers get."""
         self._endpoints = endpoints
 
-    def start(self, number: int, place: int, slot: Slot, status: int, close: Callable[[], None]) -> int:
-        """Begin a worker process; returns its process ID."""
+    def start(self, number: int, place: int, slot: Slot, channel: Channel, close: Close) -> Child:
+        """Begin a worker process."""
         parent = os.getpid()
         path = os.path.join(self._folder, str(slot.number))
         notification = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -97,7 +105,7 @@ class Programs:
                 os.write(2, f"fastlisten: {self._path}: {error.strerror}\n".encode())
             return 127
 
-        return fork(child)
+        return Child(fork(child), group=True)
 
     @staticmethod
     def _pass(descriptors: Sequence[int]) -> None:

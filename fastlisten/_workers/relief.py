@@ -13,10 +13,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterable, Sequence
-from typing import Protocol
 
 from fastlisten._core.processes import Queues
-from fastlisten._workers.memory import HELP, Slot
+from fastlisten._workers.memory import HELP
+from fastlisten._workers.process import Process
 from fastlisten._workers.sockets import Members
 
 # Two of these and the time that the helper takes are what a client waits behind a stuck worker.
@@ -44,16 +44,6 @@ FIRST_TRIAL = 0.25  # seconds
 LAST_TRIAL = 4.0
 
 
-class Serving(Protocol):
-    """A worker process that is ready, as the parent knows it."""
-
-    pid: int
-    slot: Slot
-    member: int
-    counts: bool  # it writes its counters, and helps when it is asked to
-    known: int  # it has the listeners of so many places
-
-
 class Stuck:
     """A member that is to get no new clients."""
 
@@ -73,7 +63,7 @@ class Relief:
     def __init__(
         self,
         endpoints: Sequence[Members],
-        serving: Callable[[], Iterable[Serving]],
+        serving: Callable[[], Iterable[Process]],
         steer: Callable[[], None],
     ) -> None:
         self._endpoints = endpoints
@@ -147,7 +137,7 @@ class Relief:
             self._steer()
 
     def _look_for_recovery(
-        self, i: int, member: tuple[int, int], process: Serving | None, now: float
+        self, i: int, member: tuple[int, int], process: Process | None, now: float
     ) -> None:
         """A stuck member may be served again."""
         stuck = self._stuck[member]
@@ -164,7 +154,7 @@ class Relief:
             del self._stuck[member]
             self._trials[member] = min(2 * stuck.trial, LAST_TRIAL)
 
-    def _relieve(self, i: int, member: tuple[int, int], serving: dict[int, Serving], now: float) -> None:
+    def _relieve(self, i: int, member: tuple[int, int], serving: dict[int, Process], now: float) -> None:
         """Have nobody more sent to a member, and idle workers take who is queued there."""
         number, place = member
         others = [
@@ -185,7 +175,7 @@ class Relief:
             helper.slot.numbers[HELP + number] = place + 1
             os.kill(helper.pid, signal.SIGURG)
 
-    def _too_late(self, member: tuple[int, int], process: Serving) -> bool:
+    def _too_late(self, member: tuple[int, int], process: Process) -> bool:
         """Whether a worker is stuck, and not late because the machine is busy."""
         done, times = self._late.get(member, ((-1, -1), 0))
         now = self._done(member[0], process)
@@ -197,13 +187,13 @@ class Relief:
         """Whether a member has clients of its own to come to."""
         return (number, place) in self._stuck or self._endpoints[number].depth(place) > 0
 
-    def _open(self, number: int, process: Serving) -> int:
+    def _open(self, number: int, process: Process) -> int:
         """How many connections a worker has."""
         accepted, handled = self._done(number, process)
         return accepted - handled
 
     @staticmethod
-    def _done(number: int, process: Serving) -> tuple[int, int]:
+    def _done(number: int, process: Process) -> tuple[int, int]:
         """How many a worker has accepted, and handled."""
         counters = process.slot.counters[number]
         handled = counters.handled

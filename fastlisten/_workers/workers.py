@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -21,11 +21,11 @@ from fastlisten._workers.child import Target
 from fastlisten._workers.handover import Inheritance
 from fastlisten._workers.memory import MOST_ENDPOINTS, Memory
 from fastlisten._workers.parent import Parent, Tick
-from fastlisten._workers.pool import Pool
+from fastlisten._workers.pool import Pool, Starter
 from fastlisten._workers.process import Process
 from fastlisten._workers.programs import Programs
 from fastlisten._workers.sockets import Members, name_of
-from fastlisten._workers.start import Forked, Fresh, single_threaded
+from fastlisten._workers.start import Forked, can_fork
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -37,8 +37,9 @@ _log = logging.getLogger("fastlisten")
 DEFAULT_DRAIN = 5.0  # seconds
 DEFAULT_READY_TIMEOUT = 30.0  # seconds
 
-# A steering program and a parent's memory are small for so many; more processes than this are a mistake.
-MOST_WORKERS = 512
+# A steering program and a parent's memory are small for so many, and select(), which waits for their channels
+# on Windows, takes 512 sockets; more processes than this are a mistake.
+MOST_WORKERS = 500
 
 # What a parent has open beside the listeners and two descriptors a worker process, of which each worker may
 # have two.
@@ -86,8 +87,6 @@ class Supervised:
         if self._bind_options.reuse_port:
             raise ValueError("reuse_port: the workers' listeners share the port anyway, and with nobody else")
         _check_limits(own.workers, len(endpoints))
-        if not hasattr(os, "fork"):
-            raise ValueError("workers not supported on this platform")
         self._where = endpoints
         self._options = own
         self._endpoints: list[Members] = []
@@ -119,7 +118,8 @@ class Supervised:
         starter = self._starter()
         with closing(starter), self._bound(self._options.workers + starter.spare) as endpoints:
             # Each may be replaced while the one before still drains, and be added and taken away meanwhile.
-            memory = Memory(len(endpoints), 4 * MOST_WORKERS, named=isinstance(starter, Fresh))
+            most = MOST_WORKERS if hasattr(signal, "SIGTTIN") else self._options.workers
+            memory = Memory(len(endpoints), 4 * most, named=starter.named)
             try:
                 starter.serves(endpoints, memory)
                 parent = Parent(
@@ -216,7 +216,7 @@ class Supervised:
             kept = self._past.setdefault((process.place.number, endpoint), [])
             kept[:] = [_sum([*kept, counts])]
 
-    def _starter(self) -> Forked | Fresh | Programs:
+    def _starter(self) -> Starter:
         raise NotImplementedError
 
 
@@ -265,9 +265,13 @@ class Workers(Supervised):
         )
         self._target = target
 
-    def _starter(self) -> Forked | Fresh:
+    def _starter(self) -> Starter:
         """How they begin; what cannot be is told here, before anything is bound."""
-        return (Forked if single_threaded() else Fresh)(self._target, self._options.drain)
+        if can_fork():
+            return Forked(self._target, self._options.drain)
+        from fastlisten._workers.fresh import Fresh  # much to import, and only for who needs it
+
+        return Fresh(self._target, self._options.drain)
 
 
 class ProgramWorkers(Supervised):

@@ -6,13 +6,34 @@ import re
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from helpers.programs import Program, running
+from helpers.programs import Program, interpreter, running
 from helpers.sockets import connect
 from helpers.waiting import LIMIT, wait_until
+
+# Where there are no signals between processes, the parent gets them by its standard input, a number a byte,
+# and raises them in itself, as the console's keys do.
+FORKS = hasattr(os, "fork")
+
+BY_INPUT = """
+import os, signal, threading
+
+
+def press():
+    while number := os.read(0, 1):
+        signal.raise_signal(number[0])
+
+
+if __name__ == "__main__":
+    threading.Thread(target=press, daemon=True).start()
+
+"""
 
 # What a worker does for a client: it answers with its number and process, and with what it is told to do.
 HANDLER = """
@@ -20,6 +41,7 @@ import logging, os, signal, sys, time
 import fastlisten
 
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
+TOLD = getattr(signal, "SIGUSR1", signal.SIGABRT)  # for what a program likes
 
 
 def handler(connection):
@@ -89,7 +111,11 @@ class Running:
         return found
 
     def send(self, number: int) -> None:
-        self.process.send_signal(number)
+        if FORKS:
+            self.process.send_signal(number)
+        else:
+            assert self.process.stdin is not None
+            os.write(self.process.stdin.fileno(), bytes([number]))
 
     def end(self, number: int = signal.SIGTERM) -> list[str]:
         """Send the parent a signal; returns what it said until its end, which is a good one."""
@@ -102,6 +128,8 @@ class Running:
 
 def gone(pid: int) -> bool:
     """Tell whether a process has ended; one that nobody has waited for yet has."""
+    if os.name == "nt":
+        return not alive(pid)
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rpartition(")")[2].split()[0] in "ZX"
@@ -110,6 +138,17 @@ def gone(pid: int) -> bool:
 
 
 def alive(pid: int) -> bool:
+    if sys.platform == "win32":  # where os.kill(pid, 0) presses a key
+        import _winapi
+
+        try:
+            handle = _winapi.OpenProcess(0x100000, False, pid)  # SYNCHRONIZE
+        except OSError:
+            return False
+        try:
+            return _winapi.WaitForSingleObject(handle, 0) == 0x102  # WAIT_TIMEOUT
+        finally:
+            _winapi.CloseHandle(handle)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -117,17 +156,24 @@ def alive(pid: int) -> bool:
     return True
 
 
+def main(text: str) -> str:
+    """Return a program that does this, and not where it is imported: a fresh interpreter's target."""
+    return "if __name__ == '__main__':\n" + textwrap.indent(text.strip("\n"), "    ")
+
+
+FOUR = main("fastlisten.Workers(serve, '127.0.0.1:0', workers=4).run()")
+
+
 @contextlib.contextmanager
 def parent(
-    program: Program = "fastlisten.Workers(serve, '127.0.0.1:0', workers=4).run()",
+    program: Program = FOUR,
     until: str = "all workers serve",
     listening: str = "listening on ",
     **options: Any,
 ) -> Iterator[Running]:
     """Run a parent beside the test, with what HANDLER defines, once it has said `until`; all its workers have
     ended when it has."""
-    text: Program = HANDLER + program if isinstance(program, str) else program
-    with running(text, **options) as process:
+    with _command(program) as command, running(command, **options) as process:
         found = Running(process, listening)
         found.line_with(until)
         try:
@@ -138,6 +184,20 @@ def parent(
                 process.kill()
                 process.wait(LIMIT)
             wait_until(lambda: all(map(gone, children)), what=f"workers {children} are left")
+
+
+@contextlib.contextmanager
+def _command(program: Program) -> Iterator[Program]:
+    """Give what runs a program; without fork its text is in a file, for its workers to import."""
+    if not isinstance(program, str):
+        yield program
+    elif FORKS:
+        yield HANDLER + program
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "program.py"
+            file.write_text(BY_INPUT + HANDLER + program)
+            yield [*interpreter(), str(file)]
 
 
 def children_of(pid: int) -> list[int]:

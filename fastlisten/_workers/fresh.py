@@ -1,0 +1,227 @@
+"""How a worker process begins where a fork would not be whole, or there is none: as a fresh interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing import spawn
+from typing import Any
+
+from fastlisten._listener import Listener
+from fastlisten._workers.child import DRAIN, NOW, Target, Worker
+from fastlisten._workers.memory import Memory, Slot
+from fastlisten._workers.pool import Channel, Close
+from fastlisten._workers.process import Child, Handle
+from fastlisten._workers.sockets import Members
+
+# What a fresh interpreter is started with: the descriptor of its end of the channel, by which the rest comes.
+_MAIN = "from fastlisten._workers.fresh import fresh; fresh({})"
+
+# Where sockets are not inherited, they are shared with a process that has begun: WSADuplicateSocket().
+_SHARES = hasattr(socket.socket, "share")
+
+# The length of the message that describes a worker, before it.
+_LENGTH = 8  # bytes
+
+
+class Fresh:
+    """Workers in interpreters of their own, for a parent that has threads, of which a fork has none, nor what
+    they held, and where there is no fork.  The target goes there by its name, as with multiprocessing's
+    "spawn".
+
+    Raises ValueError when the target cannot be sent, RuntimeError when it cannot be imported there.
+    """
+
+    counts = True
+    spare = 0
+    named = True
+
+    def __init__(self, target: Target, drain: float) -> None:
+        self._drain = drain
+        try:
+            sent = pickle.dumps(target)
+        except Exception as error:
+            raise ValueError(
+                f"target {target!r} cannot be sent to a fresh interpreter, which workers need where the "
+                f"parent has threads, and on Windows: {error}"
+            ) from None
+        preparation = spawn.get_preparation_data("worker")
+        preparation.pop("authkey", None)  # of multiprocessing's own connections, and not to be sent
+        self._sent = pickle.dumps((preparation, sent))
+        self._endpoints: Sequence[Members] = ()
+        self._memory: Memory | None = None
+        check = subprocess.run(
+            _command("check"), input=self._sent, capture_output=True, env=_environment(), check=False
+        )
+        if check.returncode != 0:
+            why = check.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise RuntimeError(f"target {target!r} cannot be imported in a worker: {why}")
+
+    def serves(self, endpoints: Sequence[Members], memory: Memory) -> None:
+        """What the workers get."""
+        self._endpoints, self._memory = endpoints, memory
+
+    def start(self, number: int, place: int, slot: Slot, channel: Channel, close: Close) -> Handle:
+        """Begin a worker process."""
+        assert self._memory is not None
+        ours, theirs = channel
+        listeners = [listener for members in self._endpoints for listener in members.listeners]
+        sent: list[int] | list[bytes]
+        handle: Handle
+        if _SHARES:
+            handle = sharing = _Sharing(theirs, ours)
+            try:
+                sent = [sharing.share(listener) for listener in listeners]
+            except BaseException:
+                sharing.kill()
+                sharing.wait()
+                raise
+        else:
+            assert isinstance(self._memory.name, int)
+            sent = [listener.fileno() for listener in listeners]
+            handle = _inheriting(theirs, [self._memory.name, *(listener.fileno() for listener in listeners)])
+        theirs.close()  # or a worker that ends before it has read all would leave us waiting
+        counts = [len(members.listeners) for members in self._endpoints]
+        memory = (self._memory.slots, self._memory.name, slot.number)
+        what = pickle.dumps((counts, sent, memory, place, number, os.getpid(), self._drain, self._sent))
+        with contextlib.suppress(ConnectionError):  # it has ended, of which we hear
+            ours.sendall(len(what).to_bytes(_LENGTH, "big") + what)
+        return handle
+
+    def ended(self, slot: Slot) -> None:
+        """The process with this slot has ended."""
+
+    def close(self) -> None:
+        """Nothing was made."""
+
+
+def _command(argument: object) -> list[str]:
+    flags: list[str] = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+    return [sys.executable, *flags, "-c", _MAIN.format(repr(argument))]
+
+
+def _environment() -> dict[str, str]:
+    """Ours, and the path on which fastlisten is found."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    path = os.environ.get("PYTHONPATH")
+    return {**os.environ, "PYTHONPATH": root + (os.pathsep + path if path else "")}
+
+
+def _inheriting(theirs: socket.socket, descriptors: Sequence[int]) -> Child:
+    """Begin an interpreter that inherits these, under the same numbers."""
+    kept = [theirs.fileno(), *descriptors]
+    pid = os.posix_spawn(
+        sys.executable,
+        _command(theirs.fileno()),
+        _environment(),
+        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in kept],
+        setsigmask=(),
+        setsigdef=[number for number in signal.valid_signals() if callable(signal.getsignal(number))],
+    )
+    return Child(pid)
+
+
+class _Sharing:
+    """An interpreter of Windows, which gets its end of the channel by its standard input, and is asked to end
+    by the channel."""
+
+    def __init__(self, theirs: socket.socket, ours: socket.socket) -> None:
+        command, environment = _command(None), _environment()
+        base = getattr(sys, "_base_executable", sys.executable)
+        if (
+            base != sys.executable
+        ):  # that of a virtual environment only starts the other, which has another ID
+            command[0], environment["__PYVENV_LAUNCHER__"] = base, sys.executable
+        # In a group of its own it ignores Ctrl-C from its first moment on: the keys are the parent's.
+        group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        self._ours = ours
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, creationflags=group)
+        try:
+            shared = self.share(theirs)
+            with self._process.stdin as stdin:  # type: ignore[union-attr]
+                stdin.write(shared)
+        except BaseException:
+            self.kill()
+            self.wait()
+            raise
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+        return self._process.pid
+
+    def share(self, sock: socket.socket) -> bytes:
+        """What a socket is there.  Raises OSError when it has ended."""
+        shared: bytes = sock.share(self.pid)  # type: ignore[attr-defined,unused-ignore]
+        return shared
+
+    def stop(self, now: bool) -> None:
+        """Ask it to end, with the drain or now."""
+        with contextlib.suppress(OSError):  # it has ended
+            self._ours.send(NOW if now else DRAIN)
+
+    def kill(self) -> None:
+        """End it."""
+        with contextlib.suppress(OSError):
+            self._process.kill()
+
+    def poll(self) -> int | None:
+        """How it has ended; None: it has not."""
+        return self._process.poll()
+
+    def wait(self) -> None:
+        """Wait until it has ended."""
+        self._process.wait()
+
+
+# --- in the fresh interpreter ---------------------------------------------------------------------------
+
+
+def fresh(argument: Any) -> None:
+    """What a fresh interpreter does: import the target and be the worker that the parent describes."""
+    if argument == "check":
+        _target(sys.stdin.buffer.read())
+        return
+    end: Any = sys.stdin.buffer.read() if argument is None else argument
+    status = socket.socket(fileno=end)
+    what = _receive(status, int.from_bytes(_receive(status, _LENGTH), "big"))
+    counts, sent, (slots, name, slot), place, number, parent, drain, target = pickle.loads(what)
+    listeners = iter([Listener(fileno=one) for one in sent])
+    endpoints = [[next(listeners) for _ in range(count)] for count in counts]
+    for sock in (status, *(listener for members in endpoints for listener in members)):
+        sock.setblocking(True)
+        sock.set_inheritable(False)
+    if isinstance(name, int):
+        os.set_inheritable(name, False)
+    memory = Memory(len(endpoints), slots, name=name)
+    worker = Worker(number, Slot(memory, slot), status, parent, drain)
+    code = worker.become(endpoints, place, _target(target))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _receive(sock: socket.socket, length: int) -> bytes:
+    """So many bytes; ends this process when there are no more."""
+    data = bytearray()
+    while len(data) < length:
+        more = sock.recv(length - len(data))
+        if not more:
+            os._exit(1)  # there is no parent any more
+        data += more
+    return bytes(data)
+
+
+def _target(sent: bytes) -> Target:
+    """The target that was sent, after what its pickle needs: the path, and the main module."""
+    preparation, pickled = pickle.loads(sent)
+    spawn.prepare(preparation)
+    target: Target = pickle.loads(pickled)
+    return target
