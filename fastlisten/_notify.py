@@ -15,6 +15,9 @@ from fastlisten._endpoint import check_descriptor_name
 
 __all__ = ["Notifier"]
 
+# What says where the manager is, and whom it watches.
+VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+
 # How long a message may wait for a manager that does not read, in seconds: a service goes on without it.
 PATIENCE = 5
 

@@ -42,6 +42,8 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
     if working.get("workers") is not None:
         from fastlisten._workers.workers import Workers, serve_target  # only for who asks for them
 
+        if serving.watchdog is not None:
+            raise ValueError("watchdog: the parent of workers feeds the service manager's by itself")
         return Workers(serve_target(handler, given), *endpoints, **working, **binding).run()
     for name in working.keys() - {"workers"}:
         raise ValueError(f"{name} is only meaningful with workers")

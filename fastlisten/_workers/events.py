@@ -1,4 +1,4 @@
-"""What the parent waits for: descriptors that can be read, and signals."""
+"""What the parent waits for: descriptors that can be read, signals, and times."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import selectors
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -71,3 +72,18 @@ class Events:
 
 def _heard(*_: object) -> None:
     """The number comes through the wake-up descriptor."""
+
+
+class Tick:
+    """Something to be done every so many seconds."""
+
+    def __init__(self, every: float, act: Act) -> None:
+        self.every = every
+        self.act = act
+        self.due = time.monotonic() + every
+
+    def run(self, now: float) -> None:
+        """Do it if it is due."""
+        if now >= self.due:
+            self.due = now + self.every
+            self.act()

@@ -14,6 +14,7 @@ from multiprocessing import spawn
 from typing import Any
 
 from fastlisten._listener import Listener
+from fastlisten._notify import VARIABLES
 from fastlisten._workers.child import DRAIN, NOW, Target, Worker
 from fastlisten._workers.memory import Memory, Slot
 from fastlisten._workers.pool import Channel, Close
@@ -107,10 +108,11 @@ def _command(argument: object) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, and the path on which fastlisten is found."""
+    """Ours, and the path on which fastlisten is found; the service manager is the parent's alone."""
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     path = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": root + (os.pathsep + path if path else "")}
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return {**kept, "PYTHONPATH": root + (os.pathsep + path if path else "")}
 
 
 def _inheriting(theirs: socket.socket, descriptors: Sequence[int]) -> Child:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastlisten._listener import Listener
 from fastlisten._options import Checked
@@ -36,7 +37,7 @@ class Successor:
             "parent": os.getpid(),
             "pipe": writer,
             "endpoints": [
-                {"name": members.name, "shared": members.shared, "descriptors": numbers}
+                {"name": members.name, "shared": members.shared, "path": members.path, "descriptors": numbers}
                 for members, numbers in zip(endpoints, descriptors, strict=True)
             ],
         }
@@ -46,7 +47,7 @@ class Successor:
             self.pid = os.posix_spawn(
                 sys.executable,
                 [sys.executable, *sys.orig_argv[1:]],
-                {**os.environ, VARIABLE: json.dumps(what)},
+                {**_environment(), VARIABLE: json.dumps(what)},
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in kept],  # inherited, by the same numbers
                 setsigmask=(),
                 setsigdef=handled,
@@ -63,6 +64,12 @@ class Successor:
 
     def close(self) -> None:
         os.close(self.reader)
+
+
+def _environment() -> dict[str, str]:
+    """Ours; the service manager that watches this process is to watch the next one."""
+    mine = os.environ.get("WATCHDOG_PID") == str(os.getpid())
+    return {name: value for name, value in os.environ.items() if not (mine and name == "WATCHDOG_PID")}
 
 
 class Handover:
@@ -169,10 +176,10 @@ class Inheritance:
     All of it is this process's to close: what take() has given out with the Members, the rest by close().
     """
 
-    def __init__(self, pipe: int, endpoints: list[tuple[str, bool, list[int]]]) -> None:
+    def __init__(self, pipe: int, endpoints: list[dict[str, Any]]) -> None:
         self._pipe = pipe
         self._endpoints = endpoints
-        self._taken: list[Members] = []
+        self._taken: list[tuple[Members, str | None]] = []  # and the path that is to be unlinked
 
     @classmethod
     def from_environment(cls) -> Inheritance | None:
@@ -183,27 +190,26 @@ class Inheritance:
         what = json.loads(text)
         if what["parent"] != os.getppid():
             return None
-        endpoints = [(one["name"], one["shared"], one["descriptors"]) for one in what["endpoints"]]
-        for number in (what["pipe"], *(number for _, _, numbers in endpoints for number in numbers)):
+        for number in (what["pipe"], *(fd for one in what["endpoints"] for fd in one["descriptors"])):
             os.set_inheritable(number, False)
-        return cls(what["pipe"], endpoints)
+        return cls(what["pipe"], what["endpoints"])
 
     def take(self, name: str, options: Checked) -> Members | None:
         """The listeners of an endpoint that was asked for so, if it was."""
-        for entry in self._endpoints:
-            if entry[0] == name:
-                self._endpoints.remove(entry)
-                listeners = [Listener(fileno=number) for number in entry[2]]
-                self._taken.append(Members.adopted(name, listeners, options, entry[1]))
-                return self._taken[-1]
+        for one in self._endpoints:
+            if one["name"] == name:
+                self._endpoints.remove(one)
+                listeners = [Listener(fileno=number) for number in one["descriptors"]]
+                members = Members.adopted(name, listeners, options, one["shared"])
+                self._taken.append((members, one["path"]))
+                return members
         return None
 
     def serve(self) -> None:
         """All workers serve: what was inherited is ours alone now, and the parent before is told to go."""
-        for members in self._taken:
+        for members, path in self._taken:
             members.settled = True
-            path = members.endpoint.host.removeprefix("unix:")
-            if path.startswith("/"):
+            if path is not None:
                 members.listeners[0]._path = OwnPath(path)
         with contextlib.suppress(BrokenPipeError):  # it has ended by itself
             os.write(self._pipe, b"r")
@@ -211,8 +217,8 @@ class Inheritance:
 
     def close(self) -> None:
         """Close what nobody has taken."""
-        for _, _, numbers in self._endpoints:
-            for number in numbers:
+        for one in self._endpoints:
+            for number in one["descriptors"]:
                 os.close(number)
         self._endpoints = []
         if self._pipe >= 0:

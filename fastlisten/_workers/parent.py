@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from fastlisten._listener import ServeResult
 from fastlisten._options import Checked
-from fastlisten._workers.events import Act, Events
+from fastlisten._workers.events import Act, Events, Tick
 from fastlisten._workers.handover import Handover, Inheritance
+from fastlisten._workers.manager import Manager
 from fastlisten._workers.memory import Memory
 from fastlisten._workers.newcomers import LOOK_AT_PROGRAMS, Newcomers, ProgramNewcomers
 from fastlisten._workers.pool import Pool, Starter
@@ -26,7 +28,8 @@ class Parent:
 
     endpoints: the listeners of each; the caller closes them.  starter: how a worker begins.  memory: what
     they write.  options: WorkerOptions, checked.  tell: gets what happens.  gone: gets a process that has
-    ended.  ticks: what else is to be done.  inheritance: of a parent that is to go when all workers serve.
+    ended.  manager: is told, too.  ticks: what else is to be done.  inheritance: of a parent that is to go
+    when all workers serve.
     """
 
     def __init__(
@@ -37,21 +40,26 @@ class Parent:
         options: Checked,
         tell: Tell,
         gone: Callable[[Process], None],
+        manager: Manager,
         ticks: Sequence[Tick] = (),
         inheritance: Inheritance | None = None,
     ) -> None:
+        def told(event: str, text: str, warning: bool = False, **values: Any) -> None:
+            tell(event, text, warning=warning, **values)
+            manager.tell(event, text, **values)
+
+        self._tell: Tell = told
         self._events = Events()
         self.pool = Pool(starter, memory, options, self._events, gone)
         self._steering = Steering(endpoints, self.pool, self._events)
         self._newcomers = Newcomers()
         if isinstance(starter, Programs):
             self._newcomers = ProgramNewcomers(self.pool, self._steering, starter.notifications)
-        self._supervision = Supervision(self.pool, self._steering, self._newcomers, tell)
-        self._rolling = Rolling(self.pool, self._supervision, self._newcomers)
-        self._handover = Handover(endpoints, options.ready_timeout, self._events, tell, self._taken_over)
+        self._supervision = Supervision(self.pool, self._steering, self._newcomers, told)
+        self._rolling = Rolling(self.pool, self._supervision, self._newcomers, told)
+        self._handover = Handover(endpoints, options.ready_timeout, self._events, told, self._taken_over)
         self._spare = starter.spare
-        self._tell = tell
-        self._ticks = ticks
+        self._ticks = [*ticks, *manager.ticks(self._steering.comes_on)]
         self._inheritance = inheritance
         self._served = False
 
@@ -107,10 +115,10 @@ class Parent:
 
     def _all_serve(self) -> None:
         """All workers serve for the first time."""
-        self._tell("serving", "all workers serve", workers=len(self.pool.places))
         if self._inheritance is not None:
             self._inheritance.serve()
             self._steering.steer()
+        self._tell("serving", "all workers serve", workers=len(self.pool.places))
 
     # --- signals --------------------------------------------------------------------------------------
 
@@ -154,6 +162,8 @@ class Parent:
             self._handover.begin()
 
     def _taken_over(self, pid: int) -> None:
+        """The next parent's workers serve."""
+        self._tell("handed over", f"process {pid} has taken over", pid=pid)
         self._stop("SIGUSR2")
 
     def _add(self) -> None:
@@ -186,18 +196,3 @@ class Parent:
         """SIGCHLD: wait for those that have ended."""
         self._supervision.reap()
         self._handover.reap()
-
-
-class Tick:
-    """Something to be done every so many seconds."""
-
-    def __init__(self, every: float, act: Callable[[], None]) -> None:
-        self.every = every
-        self.act = act
-        self.due = time.monotonic() + every
-
-    def run(self, now: float) -> None:
-        """Do it if it is due."""
-        if now >= self.due:
-            self.due = now + self.every
-            self.act()

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 
 from fastlisten._core.processes import end_with_parent
+from fastlisten._notify import VARIABLES
 from fastlisten._workers.memory import Memory, Slot
 from fastlisten._workers.pool import Channel, Close
 from fastlisten._workers.process import Child
@@ -86,7 +87,7 @@ class Programs:
                 return 1
             self._pass([members.of(place).fileno() for members in self._endpoints])
             environment = {
-                **os.environ,
+                **{name: value for name, value in os.environ.items() if name not in VARIABLES},
                 "LISTEN_FDS": str(len(self._endpoints)),
                 "LISTEN_PID": str(os.getpid()),
                 "LISTEN_FDNAMES": ":".join(f"bind{i}" for i in range(len(self._endpoints))),

@@ -72,6 +72,7 @@ class Relief:
         self._stuck: dict[tuple[int, int], Stuck] = {}
         self._trials: dict[tuple[int, int], float] = {}
         self._late: dict[tuple[int, int], tuple[tuple[int, int], int]] = {}  # what it had done, and how often
+        self._accepted = 0  # by those that served when comes_on() was last asked
         self._turn = 0  # whom to ask next of those who are as good as each other
         self._members: list[tuple[int, int]] = []  # as the queues are numbered: the endpoint, the place
         self.arrange()
@@ -121,6 +122,22 @@ class Relief:
     def stuck(self, number: int, place: int) -> bool:
         """Whether a member is stuck: it is to get no new clients."""
         return (number, place) in self._stuck
+
+    def comes_on(self) -> bool:
+        """Whether clients were accepted since this was last asked, or there is no endpoint where somebody is
+        queued for each worker and none of them takes anybody.  Of programs, and where all share one queue,
+        nobody knows."""
+        before, serving = self._accepted, {process.member: process for process in self._serving()}
+        self._accepted = sum(
+            counters.accepted for process in serving.values() for counters in process.slot.counters
+        )
+        if self._accepted != before or not all(process.counts for process in serving.values()):
+            return True
+        still: dict[int, list[bool]] = {}
+        for i, (number, place) in enumerate(self._members):
+            if place in serving:
+                still.setdefault(number, []).append(self._queues.looks(i) >= LOOKS)
+        return not any(map(all, still.values()))
 
     def look(self, now: float) -> None:
         """See who is stuck, and have the others help."""

@@ -6,7 +6,7 @@ import logging
 import socket
 from collections.abc import Sequence
 
-from fastlisten._bind import Address, bind_checked
+from fastlisten._bind import PASSED, Address, bind_checked
 from fastlisten._core import processes
 from fastlisten._core.state import queue
 from fastlisten._endpoint import Endpoint, endpoint_of
@@ -35,7 +35,7 @@ class Members:
             first, ours = where, False
         else:
             endpoint = endpoint_of(where)
-            first, ours = bind_checked(endpoint, options), not endpoint.host.startswith("fd:")
+            first, ours = bind_checked(endpoint, options), not endpoint.host.startswith(("fd:", *PASSED))
         self.listeners = [first]
         tcp = first.family in (socket.AF_INET, socket.AF_INET6)
         self.shared = not (ours and tcp and processes.BALANCES)
@@ -57,6 +57,11 @@ class Members:
     def endpoint(self) -> Endpoint:
         """Where they listen."""
         return self.listeners[0].endpoint
+
+    @property
+    def path(self) -> str | None:
+        """The unix path that is to be unlinked at the end, if it is ours."""
+        return self.endpoint.host.removeprefix("unix:") if self.listeners[0]._path is not None else None
 
     @property
     def defers(self) -> bool:

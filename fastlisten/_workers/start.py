@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
+from fastlisten._notify import VARIABLES
 from fastlisten._workers.child import Target, Worker
 from fastlisten._workers.memory import Memory, Slot
 from fastlisten._workers.pool import Channel, Close
@@ -84,6 +85,8 @@ class Forked:
             worker = Worker(number, slot, channel[1], parent, self._drain)
             close()
             forget_signals()
+            for name in VARIABLES:  # the parent alone speaks for the service
+                os.environ.pop(name, None)
             members = [members.listeners for members in self._endpoints]
             return worker.become(members, place, self._target)
 

@@ -72,6 +72,10 @@ class Steering:
         self._relief.look(now)
         self._watch(self._relief.asleep)
 
+    def comes_on(self) -> bool:
+        """Whether clients were accepted since this was last asked, or none waits for all workers in vain."""
+        return self._relief.comes_on()
+
     def close(self) -> None:
         """Look no more."""
         self._watch(False)

@@ -18,9 +18,11 @@ from fastlisten._endpoint import Endpoint
 from fastlisten._listener import Listener, ListenerStats, ServeResult, make_loop, serve_options
 from fastlisten._options import BindOptions, Checked, WorkerOptions, checked
 from fastlisten._workers.child import Target
+from fastlisten._workers.events import Tick
 from fastlisten._workers.handover import Inheritance
+from fastlisten._workers.manager import Manager, notifier
 from fastlisten._workers.memory import MOST_ENDPOINTS, Memory
-from fastlisten._workers.parent import Parent, Tick
+from fastlisten._workers.parent import Parent
 from fastlisten._workers.pool import Pool, Starter
 from fastlisten._workers.process import Process
 from fastlisten._workers.programs import Programs
@@ -109,6 +111,9 @@ class Supervised:
         less.  SIGUSR2: start this program again, by its command, with the listeners; end when that one's
         workers serve, and go on if they do not in `ready_timeout`.
 
+        A service manager (NOTIFY_SOCKET) is told when all workers serve, are replaced and end, and how many
+        clients they have; its watchdog is fed while that comes on.  Workers are not told of it.
+
         Returns what the drain let finish and what it cut, of the workers that ended so in all the time.
         Raises OSError as bind(), RuntimeError outside the main thread and for a target that a fresh
         interpreter cannot import, ValueError for one that cannot be sent there.  No worker is left then.
@@ -116,7 +121,8 @@ class Supervised:
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("workers are run by the main thread, which has the signals")
         starter = self._starter()
-        with closing(starter), self._bound(self._options.workers + starter.spare) as endpoints:
+        count = self._options.workers + starter.spare
+        with closing(starter), self._bound(count) as endpoints, notifier() as told:
             # Each may be replaced while the one before still drains, and be added and taken away meanwhile.
             most = MOST_WORKERS if hasattr(signal, "SIGTTIN") else self._options.workers
             memory = Memory(len(endpoints), 4 * most, named=starter.named)
@@ -129,6 +135,7 @@ class Supervised:
                     self._options,
                     self._tell,
                     self._keep_counters,
+                    Manager(told, self._listening(), self._total if starter.counts else None),
                     [Tick(*tick) for tick in self._ticks],
                     self._inheritance,
                 )
@@ -158,8 +165,10 @@ class Supervised:
 
     def _started(self) -> None:
         """The endpoints are bound."""
-        names = ", ".join(str(endpoint) for endpoint in self.endpoints)
-        self._tell("listening", f"listening on {names}", endpoints=[str(one) for one in self.endpoints])
+        self._tell("listening", self._listening(), endpoints=[str(one) for one in self.endpoints])
+
+    def _listening(self) -> str:
+        return f"listening on {', '.join(map(str, self.endpoints))}"
 
     def _tell(self, event: str, text: str, warning: bool = False, **values: Any) -> None:
         """What happens: to the log."""
@@ -207,6 +216,9 @@ class Supervised:
         ]
         total = _together([*(row._asdict() for row in rows), *gone, *leaving], self._since, shared, rows)
         return WorkersStats(total, tuple(rows))
+
+    def _total(self) -> ListenerStats:
+        return self.stats().total
 
     def _keep_counters(self, process: Process) -> None:
         """A process has ended: what it counted stays.  Who was with it then is not active any more."""
