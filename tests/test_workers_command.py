@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -98,9 +99,9 @@ def test_a_program_that_takes_systemd_s_variables(program: str) -> None:
 def test_a_program_in_c_and_one_that_a_shell_starts(tmp_path: Path) -> None:
     source, program = tmp_path / "server.c", tmp_path / "server"
     source.write_text(IN_C)
-    if compiler() is None:
+    if shutil.which(compiler()) is None:
         pytest.skip("needs a C compiler")
-    run([str(compiler()), "-o", str(program), str(source)])
+    run([compiler(), "-o", str(program), str(source)])
     with parent([*WORKERS, "--", str(program), "{n}"]) as server:
         restarts(server)
         server.end()
@@ -109,6 +110,70 @@ def test_a_program_in_c_and_one_that_a_shell_starts(tmp_path: Path) -> None:
     script.chmod(0o755)
     with parent([*WORKERS, "--", str(script), "{n}"]) as server:
         restarts(server)
+        server.end()
+
+
+# Has socat accept, with a process for each client.
+SOCAT = """#!/bin/sh
+export WORKER="$1 $$"
+exec socat ACCEPT-FD:"$2",fork SYSTEM:'dd bs=100 count=1 of=/dev/null 2>&1; echo "$WORKER"' 2>/dev/null
+"""
+
+
+@pytest.fixture(params=["C", "socat"])
+def program(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Give a program that takes its worker's number and its listener's descriptor; nothing of us."""
+    program = tmp_path / "server"
+    if request.param == "socat":
+        if shutil.which("socat") is None or "accept-fd" not in run(["socat", "-hh"]).stdout.lower():
+            pytest.skip("needs the command socat with ACCEPT-FD, which 1.8 has")
+        program.write_text(SOCAT)
+        program.chmod(0o755)
+        return program
+    if shutil.which(compiler()) is None:
+        pytest.skip("needs a C compiler")
+    source = tmp_path / "server.c"
+    source.write_text(IN_C)
+    run([compiler(), "-o", str(program), str(source)])
+    return program
+
+
+def queued_behind(server: Running, pid: int) -> list[socket.socket]:
+    """Stop a process and return clients that are queued for it, if it is the only one."""
+    os.kill(pid, signal.SIGSTOP)
+    clients = [server.connect() for _ in range(20)]
+    for client in clients:
+        client.sendall(b"who")
+    return clients
+
+
+def answered(clients: list[socket.socket]) -> set[int]:
+    """Return which processes have answered these clients."""
+    pids = set()
+    for client in clients:
+        with client:
+            pids.add(int(client.recv(100).split()[1]))
+    return pids
+
+
+ONE = [*COMMAND, "workers", "--bind", "127.0.0.1:0", "--workers", "1", "--drain", "0.2", "--"]
+
+
+def test_a_program_s_queue_is_served_by_the_next_when_it_is_killed(program: Path) -> None:
+    with parent([*ONE, str(program), "{n}", "{fd}"]) as server:
+        old = server.ask().pid
+        clients = queued_behind(server, old)
+        os.kill(old, signal.SIGKILL)
+        assert old not in answered(clients)
+        server.end()
+
+
+def test_a_stuck_program_s_queue_is_served_when_it_is_replaced(program: Path) -> None:
+    with parent([*ONE, str(program), "{n}", "{fd}"]) as server:
+        old = server.ask().pid
+        clients = queued_behind(server, old)
+        server.send(signal.SIGHUP)
+        assert old not in answered(clients)
         server.end()
 
 

@@ -42,8 +42,9 @@ class Newcomers:
         """A process gets no new clients; returns whether it is asked to go later."""
         return False
 
-    def ended(self, process: Process) -> None:
-        """A process has ended."""
+    def ended(self, process: Process) -> bool:
+        """A process has ended; returns whether clients are left in its queue that no other can take."""
+        return False
 
 
 class ProgramNewcomers(Newcomers):
@@ -76,7 +77,9 @@ class ProgramNewcomers(Newcomers):
     def member(self, place: Place) -> int:
         """Which listeners a new process gets: its place's, unless somebody has those."""
         free = self._free(place)
-        return place.member if place.member in free or not free else min(free)
+        if place.member in free or not free:
+            return place.member
+        return min(free, key=lambda member: (-self._depth(member), member))  # who is queued is served first
 
     def has_room(self, place: Place) -> bool:
         """Whether one that is to replace another can begin: the one that went before has ended."""
@@ -121,10 +124,14 @@ class ProgramNewcomers(Newcomers):
         self._leaving[process] = (time.monotonic() + self._pool.options.drain, on_their_way)
         return True
 
-    def ended(self, process: Process) -> None:
-        """A process has ended."""
+    def ended(self, process: Process) -> bool:
+        """A process has ended; returns whether clients are left in its queue that no other can take."""
         self._probes.pop(process, None)
         self._leaving.pop(process, None)
+        return process.member in self._free(process.place) and self._depth(process.member) > 0
+
+    def _depth(self, member: int) -> int:
+        return sum(members.depth(member) for members in self._endpoints)
 
     def _awaited(self, process: Process, on_their_way: list[set[bytes]]) -> bool:
         """Whether clients that were sent to a process have yet to come out of its queue."""

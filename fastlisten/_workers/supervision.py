@@ -102,7 +102,7 @@ class Supervision:
     def ended(self, process: Process, code: int) -> None:
         """A worker process has ended."""
         place = process.place
-        self._newcomers.ended(process)
+        left = self._newcomers.ended(process)
         how = f"by signal {signal.strsignal(-code) or -code}" if code < 0 else f"with status {code}"
         text = f"{process} ended {how}"
         values = {"worker": place.number, "pid": process.pid, "status": code}
@@ -114,6 +114,8 @@ class Supervision:
         expected = self._pool.ending or process.asked or place not in self._pool.places
         if expected:
             self._tell("ended", text, **values)
+            if left and not self._pool.ending and place.current is not None and place.next is None:
+                self.start(place)  # one that has those listeners, and replaces this one
         elif place.current is not None:
             self._warn("failed", f"{text} before it was ready: the old one stays", **values)
         elif place.next is not None:
