@@ -21,10 +21,10 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
 
     endpoints: as bind() takes them; Listeners are served too and stay open, what serve() bound it closes.
     workers: serve them so in as many processes, as Workers does it, with its drain and ready_timeout; a
-    number, or "auto".  The other arguments are those of bind() and of Listener.serve().  Where "systemd:" or
-    "inetd:" alone is a client's connection and no listening socket, this client is served, and serve()
-    returns.  stop() of any of the listeners ends the loop; workers are ended by a signal.  Returns and raises
-    as Listener.serve(), or as Workers.run().
+    number, or "auto"; without watchdog, as their parent feeds the service manager's.  The other arguments are
+    those of bind() and of Listener.serve().  Where "systemd:" or "inetd:" alone is a client's connection and
+    no listening socket, this client is served, and serve() returns.  stop() of any of the listeners ends the
+    loop; workers are ended by a signal.  Returns and raises as Listener.serve(), or as Workers.run().
 
     >>> import fastlisten, socket
     >>> with fastlisten.bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):

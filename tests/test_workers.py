@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 import fastlisten
-from helpers import LOOPBACK, needs, wait_until
+from helpers import LOOPBACK, needs, not_under_wine, wait_until
 from helpers.programs import run
-from helpers.workers import FORKS, HANDLER, alive, children_of, gone, main, parent, while_clients_come
+from helpers.workers import COUNT, FORKS, HANDLER, alive, children_of, gone, main, parent, while_clients_come
 
 linux = needs("Linux")
+slow_to_start = not_under_wine("an interpreter takes seconds to start, and nothing is otherwise there")
 
 # What a program does with it, it says; HANDLER has the same.
 TOLD = getattr(signal, "SIGUSR1", signal.SIGABRT)
@@ -23,19 +24,23 @@ TOLD = getattr(signal, "SIGUSR1", signal.SIGABRT)
 
 def test_each_worker_serves_and_a_signal_ends_them() -> None:
     with parent() as server:
-        workers = server.workers(4)
-        assert sorted(workers) == [0, 1, 2, 3]
+        workers = server.workers(COUNT)
+        assert sorted(workers) == list(range(COUNT))
         assert not FORKS or sorted(workers.values()) == sorted(children_of(server.process.pid))
         server.end()
         assert all(map(gone, workers.values()))
     assert fastlisten.worker() is None
 
 
-def test_a_client_that_is_served_is_let_finish() -> None:
+@pytest.mark.parametrize(
+    "name",
+    ["SIGTERM", pytest.param("SIGBREAK", marks=pytest.mark.skipif(FORKS, reason="what Windows has"))],
+)
+def test_a_client_that_is_served_is_let_finish(name: str) -> None:
     with parent() as server, server.connect() as client:
         client.sendall(b"say")
         assert client.recv(100)
-        server.send(signal.SIGTERM)
+        server.send(getattr(signal, name))
         server.line_with("draining")
         client.sendall(b"the end")
         assert client.recv(100) == b""
@@ -291,7 +296,7 @@ def test_one_worker_more_and_one_less() -> None:
 
 def test_a_parent_that_is_killed_takes_its_workers_along() -> None:
     with parent() as server:
-        workers = server.workers(4)
+        workers = server.workers(COUNT)
         server.ask("sleep 60")
         server.process.kill()
         server.process.wait(10)
@@ -630,18 +635,20 @@ def test_a_port_that_another_process_shares_with_whoever_asks_is_in_use() -> Non
             fastlisten.Workers(target, other.getsockname(), workers=2).run()
 
 
+@slow_to_start
 def test_two_parents_at_one_port() -> None:
     with parent() as server:
         with pytest.raises(OSError) as caught:  # noqa: PT011
             fastlisten.Workers(target, server.address, workers=2).run()
         assert caught.value.errno == errno.EADDRINUSE
-        server.workers(4)
+        server.workers(COUNT)
 
 
+@slow_to_start
 def test_a_port_of_its_own_is_one_for_all() -> None:
     with parent() as server:
         assert server.address[1] != 0
-        assert len(server.workers(4)) == 4
+        assert len(server.workers(COUNT)) == COUNT
 
 
 def test_options_of_workers_without_workers() -> None:

@@ -13,7 +13,7 @@ from helpers import needs, own_loopback, posix_only, wait_until
 from helpers.command import COMMAND
 from helpers.managers import Manager, manager
 from helpers.programs import plain_environment, run
-from helpers.workers import FOUR, children_of, gone, parent
+from helpers.workers import SOME, children_of, gone, parent
 from test_workers_handover import handed_over
 
 pytestmark = [posix_only("there are no datagrams between unix sockets"), needs("Linux")]
@@ -65,7 +65,7 @@ def test_what_the_command_tells(told: Manager, tmp_path: Path) -> None:
 
 
 def test_a_program_that_runs_workers_tells_the_same(told: Manager, tmp_path: Path) -> None:
-    with parent(FOUR, environment=environment(told, tmp_path)) as server:
+    with parent(SOME, environment=environment(told, tmp_path)) as server:
         assert told.message()[0] == "READY=1"
         server.end()
         assert told.message()[0] == "STOPPING=1"
@@ -91,7 +91,7 @@ fastlisten.Workers(target, '127.0.0.1:0', workers=2).run()
 
 
 def test_the_counters_are_told(told: Manager, tmp_path: Path) -> None:
-    text = f"import fastlisten._workers.manager as m\nm.STATUS_INTERVAL = 0.05\n{FOUR}"
+    text = f"import fastlisten._workers.manager as m\nm.STATUS_INTERVAL = 0.05\n{SOME}"
     with parent(text, environment=environment(told, tmp_path)) as server:
         server.ask()
         where = "listening on {}:{}".format(*server.address)
@@ -159,7 +159,7 @@ fastlisten.Workers(target, '127.0.0.1:0', workers=2).run()
 
 def test_it_is_not_fed_while_every_worker_leaves_its_clients_waiting(told: Manager, tmp_path: Path) -> None:
     given = environment(told, tmp_path, WATCHDOG_USEC="200000")
-    with parent(FOUR, environment=given) as server:
+    with parent(SOME, environment=given) as server:
         workers = server.workers(4)
         for pid in workers.values():
             os.kill(pid, signal.SIGSTOP)
@@ -191,7 +191,7 @@ def test_a_watchdog_option_of_serve_is_refused_with_workers() -> None:
 
 
 def test_the_manager_is_told_of_the_parent_that_takes_over(told: Manager, tmp_path: Path) -> None:
-    program = f"os.environ['WATCHDOG_PID'] = str(os.getpid())\n{FOUR}"
+    program = f"os.environ['WATCHDOG_PID'] = str(os.getpid())\n{SOME}"
     given = environment(told, tmp_path, WATCHDOG_USEC="60000000")
     with parent(program, environment=given) as server:
         told.message_with("READY=1")

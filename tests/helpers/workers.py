@@ -163,12 +163,14 @@ def main(text: str) -> str:
     return "if __name__ == '__main__':\n" + textwrap.indent(text.strip("\n"), "    ")
 
 
-FOUR = main("fastlisten.Workers(serve, '127.0.0.1:0', workers=4).run()")
+# How many a parent has unless a test says otherwise: an interpreter takes long to start under Wine.
+COUNT = 4 if FORKS else 2
+SOME = main(f"fastlisten.Workers(serve, '127.0.0.1:0', workers={COUNT}).run()")
 
 
 @contextlib.contextmanager
 def parent(
-    program: Program = FOUR,
+    program: Program = SOME,
     until: str | None = "all workers serve",
     listening: str | None = "listening on ",
     **options: Any,
