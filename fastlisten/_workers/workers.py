@@ -6,14 +6,11 @@ import functools
 import logging
 import signal
 import threading
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from fastlisten._bind import Address
-from fastlisten._core.state import queue
 from fastlisten._endpoint import Endpoint
 from fastlisten._listener import Listener, ListenerStats, ServeResult, make_loop, serve_options
 from fastlisten._options import BindOptions, Checked, WorkerOptions, checked
@@ -24,10 +21,10 @@ from fastlisten._workers.manager import Manager, notifier
 from fastlisten._workers.memory import MOST_ENDPOINTS, Memory
 from fastlisten._workers.parent import Parent
 from fastlisten._workers.pool import Pool, Starter
-from fastlisten._workers.process import Process
 from fastlisten._workers.programs import Programs
 from fastlisten._workers.sockets import Members, name_of
 from fastlisten._workers.start import Forked, can_fork
+from fastlisten._workers.totals import Totals, WorkersStats
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -46,19 +43,6 @@ MOST_WORKERS = 500
 # What a parent has open beside the listeners and two descriptors a worker process, of which each worker may
 # have two.
 _OTHER_DESCRIPTORS = 32
-
-
-class WorkersStats(NamedTuple):
-    """The counters of all workers, and of each.
-
-    total: their sum.  workers: one entry a worker, in the order of their numbers; what the processes
-    counted that were replaced is in them.
-
-    >>> total, workers = WorkersStats(total=None, workers=())
-    """
-
-    total: ListenerStats
-    workers: tuple[ListenerStats, ...]
 
 
 class Supervised:
@@ -94,8 +78,7 @@ class Supervised:
         self._endpoints: list[Members] = []
         self._pool: Pool | None = None
         self._inheritance: Inheritance | None = None
-        self._since = time.time()
-        self._past: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._totals = Totals()
         self._ticks: list[tuple[float, Callable[[], None]]] = []
 
     @property
@@ -134,7 +117,7 @@ class Supervised:
                     memory,
                     self._options,
                     self._tell,
-                    self._keep_counters,
+                    self._totals.gone,
                     Manager(told, self._listening(), self._total if starter.counts else None),
                     [Tick(*tick) for tick in self._ticks],
                     self._inheritance,
@@ -184,49 +167,10 @@ class Supervised:
         `queue_limit` are of a Listener of each worker, or of the one that all share.  Any thread of the
         parent may call it.
         """
-        pool = self._pool
-        if pool is None:  # it has ended, or has not begun
-            past = [counts for kept in self._past.values() for counts in kept]
-            return WorkersStats(_together(past, self._since), ())
-        rows = []
-        for place in pool.places:
-            counts = []
-            for process in (place.current, place.next):
-                if process is not None:
-                    counts += [_counted(counters) for counters in process.slot.counters]
-            for number, kept in self._past.items():
-                if number[0] == place.number:
-                    counts += kept
-            queues = [
-                queue(members.of(place.number).fileno()) for members in self._endpoints if not members.shared
-            ]
-            rows.append(_together(counts, self._since, queues))
-        gone = [
-            counts
-            for (number, _), kept in self._past.items()
-            if number >= len(pool.places)
-            for counts in kept
-        ]
-        shared = [queue(members.of(0).fileno()) for members in self._endpoints if members.shared]
-        leaving = [
-            _counted(counters)
-            for process in list(pool.processes.values())
-            if process not in (process.place.current, process.place.next) or process.place not in pool.places
-            for counters in process.slot.counters
-        ]
-        total = _together([*(row._asdict() for row in rows), *gone, *leaving], self._since, shared, rows)
-        return WorkersStats(total, tuple(rows))
+        return self._totals.stats(self._pool, self._endpoints)
 
     def _total(self) -> ListenerStats:
         return self.stats().total
-
-    def _keep_counters(self, process: Process) -> None:
-        """A process has ended: what it counted stays.  Who was with it then is not active any more."""
-        for endpoint, counters in enumerate(process.slot.counters):
-            counts = _counted(counters)
-            counts["handled"] += counts.pop("active")
-            kept = self._past.setdefault((process.place.number, endpoint), [])
-            kept[:] = [_sum([*kept, counts])]
 
     def _starter(self) -> Starter:
         raise NotImplementedError
@@ -319,52 +263,6 @@ def _check_limits(workers: int, endpoints: int) -> None:
     needed = workers * (endpoints + 4) + _OTHER_DESCRIPTORS
     if limit != resource.RLIM_INFINITY and needed > limit:
         raise ValueError(f"workers={workers} need {needed} descriptors, and this process may have {limit}")
-
-
-_SUMS = ("accepted", "handled", "active", "handler_errors", "refused", "dropped")
-
-
-def _counted(counters: Any) -> dict[str, Any]:
-    return {**counters.counts(), "tls_failures": counters.tls_failures(), "paused": counters.paused}
-
-
-def _sum(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """Several processes' counters in one."""
-    total: dict[str, Any] = dict.fromkeys(_SUMS, 0)
-    errors: Counter[str] = Counter()
-    failures: Counter[str] = Counter()
-    paused = []
-    for one in counts:
-        for name in _SUMS:
-            total[name] += one.get(name, 0)
-        errors.update(one["accept_errors"])
-        failures.update(one["tls_failures"])
-        paused.append(one["paused"])
-    return {
-        **total,
-        "accept_errors": dict(errors),
-        "tls_failures": dict(failures),
-        "paused": bool(paused) and all(paused),
-    }
-
-
-def _together(
-    counts: Iterable[dict[str, Any]],
-    since: float,
-    queues: Iterable[tuple[int | None, int | None]] = (),
-    rows: Iterable[ListenerStats] = (),
-) -> ListenerStats:
-    queues = [*queues, *((row.queue_depth, row.queue_limit) for row in rows)]
-    depths = [depth for depth, _ in queues if depth is not None]
-    limits = [limit for _, limit in queues if limit is not None]
-    return ListenerStats(
-        **_sum(counts),
-        threads=0,
-        idle_threads=0,
-        queue_depth=sum(depths) if depths else None,
-        queue_limit=sum(limits) if limits else None,
-        since=since,
-    )
 
 
 def serve_target(handler: Handler, options: dict[str, Any]) -> Target:

@@ -1,0 +1,118 @@
+"""The counters of the whole: of the workers that there are, and of those that have ended."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from fastlisten._core.state import queue
+from fastlisten._listener import ListenerStats
+from fastlisten._workers.pool import Pool
+from fastlisten._workers.process import Process
+from fastlisten._workers.sockets import Members
+
+
+class WorkersStats(NamedTuple):
+    """The counters of all workers, and of each.
+
+    total: their sum.  workers: one entry a worker, in the order of their numbers; what the processes
+    counted that were replaced is in them.
+
+    >>> total, workers = WorkersStats(total=None, workers=())
+    """
+
+    total: ListenerStats
+    workers: tuple[ListenerStats, ...]
+
+
+class Totals:
+    """Adds up what the workers write."""
+
+    def __init__(self) -> None:
+        self._since = time.time()
+        self._past: dict[int, list[dict[str, Any]]] = {}  # by the number of the worker
+
+    def gone(self, process: Process) -> None:
+        """A process has ended: what it counted stays.  Who was with it then is not active any more."""
+        for counters in process.slot.counters:
+            counts = _counted(counters)
+            counts["handled"] += counts.pop("active")
+            kept = self._past.setdefault(process.place.number, [])
+            kept[:] = [_sum([*kept, counts])]
+
+    def stats(self, pool: Pool | None, endpoints: Sequence[Members]) -> WorkersStats:
+        """The counters now; pool: None before the workers begin, and when they have ended."""
+        if pool is None:
+            past = [counts for kept in self._past.values() for counts in kept]
+            return WorkersStats(_together(past, self._since), ())
+        rows = []
+        for place in pool.places:
+            counts = list(self._past.get(place.number, ()))
+            for process in (place.current, place.next):
+                counts += _of(process)
+            queues = [queue(members.of(place.number).fileno()) for members in endpoints if not members.shared]
+            rows.append(_together(counts, self._since, queues))
+        gone = [
+            counts for number, kept in self._past.items() if number >= len(pool.places) for counts in kept
+        ]
+        leaving = [
+            counts
+            for process in list(pool.processes.values())
+            if process not in (process.place.current, process.place.next) or process.place not in pool.places
+            for counts in _of(process)
+        ]
+        shared = [queue(members.of(0).fileno()) for members in endpoints if members.shared]
+        total = _together([*(row._asdict() for row in rows), *gone, *leaving], self._since, shared, rows)
+        return WorkersStats(total, tuple(rows))
+
+
+def _of(process: Process | None) -> list[dict[str, Any]]:
+    return [] if process is None else [_counted(counters) for counters in process.slot.counters]
+
+
+_SUMS = ("accepted", "handled", "active", "handler_errors", "refused", "dropped")
+
+
+def _counted(counters: Any) -> dict[str, Any]:
+    return {**counters.counts(), "tls_failures": counters.tls_failures(), "paused": counters.paused}
+
+
+def _sum(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Several processes' counters in one."""
+    total: dict[str, Any] = dict.fromkeys(_SUMS, 0)
+    errors: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
+    paused = []
+    for one in counts:
+        for name in _SUMS:
+            total[name] += one.get(name, 0)
+        errors.update(one["accept_errors"])
+        failures.update(one["tls_failures"])
+        paused.append(one["paused"])
+    return {
+        **total,
+        "accept_errors": dict(errors),
+        "tls_failures": dict(failures),
+        "paused": bool(paused) and all(paused),
+    }
+
+
+def _together(
+    counts: Iterable[dict[str, Any]],
+    since: float,
+    queues: Iterable[tuple[int | None, int | None]] = (),
+    rows: Iterable[ListenerStats] = (),
+) -> ListenerStats:
+    queues = [*queues, *((row.queue_depth, row.queue_limit) for row in rows)]
+    depths = [depth for depth, _ in queues if depth is not None]
+    limits = [limit for _, limit in queues if limit is not None]
+    return ListenerStats(
+        **_sum(counts),
+        threads=0,
+        idle_threads=0,
+        queue_depth=sum(depths) if depths else None,
+        queue_limit=sum(limits) if limits else None,
+        since=since,
+    )
