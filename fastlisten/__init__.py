@@ -13,7 +13,9 @@ if typing.TYPE_CHECKING:
     from fastlisten._notify import Notifier
     from fastlisten._patch import patch, unpatch
     from fastlisten._tls import TLSConnection, reloading
-    from fastlisten._workers import Worker, Workers, WorkersStats, worker
+    from fastlisten._workers.child import Worker, worker
+    from fastlisten._workers.totals import WorkersStats
+    from fastlisten._workers.workers import Workers
 
 __version__ = "0.1.0"
 
@@ -46,14 +48,14 @@ __all__ = [
 _LATER = {
     "Notifier": "fastlisten._notify",
     "TLSConnection": "fastlisten._tls",
-    "Worker": "fastlisten._workers",
-    "Workers": "fastlisten._workers",
-    "WorkersStats": "fastlisten._workers",
+    "Worker": "fastlisten._workers.child",
+    "Workers": "fastlisten._workers.workers",
+    "WorkersStats": "fastlisten._workers.totals",
     "inherited": "fastlisten._inherited",
     "patch": "fastlisten._patch",
     "reloading": "fastlisten._tls",
     "unpatch": "fastlisten._patch",
-    "worker": "fastlisten._workers",
+    "worker": "fastlisten._workers.child",
 }
 
 if not typing.TYPE_CHECKING:  # or a type checker would believe that every name is there
