@@ -22,7 +22,10 @@ class Newcomers:
     """Workers that have begun, and those that are to go: as ours do it, who say when they are ready and leave
     their listener to the next one."""
 
-    busy = False  # whether somebody is to be looked at soon
+    @property
+    def busy(self) -> bool:
+        """Whether somebody is to be looked at soon."""
+        return False
 
     def member(self, place: Place) -> int:
         """Which listeners a new process gets."""
@@ -71,7 +74,7 @@ class ProgramNewcomers(Newcomers):
         return all(members.steers for members in self._endpoints)
 
     @property
-    def busy(self) -> bool:  # type: ignore[override]
+    def busy(self) -> bool:
         return bool(self._probes or self._leaving)
 
     def member(self, place: Place) -> int:
