@@ -224,6 +224,27 @@ def test_one_that_dies_later_is_started_at_once() -> None:
         assert server.ask().pid != pid
 
 
+@linux
+def test_one_that_cannot_be_started_is_tried_again() -> None:
+    program = """
+import resource
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+signal.signal(TOLD, lambda *_: resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1])))
+signal.signal(signal.SIGALRM, lambda *_: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
+fastlisten.Workers(serve, '127.0.0.1:0', workers=2).run()
+"""
+    with parent(program) as server:
+        killed = server.workers(2)[1]
+        server.send(TOLD)
+        os.kill(killed, signal.SIGKILL)
+        line = server.line_with("worker 1 cannot be started")
+        assert line.endswith(f"{os.strerror(errno.EMFILE)}; started again in 1.0 s")
+        server.send(signal.SIGALRM)
+        server.line_with("serves after")
+        assert server.workers(2)[1] != killed
+        server.end()
+
+
 UNREADY = """
 def target(listener):
     if os.path.exists({flag!r}):
