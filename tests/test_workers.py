@@ -13,7 +13,18 @@ import pytest
 import fastlisten
 from helpers import LOOPBACK, needs, not_under_wine, wait_until
 from helpers.programs import run
-from helpers.workers import COUNT, FORKS, HANDLER, alive, children_of, gone, main, parent, while_clients_come
+from helpers.workers import (
+    COUNT,
+    FORKS,
+    HANDLER,
+    alive,
+    children_of,
+    gone,
+    main,
+    parent,
+    suspend,
+    while_clients_come,
+)
 
 linux = needs("Linux")
 slow_to_start = not_under_wine("an interpreter takes seconds to start, and nothing is otherwise there")
@@ -97,7 +108,7 @@ def test_the_old_one_is_asked_to_go_when_the_new_one_serves() -> None:
 def test_a_killed_worker_s_queue_is_served_by_the_next() -> None:
     with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=1).run()") as server:
         old = server.ask().pid
-        os.kill(old, signal.SIGSTOP)
+        suspend(old)
         clients = [server.connect() for _ in range(20)]
         for client in clients:
             client.sendall(b"who")
@@ -121,7 +132,7 @@ def test_nobody_waits_behind_a_stuck_worker() -> None:
 def test_a_stopped_worker_s_queue_is_taken_by_the_others() -> None:
     with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=2).run()") as server:
         stopped = server.workers(2)[0]
-        os.kill(stopped, signal.SIGSTOP)
+        suspend(stopped)
         clients = [server.connect() for _ in range(40)]  # about a half to each
         for client in clients:
             client.sendall(b"who")

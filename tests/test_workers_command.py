@@ -15,7 +15,7 @@ from helpers import compiler, needs, posix_only, wait_until
 from helpers.command import COMMAND, is_one_line
 from helpers.command import run as run_command
 from helpers.programs import run
-from helpers.workers import Running, gone, parent, while_clients_come
+from helpers.workers import Running, gone, parent, suspend, while_clients_come
 
 pytestmark = [posix_only("signals between processes"), needs("Linux")]
 
@@ -140,7 +140,7 @@ def program(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def queued_behind(server: Running, pid: int) -> list[socket.socket]:
     """Stop a process and return clients that are queued for it, if it is the only one."""
-    os.kill(pid, signal.SIGSTOP)
+    suspend(pid)
     clients = [server.connect() for _ in range(20)]
     for client in clients:
         client.sendall(b"who")

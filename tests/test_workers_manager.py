@@ -13,7 +13,7 @@ from helpers import needs, own_loopback, posix_only, wait_until
 from helpers.command import COMMAND
 from helpers.managers import Manager, manager
 from helpers.programs import plain_environment, run
-from helpers.workers import SOME, children_of, gone, parent
+from helpers.workers import SOME, children_of, gone, parent, suspend
 from test_workers_handover import handed_over
 
 pytestmark = [posix_only("there are no datagrams between unix sockets"), needs("Linux")]
@@ -162,7 +162,7 @@ def test_it_is_not_fed_while_every_worker_leaves_its_clients_waiting(told: Manag
     with parent(SOME, environment=given) as server:
         workers = server.workers(4)
         for pid in workers.values():
-            os.kill(pid, signal.SIGSTOP)
+            suspend(pid)
         clients = [server.connect() for _ in range(80)]  # some for each
 
         def hungry() -> bool:

@@ -128,15 +128,26 @@ class Running:
         return output.splitlines()
 
 
+def state_of(pid: int) -> str:
+    """Return the letter of a process's state; proc(5).  Raises OSError where there is none to read."""
+    with open(f"/proc/{pid}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()[0]
+
+
 def gone(pid: int) -> bool:
     """Tell whether a process has ended; one that nobody has waited for yet has."""
     if os.name == "nt":
         return not alive(pid)
     try:
-        with open(f"/proc/{pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0] in "ZX"
+        return state_of(pid) in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return not alive(pid)
+
+
+def suspend(pid: int) -> None:
+    """Stop a process, and wait until it takes no client any more, which it does until the signal arrives."""
+    os.kill(pid, signal.SIGSTOP)
+    wait_until(lambda: state_of(pid) == "T")
 
 
 def alive(pid: int) -> bool:
