@@ -162,7 +162,7 @@ def reloading(
     >>> import fastlisten
     >>> fastlisten.reloading("no such file.pem")
     Traceback (most recent call last):
-    FileNotFoundError: [Errno 2] No such file or directory
+    FileNotFoundError: [Errno 2] No such file or directory...
     """
     from fastlisten import _reloading
 

@@ -17,7 +17,7 @@ import pytest
 
 from fastlisten import Connection, Listener, bind
 from helpers import LOOPBACK, Serving, connect, echo, exchange, needs, read_all, serving, wait_until
-from helpers.programs import run
+from helpers.programs import run, sanitizers
 
 
 @pytest.fixture
@@ -267,9 +267,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> dict[str, collections.Cou
     log = tmp_path_factory.mktemp("strace") / "log"
     if run([strace, "-o", "/dev/null", "true"], status=None).returncode:
         pytest.skip("needs the right to trace processes")
-    # For the interpreter alone, and not for strace: run() takes it away for programs that are not Python.
-    preload = os.environ.get("LD_PRELOAD")
-    variables = [] if preload is None else ["-E", f"LD_PRELOAD={preload}"]
+    variables = [f"--env={name}={value}" for name, value in sanitizers().items()]
     run([strace, "-f", "-o", log, *variables, sys.executable, "-c", COUNTED], limit=50)
     found: dict[str, collections.Counter[str]] = {}
     for part in re.finditer(r"\"begin-(\w+)\".*?\n(.*?)\n[^\n]*\"end-", log.read_text(), re.DOTALL):

@@ -20,7 +20,7 @@ from helpers import LIMIT, connect, exchange, needs, own_loopback, posix_only, w
 from helpers.command import COMMAND, serve
 from helpers.managers import Manager, manager
 from helpers.probes import inetd
-from helpers.programs import ROOT, line_of, plain_environment, run, running
+from helpers.programs import ROOT, line_of, plain_environment, run, running, sanitizers
 
 pytestmark = [needs("unix sockets"), posix_only("there are no datagrams between unix sockets")]
 
@@ -92,7 +92,7 @@ def activated(
 
     It passes on little of the environment, and logs on stderr.
     """
-    passed_on = {"PYTHONPATH": plain_environment()["PYTHONPATH"], **environment}
+    passed_on = {"PYTHONPATH": plain_environment()["PYTHONPATH"], **sanitizers(), **environment}
     variables = [f"--setenv={name}={value}" for name, value in passed_on.items()]
     with running(["systemd-socket-activate", *options, *variables, *command]) as process:
         assert process.stderr is not None

@@ -12,7 +12,7 @@ import pytest
 
 import fastlisten
 from helpers import LOOPBACK, needs, not_under_wine, wait_until
-from helpers.programs import run
+from helpers.programs import run, sanitizers
 from helpers.workers import (
     COUNT,
     FORKS,
@@ -519,7 +519,8 @@ def test_serve_with_workers() -> None:
     program = "fastlisten.serve(handler, '127.0.0.1:0', workers=2, drain=3.0, threads=2, no_delay=True)"
     with parent(main(f"print({program})")) as server:
         server.workers(2)
-        assert "ServeResult(finished=0, cut=0)" in server.end()
+        # The client that asked last may have its answer a moment before its handler has ended.
+        assert {f"ServeResult(finished={n}, cut=0)" for n in (0, 1, 2)} & {*server.end()}
 
 
 def test_a_listener_of_the_caller_s_is_shared_and_stays_open() -> None:
@@ -582,7 +583,8 @@ def zombies():
 
 workers.run()
 """
-    with parent([*unshare, sys.executable, "-c", HANDLER + program]) as server:
+    variables = [f"{name}={value}" for name, value in sanitizers().items()]
+    with parent([*unshare, "env", *variables, sys.executable, "-c", HANDLER + program]) as server:
         server.workers(2)
         first = children_of(server.process.pid)[0]
 

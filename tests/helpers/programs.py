@@ -25,6 +25,15 @@ def plain_environment(**added: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **added}
 
 
+def sanitizers() -> dict[str, str]:
+    """Return the variables that a Python with our modules under a sanitizer needs; run() has them.
+
+    They are for what starts it in its turn: strace, unshare or a service manager.
+    """
+    names = ("LD_PRELOAD", "ASAN_OPTIONS", "UBSAN_OPTIONS", "PYTHONMALLOC")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 def environment_of(program: Program, environment: Mapping[str, str] | None) -> Mapping[str, str]:
     """Return what a program is to have; None: plain_environment(), as far as it is for such a program.
 
