@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import ssl
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from fastlisten import aio
 from helpers import needs, read_all
 from helpers.aio import LOOPS, Echo, Notes, Run, asyncios, in_thread, server
-from helpers.tls_client import BAD_CLIENTS, TlsClient, ended, opened
+from helpers.tls_client import TlsClient, ended, opened
 
 pytestmark = needs("the openssl command")
 
@@ -26,31 +25,6 @@ both = pytest.mark.parametrize("create", [asyncios, aio.create_server], ids=["th
 
 
 # --- clients
-
-
-@pytest.mark.parametrize("act", BAD_CLIENTS)
-def test_a_bad_client_is_counted_and_nobody_is_told(
-    run: Run, tls: Any, act: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    def client(address: Any) -> None:
-        with TlsClient(address, tls[1]) as client:
-            act(client)
-
-    async def main() -> None:
-        async with server(Notes, ssl=tls[0]) as serving:
-            await in_thread(client, serving.address)
-            await ended(serving)
-            stats = serving.server.stats()
-            assert (stats.accepted, stats.handled, stats.handler_errors) == (1, 1, 0)
-            assert sum(stats.tls_failures.values()) == 1
-            assert [protocol.events for protocol in serving.made] == [[]]
-
-    run(main())
-    told = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-    assert run.reports == []
-    assert [
-        words for words in told if not words.startswith("Executing")
-    ] == []  # debug mode's, on a busy machine
 
 
 def test_garbage_on_an_open_connection_ends_it(run: Run, tls: Any) -> None:

@@ -1,15 +1,12 @@
 """Servers of fastlisten.socketserver and fastlisten.http.server whose socket is a TLS listener."""
 
 import contextlib
-import logging
 import re
-import socket
 import socketserver
 import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,7 @@ import pytest
 
 import fastlisten.http.server
 from fastlisten import socketserver as dropin
-from helpers import LIMIT, connect, read_all, reset, wait_until
+from helpers import LIMIT, connect, wait_until
 from helpers.certificates import Pair, client_context, server_context
 from helpers.internals import listener_of
 from helpers.programs import line_of, run, running
@@ -87,30 +84,6 @@ def test_silent_clients_keep_nobody_waiting(pair: Pair, trusting: Any) -> None:
         begun = time.monotonic()
         server.shutdown()
         assert time.monotonic() - begun < AT_ONCE
-
-
-def is_cut_at_the_deadline(silent: Any) -> None:
-    """Assert that a client which has just come, and says nothing, is closed after `SHORT`."""
-    begun = time.monotonic()
-    assert silent.recv(1) == b""
-    assert SHORT - 0.05 < time.monotonic() - begun < SHORT + 1
-
-
-def test_inline_they_do_until_the_deadline(pair: Pair, trusting: Any) -> None:
-    server = over_tls(dropin.TCPServer, pair)
-    server.handshake_timeout = SHORT
-    with serving(server), connect(server.server_address) as silent:
-        is_cut_at_the_deadline(silent)
-        assert answer_of(server, trusting) == b"hello\n"
-    assert server.tls_failures == {"timeout": 1}
-
-
-def test_threads_have_the_deadline(pair: Pair) -> None:
-    server = over_tls(dropin.ThreadingTCPServer, pair)
-    server.handshake_timeout = SHORT
-    with serving(server), connect(server.server_address) as silent:
-        is_cut_at_the_deadline(silent)
-    assert server.tls_failures == {"timeout": 1}
 
 
 def taken_by(server: Any) -> int:
@@ -194,46 +167,6 @@ def test_a_handler_may_do_the_handshake(module: Any, pair: Pair, trusting: Any) 
     with serving(server):
         assert answer_of(server, trusting) == b"hello\n"
     assert seen == [(None, False)]
-
-
-def says(data: bytes) -> Callable[[socket.socket], None]:
-    def act(client: socket.socket) -> None:
-        client.sendall(data)
-        with contextlib.suppress(ConnectionResetError):
-            read_all(client)
-
-    return act
-
-
-def distrusts(client: socket.socket) -> None:
-    with contextlib.suppress(ssl.SSLError):
-        ssl.create_default_context().wrap_socket(client, server_hostname="localhost").close()
-
-
-FAILURES: dict[str, tuple[Callable[[socket.socket], None], str]] = {
-    "plain HTTP": (says(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"), "not TLS"),
-    "noise": (says(b"\x00\x01\x02\x03" * 100), "not TLS"),
-    "leaves": (lambda client: client.close(), "closed"),
-    "resets": (reset, "closed"),
-    "does not trust us": (distrusts, "alert"),
-}
-
-
-@THREADING
-@pytest.mark.parametrize(("act", "reason"), FAILURES.values(), ids=FAILURES.keys())
-def test_a_failure_is_counted_and_not_told(
-    threading_: bool, act: Any, reason: str, pair: Pair, trusting: Any, caplog: Any, capfd: Any
-) -> None:
-    server = over_tls(server_class(dropin, threading_), pair)
-    caplog.set_level(logging.DEBUG, "fastlisten")
-    with serving(server):
-        with connect(server.server_address) as client:
-            act(client)
-        wait_until(lambda: server.tls_failures == {reason: 1})
-        assert answer_of(server, trusting) == b"hello\n"
-    (record,) = caplog.records
-    assert record.levelno == logging.DEBUG
-    assert capfd.readouterr() == ("", "")
 
 
 @THREADING

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import logging
 import shutil
 import signal
 import socket
@@ -10,7 +9,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import pytest
 import fastlisten
 from fastlisten import Listener, TLSConnection
 from helpers import LIMIT, Serving, connect, needs, posix_only, read_all, reset, serving, wait_until
-from helpers.certificates import Pair, certificate, client_context, expired, server_context
+from helpers.certificates import Pair, certificate, client_context, server_context
 from helpers.programs import line_of, run, running, wait_until_asleep
 from helpers.serve import THREADS
 
@@ -338,105 +337,6 @@ def test_a_handshake_has_a_deadline(listener: Listener, context: Any, trusting: 
             assert SHORT - 0.05 < time.monotonic() - begun < SHORT + (5 if drips else 1)
         wait_until(lambda: failed(listener) == {"timeout": 1})
     assert listener.stats().handler_errors == 0
-
-
-def says(data: bytes) -> Callable[[socket.socket, Pair], object]:
-    def act(client: socket.socket, pair: Pair) -> None:
-        client.sendall(data)
-        with contextlib.suppress(ConnectionResetError):
-            read_all(client)
-
-    return act
-
-
-def shakes(client: socket.socket, pair: Pair, **settings: Any) -> None:
-    context = client_context(pair)
-    for name, value in settings.items():
-        if callable(method := getattr(context, name)):
-            method(value)
-        else:
-            setattr(context, name, value)
-    with (
-        contextlib.suppress(ssl.SSLError, ConnectionResetError),
-        context.wrap_socket(client, server_hostname="localhost") as over,
-    ):
-        over.recv(1)
-
-
-def hello_of(pair: Pair) -> bytes:
-    outgoing = ssl.MemoryBIO()
-    with contextlib.suppress(ssl.SSLWantReadError):
-        client_context(pair).wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="localhost").do_handshake()
-    return outgoing.read()
-
-
-def resets_after_part_of_hello(client: socket.socket, pair: Pair) -> None:
-    client.sendall(hello_of(pair)[:50])
-    reset(client)
-
-
-def resets_after_hello(client: socket.socket, pair: Pair) -> None:
-    client.sendall(hello_of(pair))
-    client.recv(1)
-    reset(client)
-
-
-def distrusts(client: socket.socket, pair: Pair) -> None:
-    with contextlib.suppress(ssl.SSLError):
-        ssl.create_default_context().wrap_socket(client, server_hostname="localhost").close()
-
-
-FAILURES: dict[str, tuple[Callable[[socket.socket, Pair], object], str]] = {
-    "plain HTTP": (says(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"), "not TLS"),
-    "SSH": (says(b"SSH-2.0-OpenSSH_9.2\r\n"), "not TLS"),
-    "noise": (says(b"\x00\x01\x02\x03" * 100), "not TLS"),
-    "a record of noise": (says(b"\x16\x03\x01\x00\x05hello"), "not TLS"),
-    "a record without end": (says(b"\x16\x03\x01\xff\xff" + bytes(1 << 16)), "not TLS"),
-    "leaves": (lambda client, pair: client.close(), "closed"),
-    "resets": (lambda client, pair: reset(client), "closed"),
-    "resets in its hello": (resets_after_part_of_hello, "closed"),
-    "resets after its hello": (resets_after_hello, "closed"),
-    "does not trust us": (distrusts, "alert"),
-    "an old version": (lambda c, p: shakes(c, p, maximum_version=ssl.TLSVersion.TLSv1_2), "version"),
-    "no group in common": (lambda c, p: shakes(c, p, set_ecdh_curve="prime256v1"), "cipher"),
-    "no certificate": (shakes, "client certificate"),
-}
-
-
-@pytest.mark.parametrize(("act", "reason"), FAILURES.values(), ids=FAILURES.keys())
-def test_a_failure_is_counted_and_not_told(
-    listener: Listener, pair: Pair, act: Any, reason: str, caplog: pytest.LogCaptureFixture, capfd: Any
-) -> None:
-    context = server_context(pair)
-    if reason in ("version", "cipher"):
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.set_ecdh_curve("secp384r1")
-    if reason == "client certificate":
-        context.verify_mode = ssl.CERT_REQUIRED
-        context.load_verify_locations(pair.cert)
-    caplog.set_level(logging.DEBUG, "fastlisten")
-    with serving(listener, echo, ssl=context, threads=1):
-        with connect(listener) as client:
-            act(client, pair)
-        wait_until(lambda: listener.stats().handled == 1)
-    assert failed(listener) == {reason: 1}
-    assert listener.stats().handler_errors == 0
-    (record,) = caplog.records
-    assert record.levelno == logging.DEBUG
-    assert "handshake" in record.getMessage()
-    assert capfd.readouterr() == ("", "")
-
-
-def test_an_expired_client_certificate(listener: Listener, pair: Pair, tmp_path: Path) -> None:
-    old = expired(tmp_path, pair)
-    context, client = server_context(pair), client_context(pair)
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(old.cert)
-    client.load_cert_chain(*old)
-    with serving(listener, echo, ssl=context):
-        with contextlib.suppress(ssl.SSLError, ConnectionResetError), tls_client(listener, client) as over:
-            over.recv(1)
-        wait_until(lambda: failed(listener) == {"client certificate": 1})
 
 
 def test_a_reset_after_the_handshake_is_the_handler_s(

@@ -2,14 +2,13 @@
 
 import asyncio
 import contextlib
-import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any, TypeVar
 
 from helpers.aio import in_thread
-from helpers.sockets import connect, read_all, reset
+from helpers.sockets import connect
 
 T = TypeVar("T")
 
@@ -110,50 +109,3 @@ async def ended(serving: Any) -> None:
     """Wait until a connection was accepted, and none is left."""
     while not (stats := serving.server.stats()).accepted or stats.active:
         await asyncio.sleep(0.001)
-
-
-# --- clients whose handshake comes to nothing
-
-
-def plain_http(client: TlsClient) -> None:
-    client.socket.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    with contextlib.suppress(ConnectionError):
-        read_all(client.socket)
-
-
-def garbage(client: TlsClient) -> None:
-    client.socket.sendall(bytes(range(256)) * 8)
-    with contextlib.suppress(ConnectionError):
-        read_all(client.socket)
-
-
-def nothing_and_a_reset(client: TlsClient) -> None:
-    reset(client.socket)
-
-
-def nothing_and_the_end(client: TlsClient) -> None:
-    client.socket.shutdown(socket.SHUT_WR)
-    assert read_all(client.socket) == b""
-
-
-def half_a_hello_and_a_reset(client: TlsClient) -> None:
-    with contextlib.suppress(ssl.SSLWantReadError):
-        client.session.do_handshake()
-    client.socket.sendall(client.outgoing.read()[:100])
-    reset(client.socket)
-
-
-def a_hello_and_a_reset(client: TlsClient) -> None:
-    client.begin()
-    client.feed()
-    reset(client.socket)
-
-
-BAD_CLIENTS = [
-    plain_http,
-    garbage,
-    nothing_and_a_reset,
-    nothing_and_the_end,
-    half_a_hello_and_a_reset,
-    a_hello_and_a_reset,
-]
