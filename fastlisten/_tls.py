@@ -55,6 +55,7 @@ _REASONS = {
     "version": {
         "INAPPROPRIATE_FALLBACK",
         "NO_PROTOCOLS_AVAILABLE",
+        "UNKNOWN_PROTOCOL",
         "UNSUPPORTED_PROTOCOL",
         "VERSION_TOO_LOW",
     },
@@ -369,7 +370,6 @@ class _Lent:
 @functools.cache
 def _borrowing(base: Any) -> Any:
     """An SSLSocket class whose descriptor is a Connection's: neither its end nor close() closes it."""
-    import ssl
 
     class Borrowing(base):  # type: ignore[misc]
         """It is to the Connection what a file of makefile() is: the last to let go closes."""
@@ -395,6 +395,16 @@ def _borrowing(base: Any) -> Any:
         def __del__(self) -> None:
             self.let_go()
 
+        def read(self, size: int = 1024, buffer: Any = None) -> Any:
+            try:
+                return base.read(self, size, buffer)
+            except BrokenPipeError:
+                # read(2) has no such error: after an end without close_notify, as when the connection is cut,
+                # OpenSSL (3.6) has tried to send its alert.
+                if not self.suppress_ragged_eofs:
+                    raise
+                return b"" if buffer is None else 0
+
         @classmethod
         def closed(cls) -> Any:
             """One without a descriptor."""
@@ -408,28 +418,33 @@ def _borrowing(base: Any) -> Any:
 
         def say_end(self) -> None:
             """Send close_notify, without a wait for the client's."""
-            tls: Any = self._sslobj
-            if tls is None:
-                return
-            timeout = self.gettimeout()
-            deadline = time.monotonic() + min(self.patience, math.inf if timeout is None else timeout)
-            try:
-                self.settimeout(0)
-                while True:
-                    try:
-                        tls.shutdown()
-                        return
-                    except ssl.SSLWantWriteError:
-                        left = deadline - time.monotonic()
-                        if not _ready(self.fileno(), selectors.EVENT_WRITE, left):
-                            return
-            except (OSError, ValueError):  # it has gone, or the client's close_notify has not come
-                return
-            finally:
-                with contextlib.suppress(OSError):
-                    self.settimeout(timeout)
+            if self._sslobj is not None:
+                _say_end(self, self._sslobj, self.patience)
 
     return Borrowing
+
+
+def _say_end(sock: Any, tls: Any, patience: float) -> None:
+    """Send close_notify on an SSLSocket; patience: in seconds, until it finds room in the kernel."""
+    import ssl
+
+    timeout = sock.gettimeout()
+    deadline = time.monotonic() + min(patience, math.inf if timeout is None else timeout)
+    try:
+        sock.settimeout(0)
+        while True:
+            try:
+                tls.shutdown()
+                return
+            except ssl.SSLWantWriteError:
+                left = deadline - time.monotonic()
+                if not _ready(sock.fileno(), selectors.EVENT_WRITE, left):
+                    return
+    except (OSError, ValueError):  # it has gone, or the client's close_notify has not come
+        return
+    finally:
+        with contextlib.suppress(OSError):
+            sock.settimeout(timeout)
 
 
 def _ready(fd: int, event: int, seconds: float) -> bool:

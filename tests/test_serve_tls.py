@@ -378,12 +378,14 @@ def test_a_cut_ends_what_a_handler_waits_for(listener: Listener, context: Any, t
     def handler(connection: TLSConnection) -> None:
         connection.sendall(b"!")
         got.append(connection.recv(1))
+        with connection.makefile("rb") as file:
+            got.append(file.read())
 
     with serving(listener, handler, ssl=context) as served, tls_client(listener, trusting) as client:
         assert client.recv(1) == b"!"
         listener.stop(drain=0.1)
         assert served.wait() == (0, 1)
-    assert got == [b""]
+    assert got == [b"", b""]
 
 
 def test_an_inline_serve_goes_on_after_the_deadline(listener: Listener, context: Any, trusting: Any) -> None:

@@ -155,6 +155,9 @@ def has_an_expired_one(context: ssl.SSLContext, certificates: Certificates) -> N
 
 V2, V3 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
 
+# A hello of SSLv2, with one cipher and a challenge of 16 bytes: RFC 6101, appendix E.1.
+SSL2_HELLO = b"\x80\x1c\x01\x00\x02\x00\x03\x00\x00\x00\x10\x01\x00\x80" + bytes(16)
+
 CASES = {
     "plain HTTP": Case(says(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), "not TLS"),
     "SSH": Case(says(b"SSH-2.0-OpenSSH_9.2\r\n"), "not TLS"),
@@ -172,6 +175,7 @@ CASES = {
     "leaves without a word": Case(leaves_without_a_word),
     "garbage in place of a record": Case(says_later(b"no record of TLS at all")),
     "a record that is no one's": Case(says_later(b"\x17\x03\x03\x00\x20" + bytes(32))),
+    "SSLv2": Case(says(SSL2_HELLO), "version"),
     "an old version": Case(shakes, "version", versions(V3, V3), versions(V2, V2)),
     "no group in common": Case(shakes, "cipher", group("secp384r1"), group("prime256v1")),
     "does not trust the server": Case(shakes, "alert", trusts=False),
