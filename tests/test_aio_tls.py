@@ -6,14 +6,13 @@ import os
 import socket
 import ssl
 from asyncio.sslproto import _SSLProtocolTransport
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastlisten import aio
 from fastlisten.aio._tls import TlsTransport
-from helpers import LIMIT, connect, needs, programs, read_all
+from helpers import LIMIT, connect, needs, read_all
 from helpers.aio import LOOPS, Echo, Notes, Run, in_thread, run, server
 from helpers.tls_client import TlsClient
 
@@ -344,59 +343,3 @@ def test_tls_on_a_unix_path(run: Run, tls: Any, unix_path: str) -> None:
 
     if hasattr(socket, "AF_UNIX"):
         run(main())
-
-
-class Web(asyncio.Protocol):
-    """Answers each request with the protocol that TLS has agreed on, and keeps the connection."""
-
-    def connection_made(self, transport: Any) -> None:
-        self.transport, self.request = transport, b""
-
-    def data_received(self, data: bytes) -> None:
-        self.request += data
-        if self.request.endswith(b"\r\n\r\n"):
-            self.request = b""
-            answer = str(self.transport.get_extra_info("ssl_object").version()).encode()
-            self.transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(answer))
-            self.transport.write(answer)
-
-
-@needs("the openssl command", "the curl command")
-@pytest.mark.parametrize("version", ["1.2", "1.3"])
-def test_curl_asks_twice_on_a_connection(run: Run, tls: Any, tmp_path: Path, version: str) -> None:
-    async def main() -> None:
-        (tmp_path / "ca.pem").write_text(ssl.DER_cert_to_PEM_cert(tls[1].get_ca_certs(binary_form=True)[0]))
-        async with server(Web, ssl=tls[0]) as serving:
-            url = f"https://localhost:{serving.address[1]}/"
-            command = [
-                "curl",
-                "-sS",
-                "--cacert",
-                "ca.pem",
-                f"--tlsv{version}",
-                "--tls-max",
-                version,
-                url,
-                url,
-            ]
-            done = await in_thread(lambda: programs.run(command, folder=tmp_path))
-            assert (done.stdout, done.stderr) == (f"TLSv{version}" * 2, "")
-            assert len(serving.made) == 1
-
-    run(main())
-    assert run.reports == []
-
-
-@needs("the openssl command")
-@pytest.mark.parametrize("threads", [0, 1])
-def test_openssl_resumes_its_session(run: Run, tls: Any, tmp_path: Path, threads: int) -> None:
-    async def main() -> None:
-        async with server(Web, ssl=tls[0], handshake_threads=threads) as serving:
-            address = f"127.0.0.1:{serving.address[1]}"
-            command = ["openssl", "s_client", "-connect", address, "-tls1_2", "-reconnect", "-no_ticket"]
-            done = await in_thread(lambda: programs.run(command, folder=tmp_path))
-            assert done.stdout.count("New, TLSv1.2") == 1
-            assert done.stdout.count("Reused, TLSv1.2") == 5
-
-    run(main())
-    assert run.reports == []

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import shutil
 import signal
 import socket
 import ssl
@@ -18,7 +17,7 @@ import pytest
 import fastlisten
 from fastlisten import Listener, TLSConnection
 from helpers import LIMIT, Serving, connect, needs, posix_only, read_all, reset, serving, wait_until
-from helpers.certificates import Pair, certificate, client_context, server_context
+from helpers.certificates import Pair, client_context, server_context
 from helpers.programs import line_of, run, running, wait_until_asleep
 from helpers.serve import THREADS
 
@@ -503,54 +502,7 @@ def test_a_context_s_own_class_of_sockets_is_used(listener: Listener, pair: Pair
     taken[0].close()
 
 
-# --- other people's clients
-
-curl = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-
-
-def answer(connection: TLSConnection) -> None:
-    with connection.makefile("rb") as lines:
-        while lines.readline().strip():
-            pass
-    subject: Any = (connection.ssl.getpeercert() or {})["subject"]
-    content = f"{connection.ssl.version()} {subject[0][0][1]}".encode()
-    # Without a length, the end of TLS is the end of the content: RFC 9112, section 6.3.
-    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + content)
-
-
-@curl
-@pytest.mark.parametrize("version", ["1.2", "1.3"])
-def test_curl_with_a_client_certificate(listener: Listener, pair: Pair, tmp_path: Path, version: str) -> None:
-    own = certificate(tmp_path, "somebody")
-    context = server_context(pair)
-    context.verify_mode = ssl.CERT_REQUIRED
-    context.load_verify_locations(own.cert)
-    url = f"https://localhost:{listener.getsockname()[1]}/"
-    command = ["curl", "-sS", "--connect-to", "::127.0.0.1:", "--tls-max", version, url]
-    command += ["--cacert", str(pair.cert)]
-    with serving(listener, answer, ssl=context, threads=2):
-        done = run([*command, "--cert", str(own.cert), "--key", str(own.key)])
-        assert done.stdout == f"TLSv{version} somebody"
-        assert run(command, status=None).returncode != 0
-        wait_until(lambda: failed(listener) == {"client certificate": 1})
-
-
-@pytest.mark.parametrize("version", ["-tls1_2", "-tls1_3"])
-def test_openssl_s_client_resumes_its_session(
-    listener: Listener, context: Any, tmp_path: Path, version: str
-) -> None:
-    session = str(tmp_path / "session")
-    target = f"127.0.0.1:{listener.getsockname()[1]}"
-    command = ["openssl", "s_client", "-connect", target, version, "-ign_eof"]
-
-    def handler(connection: TLSConnection) -> None:
-        connection.sendall(b"reused %d\n" % bool(connection.ssl.session_reused))
-
-    with serving(listener, handler, ssl=context, threads=2):
-        assert "reused 0" in run([*command, "-sess_out", session]).stdout
-        assert "reused 1" in run([*command, "-sess_in", session]).stdout
-    assert failed(listener) == {}
-
+# --- files
 
 KTLS = 1 << 3  # SSL_OP_ENABLE_KTLS; ssl has its name since 3.12
 

@@ -113,6 +113,11 @@ def inetd() -> str | None:
     return found if "[-dEil]" in usage.stderr else None
 
 
+def nginx() -> str | None:
+    """Return nginx, which is in no ordinary user's path."""
+    return shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
 # What a test may need of the system, by the name that its skip shows.
 PROBES: dict[str, Callable[[], bool]] = {
     "Linux": lambda: sys.platform == "linux",
@@ -128,6 +133,8 @@ PROBES: dict[str, Callable[[], bool]] = {
     ),
     "inetd (Debian's package openbsd-inetd), and root for it": lambda: inetd() is not None,
     "the curl command": lambda: shutil.which("curl") is not None,
+    "the sslscan command": lambda: shutil.which("sslscan") is not None,
+    "nginx": lambda: nginx() is not None,
     "a free-threaded interpreter": lambda: bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
     "2,500 descriptors": has_descriptors,
     "a backlog of 2,500": has_backlog,
