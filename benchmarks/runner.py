@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import IO, Any
 
 from ._build import build
@@ -334,6 +335,99 @@ def measure_tls(server: Running, cell: Cell, settings: Settings, sizes: Sizes) -
     return {"connections": answers, "cpu_us": cpu / answers / 1e3}
 
 
+@contextmanager
+def tls_client(server: Running) -> Iterator[Callable[[str], list[float]]]:
+    """Run a client of TLS, and give what asks it for something, as tls_others.py says; the times in ms."""
+    client = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.tls_others", str(server.port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    assert client.stdin is not None
+    assert client.stdout is not None
+    stdin, stdout = client.stdin, client.stdout
+
+    def ask(line: str) -> list[float]:
+        stdin.write(line + "\n")
+        stdin.flush()
+        answer = read_line(stdout, LOAD_LIMIT)
+        if not answer:
+            raise SampleError("the client has ended")
+        return [1e3 * seconds for seconds in json.loads(answer)]
+
+    try:
+        if not read_line(stdout, START_LIMIT):
+            raise SampleError("the client could not connect")
+        yield ask
+    finally:
+        client.communicate()
+
+
+def percentile(times: list[float], share: float) -> float:
+    """Return what so large a share of the times is not above."""
+    return sorted(times)[min(len(times) - 1, int(len(times) * share))]
+
+
+TURNS = 7
+"""How often a sample looks at a server without and with those who say nothing."""
+
+ECHOES, HANDSHAKES = 1_000, 50
+"""Of a look."""
+
+
+def measure_silent(server: Running, cell: Cell, _: Settings, __: Sizes) -> dict[str, float]:
+    """How long others wait, by turns without and with clients that connect and say nothing."""
+    looks: dict[str, list[float]] = {}
+
+    def look(who: str) -> None:
+        settle(server)
+        before = server.cpu_ns()
+        echoes = ask(f"echo {ECHOES}")
+        figures = {
+            "cpu_us": (server.cpu_ns() - before) / ECHOES / 1e3,
+            "p99_ms": percentile(echoes, 0.99),
+            "new_p90_ms": percentile(ask(f"new {HANDSHAKES}"), 0.9),  # too few for the 99th
+        }
+        for name, value in figures.items():
+            looks.setdefault(who + name, []).append(value)
+
+    with tls_client(server) as ask:
+        ask(f"echo {WARM_UP}")
+        for _turn in range(TURNS):
+            look("alone ")
+            with held(server, cell.concurrency):
+                look("")
+    medians = {name: median(values) for name, values in looks.items()}
+    return {
+        "ratio": medians["p99_ms"] / medians["alone p99_ms"],
+        "new_ratio": medians["new_p90_ms"] / medians["alone new_p90_ms"],
+        "cpu_ratio": medians["cpu_us"] / medians["alone cpu_us"],
+        **medians,
+    }
+
+
+STORMS = 12
+"""Of a sample."""
+
+
+def measure_storm(server: Running, cell: Cell, _: Settings, __: Sizes) -> dict[str, float]:
+    """How long an echo takes while others shake hands, so many at once, several times."""
+    times: list[float] = []
+    with tls_client(server) as ask:
+        ask(f"echo {WARM_UP}")
+        for _storm in range(STORMS):
+            times += ask(f"storm {cell.concurrency}")
+            settle(server)
+    return {
+        "p50_ms": percentile(times, 0.5),
+        "p99_ms": percentile(times, 0.99),
+        "last_ms": max(times),
+        "echoes": len(times) / STORMS,
+    }
+
+
 def outside_client(command: list[str], server: Running, pattern: str) -> dict[str, float]:
     """Run a client that is not ours, and return the server's CPU time a request."""
     settle(server)
@@ -375,6 +469,8 @@ METHODS: dict[str, Callable[[Running, Cell, Settings, Sizes], dict[str, float]]]
     "hold": measure_hold,
     "take": measure_take,
     "tls": measure_tls,
+    "silent": measure_silent,
+    "storm": measure_storm,
     "ab": measure_ab,
     "wrk": measure_wrk,
 }

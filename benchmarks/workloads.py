@@ -6,9 +6,9 @@ import shutil
 from dataclasses import dataclass
 from typing import Literal
 
-from .servers import BASELINE, LOOPS, SERVERS, Server
+from .servers import BASELINE, HANDSHAKE_THREADS, LOOPS, SERVE_TLS, SERVERS, Server
 
-Method = Literal["load", "burst", "hold", "take", "tls", "ab", "wrk"]
+Method = Literal["load", "burst", "hold", "take", "tls", "silent", "storm", "ab", "wrk"]
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,38 @@ def _tls() -> list[Workload]:
     ]
 
 
+def _tls_beside() -> list[Workload]:
+    """How long one client of TLS waits beside others."""
+    servers = (*(f"{loop}-protocol" for loop in LOOPS), *HANDSHAKE_THREADS, SERVE_TLS)
+    return [
+        Workload(
+            "tls-silent",
+            "tls",
+            "silent",
+            (1_000,),
+            "ratio",
+            "times",
+            servers,
+            about="an echo's 99th percentile, a new connection's 90th and an echo's CPU, beside clients that "
+            "connect and say nothing, to those without",
+            columns=("ratio", "new_ratio", "cpu_ratio", "p99_ms"),
+            baseline="uvloop-protocol",
+        ),
+        Workload(
+            "tls-storm",
+            "tls",
+            "storm",
+            (CLIENTS,),
+            "p99_ms",
+            "ms",
+            servers,
+            about="an echo while others shake hands, all at once",
+            columns=("p50_ms", "p99_ms", "last_ms"),
+            baseline="uvloop-protocol",
+        ),
+    ]
+
+
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
@@ -230,6 +262,7 @@ WORKLOADS: dict[str, Workload] = {
         *_messages("message", "protocol"),
         *_messages("stream", "streams"),
         *_tls(),
+        *_tls_beside(),
     )
 }
 

@@ -412,6 +412,32 @@ def test_a_server_answers_over_tls(workload: Any, tmp_path: Path, monkeypatch: p
     assert (answers, cpu > 0) == (18, True)
 
 
+@needs("the openssl command")
+@pytest.mark.parametrize(
+    ("workload", "name"),
+    [
+        ("tls-silent", "fastlisten-serve-tls"),
+        ("tls-silent", "fastlisten-EventLoop-handshake_threads"),
+        ("tls-storm", "fastlisten-EventLoop-handshake_threads"),
+    ],
+)
+def test_it_is_measured_how_long_a_client_of_tls_waits(
+    workload: Any, name: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from benchmarks import runner
+    from benchmarks.servers import SERVERS
+    from benchmarks.workloads import WORKLOADS
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where the certificate is made
+    for constant, few in {"WARM_UP": 20, "TURNS": 1, "ECHOES": 10, "HANDSHAKES": 2, "STORMS": 1}.items():
+        monkeypatch.setattr(runner, constant, few)
+    cell = runner.Cell(WORKLOADS[workload], 3, SERVERS[name])
+    with runner.running(cell.server, "tls", None) as started:
+        figures = runner.METHODS[cell.workload.method](started, cell, runner.Settings(1, 1), {})
+    assert figures.keys() >= set(cell.workload.columns)
+    assert all(value > 0 for value in figures.values())
+
+
 def test_the_load_generator_ends_at_its_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import runner
 

@@ -85,6 +85,12 @@ LOOPS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """The event loops: how each is made, and what it needs."""
 
+HANDSHAKE_THREADS = tuple(
+    f"{loop}-handshake_threads" for loop in ("fastlisten-EventLoop", "fastlisten-UvloopEventLoop")
+)
+SERVE_TLS = "fastlisten-serve-tls"
+"""The rows that only the workloads of TLS have."""
+
 SERVERS: dict[str, Server] = {
     server.name: server
     for server in (
@@ -154,6 +160,18 @@ SERVERS: dict[str, Server] = {
         ),
         *(
             Server(
+                name,
+                "aio",
+                "protocol",
+                (name.removesuffix("-handshake_threads"), "", 0, 1),
+                frozenset({"tls"}),
+                "the program of the row without, with handshake_threads=1",
+                LOOPS[name.removesuffix("-handshake_threads")][1],
+            )
+            for name in HANDSHAKE_THREADS
+        ),
+        *(
+            Server(
                 f"{loop}-{framework}",
                 "frameworks",
                 framework,
@@ -193,6 +211,15 @@ SERVERS: dict[str, Server] = {
             (0,),
             ANSWERS,
             "Listener.serve(handler), inline",
+            _F,
+        ),
+        Server(
+            SERVE_TLS,
+            "fast",
+            "serve",
+            (1, 1_200),
+            frozenset({"tls"}),
+            "Listener.serve(handler, ssl=context, threads=(1, 1200))",
             _F,
         ),
         Server(

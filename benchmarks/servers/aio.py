@@ -1,7 +1,7 @@
 """The event loops, each with protocols and with streams, and asyncio's and uvloop's with fastlisten.aio.
 
 `loop`: a name in LOOPS.  `module` has create_server() and start_server(): "" for the loop's own and
-asyncio's, else fastlisten.aio, with `defer_accept` in seconds, 0 for without.
+asyncio's, else fastlisten.aio, with `defer_accept` in seconds, 0 for without.  `handshake_threads`: of ours.
 """
 
 from __future__ import annotations
@@ -83,12 +83,16 @@ PROTOCOLS: dict[str, type[asyncio.Protocol]] = {
 }
 
 
-def protocol(work: str, loop: str, module: str = "", defer_accept: int = 0) -> None:
+def protocol(
+    work: str, loop: str, module: str = "", defer_accept: int = 0, handshake_threads: int = 0
+) -> None:
     """create_server with a Protocol."""
 
     async def main() -> None:
         place: Any = importlib.import_module(module) if module else asyncio.get_running_loop()
         options: dict[str, Any] = {"defer_accept": defer_accept} if defer_accept else {}
+        if handshake_threads:
+            options["handshake_threads"] = handshake_threads
         if work == "tls":
             options["ssl"] = importlib.import_module("benchmarks.tls_load").server_context()
         server = await place.create_server(PROTOCOLS[work], *ADDRESS, backlog=BACKLOG, **options)

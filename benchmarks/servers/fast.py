@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import socket
 import threading
 from typing import Any, NoReturn
@@ -10,6 +11,9 @@ from typing import Any, NoReturn
 import fastlisten
 
 from .handlers import ADDRESS, BACKLOG, HANDLERS, QUESTION_LIMIT, take_on_demand
+
+TLS_PATIENCE = 60.0
+"""Seconds for a handshake, as asyncio's servers have it: a sample ends before."""
 
 
 def _listen() -> fastlisten.Listener:
@@ -20,7 +24,11 @@ def _listen() -> fastlisten.Listener:
 
 def serve(work: str, least: int, most: int | None = None) -> None:
     """Listener.serve, inline, or with so many threads, or with threads between two numbers."""
-    _listen().serve(HANDLERS[work], threads=least if most is None else (least, most))
+    options: dict[str, Any] = {}
+    if work == "tls":
+        context = importlib.import_module("benchmarks.tls_load").server_context()
+        options.update(ssl=context, handshake_timeout=TLS_PATIENCE)
+    _listen().serve(HANDLERS[work], threads=least if most is None else (least, most), **options)
 
 
 def iterate(work: str) -> None:

@@ -69,12 +69,19 @@ def compute(connection: Client) -> None:
     connection.sendall(question)
 
 
+def messages(connection: Client) -> None:
+    """Send back what comes until the client ends."""
+    while data := connection.recv(QUESTION_LIMIT):
+        connection.sendall(data)
+
+
 HANDLERS: dict[str, Handler] = {
     "close": close,
     "compute": compute,
     "echo": echo,
     "http": http,
     "shed": shed,
+    "tls": messages,
 }
 
 
