@@ -12,7 +12,7 @@ import pytest
 from fastlisten import aio
 from fastlisten.aio._tls import TlsTransport
 from helpers import LIMIT, needs, read_all
-from helpers.aio import LOOPS, Echo, Notes, Run, in_thread, server
+from helpers.aio import LOOPS, Echo, Notes, Run, in_thread, server, turns
 from helpers.tls_client import TlsClient, ended
 
 pytestmark = needs("the openssl command")
@@ -109,19 +109,63 @@ def test_what_comes_while_a_thread_has_the_session_is_kept(run: Run, tls: Any, s
 
 
 def test_a_server_that_closes_lets_its_handshakes_end(run: Run, tls: Any, slow: Any) -> None:
+    """Those that wait for a thread, too."""
+
     async def main() -> None:
         async with server(Echo, ssl=tls[0], handshake_threads=1) as serving:
-            with TlsClient(serving.address, tls[1]) as client:
-                shaking = asyncio.ensure_future(in_thread(client.shake_hands))
-                await until(lambda: slow.waiting)
+            with TlsClient(serving.address, tls[1]) as first, TlsClient(serving.address, tls[1]) as second:
+                first.begin()
+                second.begin()
+                await until(lambda: slow.waiting and serving.server.stats().active == 2)
+                await turns()
                 serving.server.close()
                 slow.go_on.set()
-                await shaking
-                client.send(b"hello")
-                assert await in_thread(client.read, 5) == b"hello"
-                assert len(slow.waiting) == 1
+                for client in (first, second):
+                    await in_thread(client.shake_hands)
+                    client.send(b"hello")
+                    assert await in_thread(client.read, 5) == b"hello"
+                assert len(slow.waiting) == 2
 
     run(main())
+
+
+def test_a_thread_goes_on_when_the_loop_has_taken_what_it_did(run: Run, tls: Any, slow: Any) -> None:
+    """On one core the event loop would have to wait for all who are queued, but for the scheduler's tick."""
+
+    async def main() -> None:
+        async with server(Echo, ssl=tls[0], handshake_threads=1) as serving:
+            with contextlib.ExitStack() as stack:
+                clients = [stack.enter_context(TlsClient(serving.address, tls[1])) for _ in range(3)]
+                for client in clients:
+                    client.begin()
+                await until(lambda: slow.waiting and serving.server.stats().active == 3)
+                await turns()
+                slow.go_on.set()
+                threading.Event().wait(0.05)  # in which the event loop does nothing
+                assert len(slow.waiting) == 1
+                for client in clients:
+                    await in_thread(client.shake_hands)
+                assert len(slow.waiting) == 3
+
+    run(main())
+
+
+def test_who_has_gone_before_a_thread_was_free_gets_none(run: Run, tls: Any, slow: Any) -> None:
+    async def main() -> None:
+        async with server(Echo, ssl=tls[0], handshake_threads=1, ssl_handshake_timeout=0.1) as serving:
+            with TlsClient(serving.address, tls[1]) as first, TlsClient(serving.address, tls[1]) as second:
+                first.begin()
+                await until(lambda: slow.waiting)
+                second.begin()
+                await ended(serving)
+                slow.go_on.set()
+                with TlsClient(serving.address, tls[1]) as third:
+                    await in_thread(third.shake_hands)
+            assert len(slow.waiting) == 2
+            assert serving.server.stats().tls_failures == {"timeout": 2}
+
+    run(main())
+    assert run.reports == []
 
 
 @pytest.mark.parametrize(("value", "kind"), [(-1, ValueError), ("2", TypeError)])

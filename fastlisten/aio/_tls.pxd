@@ -2,15 +2,20 @@ cimport cython
 
 from fastlisten.aio._transport cimport Receiver, Transport
 
+cdef class TlsTransport(Receiver)
+
 
 @cython.final
 cdef class HandshakeThreads:
     cdef readonly int count
     cdef object executor
     cdef object process         # whose threads they are: a forked child has none of them
+    cdef object waiting         # a deque of transports that are to have a thread
+    cdef int free               # threads that have no handshake
     cdef bint closed
 
-    cdef bint run(self, function) except -1
+    cdef bint run(self, TlsTransport transport) except -1
+    cdef int taken(self) except -1
 
 
 @cython.final

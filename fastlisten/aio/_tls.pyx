@@ -8,6 +8,7 @@ import logging
 import os
 import ssl
 from asyncio import constants, sslproto
+from collections import deque
 from concurrent import futures  # its executors are imported when the first is made
 
 cimport cython
@@ -80,25 +81,48 @@ cdef object _timeout(str name, value, default):
 
 @cython.final
 cdef class HandshakeThreads:
-    """So many threads in which the handshakes of a server run, for OpenSSL works without the GIL."""
+    """So many threads in which the handshakes of a server run, for OpenSSL works without the GIL.
+
+    A thread gets its next one when the event loop has taken what came of the last.  With a queue of its own
+    it would go on, and where they share a core the loop would have it back by the scheduler's tick only,
+    which is 4 ms with CONFIG_HZ=250.
+    """
 
     def __cinit__(self, int count):
-        self.count = count
+        self.count = self.free = count
 
-    cdef bint run(self, function) except -1:
-        """Have a thread call the function; False when they have ended."""
+    cdef bint run(self, TlsTransport transport) except -1:
+        """Have a thread go on with a handshake; False when they have ended."""
         if self.closed:
             return False
         if self.process != os.getpid():
             self.executor = futures.ThreadPoolExecutor(self.count, "fastlisten-handshake")
             self.process = os.getpid()
-        self.executor.submit(function)
+            self.free, self.waiting = self.count, deque()
+        if self.free:
+            self.free -= 1
+            self.executor.submit(transport._shake_in_a_thread)
+        else:
+            self.waiting.append(transport)
         return True
+
+    cdef int taken(self) except -1:
+        """The event loop has what a thread has done: that gets the next, unless it was ended meanwhile."""
+        cdef TlsTransport transport
+        while self.waiting:
+            transport = self.waiting.popleft()
+            if transport.state == HANDSHAKE:
+                self.executor.submit(transport._shake_in_a_thread)
+                return 0
+        self.free += 1
+        return 0
 
     def close(self):
         """End the threads; those that are in a handshake end after it."""
         self.closed = True
         if self.executor is not None and self.process == os.getpid():
+            while self.waiting:
+                self.executor.submit((<TlsTransport>self.waiting.popleft())._shake_in_a_thread)
             self.executor.shutdown(wait=False)
         self.executor = None
 
@@ -434,7 +458,7 @@ cdef class TlsTransport(Receiver):
             return 0
         if self.settings.threads is not None:
             session.busy, session.later = True, []
-            if self.settings.threads.run(self._shake_in_a_thread):
+            if self.settings.threads.run(self):
                 return 0
             session.busy, session.later = False, None
         return self.handshake_tried(self.try_handshake())
@@ -465,6 +489,7 @@ cdef class TlsTransport(Receiver):
     def _shaken(self, error):
         """A thread has gone on with the handshake."""
         cdef bint more = self.session.catch_up()
+        self.settings.threads.taken()
         if self.state != HANDSHAKE or self.below.fd == PORT_NO_SOCKET:
             return  # it was ended meanwhile
         context = self.below.context
