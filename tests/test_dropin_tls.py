@@ -233,6 +233,17 @@ def test_https_server(name: str, pair: Pair, trusting: Any, tmp_path: Path, capf
 
 
 @needs_https
+def test_a_certificate_without_its_key_is_the_original_s_error(pair: Pair) -> None:
+    """And no socket is left of it."""
+    import http.server
+
+    for module in (http.server, fastlisten.http.server):
+        kind: Any = module.HTTPSServer
+        with pytest.raises(ssl.SSLError, match="PEM lib"):
+            kind(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler, certfile=pair.cert)
+
+
+@needs_https
 def test_the_command_line_of_http_server(pair: Pair, tmp_path: Path) -> None:
     (tmp_path / "hello.txt").write_bytes(b"hello\n")
     command = [sys.executable, "-u", "-m", "fastlisten.http.server", "--bind", "127.0.0.1", "0"]
