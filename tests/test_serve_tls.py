@@ -145,6 +145,20 @@ def test_the_methods_are_a_connection_s(listener: Listener, context: Any, trusti
     assert seen["after"] == (True, -1, "<fastlisten.TLSConnection [closed]>", peer)
 
 
+def test_the_first_answer_does_not_wait_for_an_acknowledgement(
+    listener: Listener, context: Any, trusting: Any
+) -> None:
+    """Of the tickets that TLS 1.3 has sent before it: Nagle's algorithm and a delayed ACK took 40 ms."""
+    seen: list[bool] = []
+
+    def handler(connection: TLSConnection) -> None:
+        seen.append(bool(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)))
+
+    with exchange_with(listener, context, trusting, handler):
+        pass
+    assert seen == [True]
+
+
 def test_a_plain_connection_has_no_ssl(connection: Any) -> None:
     assert connection.ssl is None
 
