@@ -27,7 +27,7 @@ from helpers.workers import (
 )
 
 linux = needs("Linux")
-slow_to_start = not_under_wine("an interpreter takes seconds to start, and nothing is otherwise there")
+slow_to_start = not_under_wine("an interpreter takes seconds to start, and others show what is the system's")
 
 # What a program does with it, it says; HANDLER has the same.
 TOLD = getattr(signal, "SIGUSR1", signal.SIGABRT)
@@ -69,6 +69,7 @@ def test_now_means_now(names: str) -> None:
         assert server.process.wait(5) == 0
 
 
+@slow_to_start
 def test_a_worker_that_does_not_end_is_killed() -> None:
     program = main("fastlisten.Workers(serve, '127.0.0.1:0', workers=2, drain=0.1).run()")
     with parent(program) as server:
@@ -186,6 +187,7 @@ fastlisten.Workers(target, '127.0.0.1:0', workers=2).run()
         server.end(signal.SIGQUIT)
 
 
+@slow_to_start
 def test_a_coroutine_function_runs_on_an_event_loop_of_ours() -> None:
     program = """
 import asyncio
@@ -223,6 +225,7 @@ def target(listener):
         server.end()
 
 
+@slow_to_start
 def test_one_that_dies_later_is_started_at_once() -> None:
     with parent(main("fastlisten.Workers(serve, '127.0.0.1:0', workers=1).run()")) as server:
         served = time.monotonic()
@@ -515,6 +518,7 @@ fastlisten.Workers(serve, '127.0.0.1:0', workers=3).run()
         assert sum("cannot be steered" in line for line in server.lines) == 1
 
 
+@slow_to_start
 def test_serve_with_workers() -> None:
     program = "fastlisten.serve(handler, '127.0.0.1:0', workers=2, drain=3.0, threads=2, no_delay=True)"
     with parent(main(f"print({program})")) as server:
@@ -523,6 +527,7 @@ def test_serve_with_workers() -> None:
         assert {f"ServeResult(finished={n}, cut=0)" for n in (0, 1, 2)} & {*server.end()}
 
 
+@slow_to_start
 def test_a_listener_of_the_caller_s_is_shared_and_stays_open() -> None:
     program = """
 with fastlisten.bind('127.0.0.1:0') as listener:
