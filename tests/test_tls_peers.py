@@ -22,7 +22,6 @@ pytestmark = needs("the openssl command")
 
 all_ways = pytest.mark.parametrize("way", WAYS)
 FEW = ["serve-threads", "ThreadingTCPServer", "EventLoop", "EventLoop-handshake_threads"]
-few_ways = pytest.mark.parametrize("way", FEW)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +149,7 @@ def test_nginx_as_a_proxy(
 
 
 @needs("the sslscan command")
-@few_ways
+@pytest.mark.parametrize("way", ["serve-threads", "EventLoop"])  # it takes seconds
 def test_sslscan(way: str, pair: Pair) -> None:
     """It finds nothing old, and what it tries is counted by its reason."""
     with tls_server(way, server_context(pair), Web) as server:
