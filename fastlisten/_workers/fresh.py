@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from multiprocessing import spawn
+from multiprocessing.spawn import get_preparation_data, prepare
 from typing import Any
 
 from fastlisten._listener import Listener
@@ -20,6 +19,7 @@ from fastlisten._workers.memory import Memory, Slot
 from fastlisten._workers.pool import Channel, Close
 from fastlisten._workers.process import Child, Handle
 from fastlisten._workers.sockets import Members
+from fastlisten._workers.start import spawn
 
 # What a fresh interpreter is started with: the descriptor of its end of the channel, by which the rest comes.
 _MAIN = "from fastlisten._workers.fresh import fresh; fresh({})"
@@ -52,7 +52,7 @@ class Fresh:
                 f"target {target!r} cannot be sent to a fresh interpreter, which workers need where the "
                 f"parent has threads, and on Windows: {error}"
             ) from None
-        preparation = spawn.get_preparation_data("worker")
+        preparation = get_preparation_data("worker")
         preparation.pop("authkey", None)  # of multiprocessing's own connections, and not to be sent
         self._sent = pickle.dumps((preparation, sent))
         self._endpoints: Sequence[Members] = ()
@@ -86,7 +86,8 @@ class Fresh:
         else:
             assert isinstance(self._memory.name, int)
             sent = [listener.fileno() for listener in listeners]
-            handle = _inheriting(theirs, [self._memory.name, *(listener.fileno() for listener in listeners)])
+            end = theirs.fileno()
+            handle = Child(spawn(_command(end), _environment(), [end, self._memory.name, *sent]))
         theirs.close()  # or a worker that ends before it has read all would leave us waiting
         counts = [len(members.listeners) for members in self._endpoints]
         memory = (self._memory.slots, self._memory.name, slot.number)
@@ -113,20 +114,6 @@ def _environment() -> dict[str, str]:
     path = os.environ.get("PYTHONPATH")
     kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     return {**kept, "PYTHONPATH": root + (os.pathsep + path if path else "")}
-
-
-def _inheriting(theirs: socket.socket, descriptors: Sequence[int]) -> Child:
-    """Begin an interpreter that inherits these, under the same numbers."""
-    kept = [theirs.fileno(), *descriptors]
-    pid = os.posix_spawn(
-        sys.executable,
-        _command(theirs.fileno()),
-        _environment(),
-        file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in kept],
-        setsigmask=(),
-        setsigdef=[number for number in signal.valid_signals() if callable(signal.getsignal(number))],
-    )
-    return Child(pid)
 
 
 class _Sharing:
@@ -203,11 +190,7 @@ def fresh(argument: Any) -> None:
         os.set_inheritable(name, False)
     memory = Memory(len(endpoints), slots, name=name)
     worker = Worker(number, Slot(memory, slot), status, parent, drain)
-    code = worker.become(endpoints, place, _target(target))
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
-    os._exit(code)
+    os._exit(worker.become(endpoints, place, _target(target)))
 
 
 def _receive(sock: socket.socket, length: int) -> bytes:
@@ -224,6 +207,6 @@ def _receive(sock: socket.socket, length: int) -> bytes:
 def _target(sent: bytes) -> Target:
     """The target that was sent, after what its pickle needs: the path, and the main module."""
     preparation, pickled = pickle.loads(sent)
-    spawn.prepare(preparation)
+    prepare(preparation)
     target: Target = pickle.loads(pickled)
     return target

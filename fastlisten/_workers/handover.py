@@ -18,6 +18,7 @@ from fastlisten._options import Checked
 from fastlisten._unix_path import OwnPath
 from fastlisten._workers.events import Events
 from fastlisten._workers.sockets import Members
+from fastlisten._workers.start import spawn
 
 # Has the old parent's process ID, the descriptors of its listeners, and the pipe to it, as JSON.
 VARIABLE = "FASTLISTEN_HANDOVER"
@@ -42,16 +43,9 @@ class Successor:
             ],
         }
         kept = [writer, *(number for numbers in descriptors for number in numbers)]
-        handled = [number for number in signal.valid_signals() if callable(signal.getsignal(number))]
+        command = [sys.executable, *sys.orig_argv[1:]]
         try:
-            self.pid = os.posix_spawn(
-                sys.executable,
-                [sys.executable, *sys.orig_argv[1:]],
-                {**_environment(), VARIABLE: json.dumps(what)},
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in kept],  # inherited, by the same numbers
-                setsigmask=(),
-                setsigdef=handled,
-            )
+            self.pid = spawn(command, {**_environment(), VARIABLE: json.dumps(what)}, kept)
         except BaseException:
             os.close(self.reader)
             raise

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fastlisten._notify import VARIABLES
 from fastlisten._workers.child import Target, Worker
@@ -49,6 +49,21 @@ def fork(child: Callable[[], int]) -> int:
             os._exit(status)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pid
+
+
+def spawn(command: list[str], environment: Mapping[str, str], descriptors: Sequence[int]) -> int:
+    """Begin an interpreter that inherits these, under the same numbers; returns its process ID.
+
+    No signal is blocked or handled there.  Raises OSError.
+    """
+    return os.posix_spawn(
+        sys.executable,
+        command,
+        environment,
+        file_actions=[(os.POSIX_SPAWN_DUP2, number, number) for number in descriptors],
+        setsigmask=(),
+        setsigdef=[number for number in _ALL if callable(signal.getsignal(number))],
+    )
 
 
 def forget_signals() -> None:
