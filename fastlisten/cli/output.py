@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -15,6 +16,23 @@ def write(text: str) -> None:
         print(text, end="", flush=True)
     except BrokenPipeError:  # "| head -1" has read enough
         discard()
+
+
+class Log:
+    """What a service says, which does not end because nobody can read it.  The first failure is told on
+    stderr."""
+
+    _failed = False
+
+    def write(self, text: str) -> None:
+        """Write to stdout at once, if that is possible."""
+        try:
+            write(text)
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                with contextlib.suppress(OSError):  # then nothing is left to tell it by
+                    print(f"fastlisten: stdout: {error.strerror}; serving goes on", file=sys.stderr)
 
 
 def discard() -> None:

@@ -36,7 +36,7 @@ class Report:
         self._news: queue.SimpleQueue[tuple[str, float] | None] = queue.SimpleQueue()
         self._output = threading.Lock()
         self._drawn = 0  # columns of the live line that are on the screen
-        self._failed = False  # to write to stdout
+        self._log = output.Log()
         # A daemon, because Ctrl-C can come between its start and the block that would end it.
         self._thread = threading.Thread(target=self._tell, name="report", daemon=True)
 
@@ -49,18 +49,8 @@ class Report:
         self._thread.join()
         with self._output:
             if self._drawn:
-                self._write("\n")
+                self._log.write("\n")
                 self._drawn = 0
-
-    def _write(self, text: str) -> None:
-        """Say it; a service does not end because its log is full. The first failure is told on stderr."""
-        try:
-            output.write(text)
-        except OSError as error:
-            if not self._failed:
-                self._failed = True
-                with contextlib.suppress(OSError):  # then nothing is left to tell it by
-                    print(f"fastlisten: stdout: {error.strerror}; serving goes on", file=sys.stderr)
 
     def started(self, handler: str) -> None:
         """Tell the endpoint that was really bound."""
@@ -93,7 +83,7 @@ class Report:
         """Take the live line off the screen while something else writes there."""
         with self._output:
             if self._drawn:
-                self._write(f"\r{' ' * self._drawn}\r")
+                self._log.write(f"\r{' ' * self._drawn}\r")
                 self._drawn = 0
             yield
 
@@ -101,7 +91,7 @@ class Report:
         if self._json:
             text = json.dumps({"event": event, **values}, default=str)
         with self.cleared():
-            self._write(f"{text}\n")
+            self._log.write(f"{text}\n")
 
     def _tell(self) -> None:
         interval = LIVE_INTERVAL if self._live else LINE_INTERVAL
@@ -134,7 +124,7 @@ class Report:
         # One column less than there are: some terminals wrap when the last one is written.
         line = line[: max(shutil.get_terminal_size().columns - 1, 1)]
         with self._output:
-            self._write(f"\r{line.ljust(self._drawn)}")
+            self._log.write(f"\r{line.ljust(self._drawn)}")
             self._drawn = len(line)
 
 

@@ -83,12 +83,13 @@ class WorkersReport(Supervised):
     """Tells what happens, and the counters, a row a worker; by no thread, so that the parent can fork."""
 
     why: str | None = None  # what has ended it
-    _json = _live = _failed = False
+    _json = _live = False
     _drawn = 0  # lines of the counters that are on the screen
 
     def reports(self, as_json: bool, counts: bool) -> None:
         """Say how to tell.  counts: the workers write their counters."""
         self._json = as_json
+        self._log = output.Log()
         self._live = sys.stdout.isatty() and not as_json
         self._before: tuple[ListenerStats, ...] = ()
         self._then = time.monotonic()
@@ -148,26 +149,17 @@ class WorkersReport(Supervised):
             for number, (row, rate) in enumerate(zip(rows, rates[1:], strict=True))
         ]
         if not self._live:
-            self._write("".join(f"{line}\n" for line in lines))
+            self._log.write("".join(f"{line}\n" for line in lines))
             return
         columns = max(shutil.get_terminal_size().columns - 1, 1)
         up = f"\r\x1b[{self._drawn}A" if self._drawn else ""
-        self._write(up + "".join(f"{line[:columns]}\x1b[K\n" for line in lines) + "\x1b[J")
+        self._log.write(up + "".join(f"{line[:columns]}\x1b[K\n" for line in lines) + "\x1b[J")
         self._drawn = len(lines)
 
     def _event(self, text: str, event: str, **values: object) -> None:
         if self._json:
             text = json.dumps({"event": event, **values}, default=str)
         if self._drawn:  # the counters are drawn anew below it
-            self._write(f"\r\x1b[{self._drawn}A\x1b[J")
+            self._log.write(f"\r\x1b[{self._drawn}A\x1b[J")
             self._drawn = 0
-        self._write(f"{text}\n")
-
-    def _write(self, text: str) -> None:
-        """Say it; a service does not end because its log is full. The first failure is told on stderr."""
-        try:
-            output.write(text)
-        except OSError as error:
-            if not self._failed:
-                self._failed = True
-                print(f"fastlisten: stdout: {error.strerror}; serving goes on", file=sys.stderr)
+        self._log.write(f"{text}\n")
