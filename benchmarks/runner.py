@@ -296,12 +296,10 @@ def measure_take(server: Running, cell: Cell, _: Settings, __: Sizes) -> dict[st
     return {"cpu_us": sorted(elapsed)[TAKES // 2]}
 
 
-def load_tls(server: Running, cell: Cell, count: int) -> tuple[int, int]:
-    """Run the clients of TLS; return the answers, about `count`, and the server's CPU time for them."""
-    workload = cell.workload
-    numbers = (server.port, cell.concurrency, count, workload.requests, workload.size)
+def tls_program(name: str, *numbers: int) -> tuple[subprocess.Popen[str], IO[str], IO[str]]:
+    """Start a program that plays clients of TLS; return it and both its streams, the caller's to end."""
     client = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.tls_load", *map(str, numbers)],
+        [sys.executable, "-m", f"benchmarks.{name}", *map(str, numbers)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -309,14 +307,22 @@ def load_tls(server: Running, cell: Cell, count: int) -> tuple[int, int]:
     )
     assert client.stdin is not None
     assert client.stdout is not None
+    return client, client.stdin, client.stdout
+
+
+def load_tls(server: Running, cell: Cell, count: int) -> tuple[int, int]:
+    """Run the clients of TLS; return the answers, about `count`, and the server's CPU time for them."""
+    workload = cell.workload
+    numbers = (server.port, cell.concurrency, count, workload.requests, workload.size)
+    client, stdin, stdout = tls_program("tls_load", *numbers)
     try:
-        if not read_line(client.stdout, START_LIMIT):
+        if not read_line(stdout, START_LIMIT):
             raise SampleError("the clients could not connect")
         settle(server)
         before = server.cpu_ns()
-        client.stdin.write("\n")
-        client.stdin.flush()
-        answers = int(read_line(client.stdout, LOAD_LIMIT) or 0)
+        stdin.write("\n")
+        stdin.flush()
+        answers = int(read_line(stdout, LOAD_LIMIT) or 0)
         settle(server)
         if not answers:
             raise SampleError("a client had no answer")
@@ -338,16 +344,7 @@ def measure_tls(server: Running, cell: Cell, settings: Settings, sizes: Sizes) -
 @contextmanager
 def tls_client(server: Running) -> Iterator[Callable[[str], list[float]]]:
     """Run a client of TLS, and give what asks it for something, as tls_others.py says; the times in ms."""
-    client = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.tls_others", str(server.port)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
-    assert client.stdin is not None
-    assert client.stdout is not None
-    stdin, stdout = client.stdin, client.stdout
+    client, stdin, stdout = tls_program("tls_others", server.port)
 
     def ask(line: str) -> list[float]:
         stdin.write(line + "\n")

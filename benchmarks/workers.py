@@ -232,6 +232,19 @@ def handed_over(count: int) -> str:
     return f"{lost} of {count:,}, the old parent {'has ended' if ended else 'is there'}"
 
 
+def ours(text: str, **streams: int) -> subprocess.Popen[str]:
+    """Start a program that serves with the application of these benchmarks; the caller ends it."""
+    environment = {**os.environ, "FASTLISTEN": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", text],
+        stdout=streams.get("stdout"),
+        stderr=streams.get("stderr"),
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
 def even(count: int) -> str:
     """Return how many clients the busiest and the idlest of the workers had."""
     text = (
@@ -243,13 +256,7 @@ def even(count: int) -> str:
         "signal.setitimer(signal.ITIMER_REAL, 1)\n"
         "workers.run()\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", text],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "FASTLISTEN": "1"},
-    )
+    process = ours(text, stdout=subprocess.PIPE)
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline())
@@ -285,13 +292,7 @@ def beginning() -> str:
         text = OURS.format(app=APP, port=0, n=WORKERS)
         text = f"import logging; logging.basicConfig(level=20, format='%(message)s'); {text}"
         start = time.monotonic()
-        process = subprocess.Popen(
-            [sys.executable, "-c", text],
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "FASTLISTEN": "1"},
-        )
+        process = ours(text, stderr=subprocess.PIPE)
         assert process.stderr is not None
         while "all workers serve" not in process.stderr.readline():
             pass
