@@ -15,6 +15,7 @@ import fastlisten
 from fastlisten import Listener, _inherited, bind, inherited, socketserver
 from helpers import LOOPBACK, Serving, connect, echo, exchange, needs, posix_only, reset, serving, wait_until
 from helpers.programs import python, running
+from helpers.server import is_open
 
 pytestmark = posix_only("descriptors are inherited by number")
 
@@ -44,14 +45,6 @@ class Passed:
 def close_if_open(number: int) -> None:
     with contextlib.suppress(OSError):
         os.close(number)
-
-
-def is_open(number: int) -> bool:
-    try:
-        os.fstat(number)
-    except OSError:
-        return False
-    return True
 
 
 @pytest.fixture

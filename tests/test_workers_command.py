@@ -15,28 +15,11 @@ from helpers import compiler, needs, posix_only, wait_until
 from helpers.command import COMMAND, is_one_line
 from helpers.command import run as run_command
 from helpers.programs import run
-from helpers.workers import Running, gone, parent, suspend, while_clients_come
+from helpers.workers import WAITS, Running, gone, parent, suspend, while_clients_come
 
 pytestmark = [posix_only("signals between processes"), needs("Linux")]
 
 WORKERS = [*COMMAND, "workers", "--bind", "127.0.0.1:0", "--workers", "2"]
-
-# What is not ours to test: a program ends at once when it is asked to, but for the client that it has.
-WAITS = """
-import os, select, signal, socket, sys
-ended, end = socket.socketpair()
-end.setblocking(False)
-signal.signal(signal.SIGTERM, lambda *_: None)
-signal.set_wakeup_fd(end.fileno())
-listener = socket.socket(fileno=3)
-
-def serve(number):
-    while ended not in select.select([listener, ended], [], [])[0]:
-        client, _ = listener.accept()
-        with client:
-            if client.recv(100):
-                client.sendall(b"%s %d" % (number.encode(), os.getpid()))
-"""
 
 # Knows of systemd's variables alone.
 PLAIN = (
@@ -45,7 +28,7 @@ PLAIN = (
 assert os.environ.get("LISTEN_PID", str(os.getpid())) == str(os.getpid())
 assert os.environ["LISTEN_FDNAMES"] == "bind0"
 assert os.environ["LISTEN_FDS"] == "1" and sys.argv[1] == "3"
-serve(sys.argv[2])
+serve(b"%s %d" % (sys.argv[2].encode(), os.getpid()))
 """
 )
 
@@ -56,7 +39,7 @@ NOTIFYING = (
 with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
     manager.connect(os.environ["NOTIFY_SOCKET"])
     manager.send(b"STATUS=here\\nREADY=1\\n")
-serve(sys.argv[1])
+serve(b"%s %d" % (sys.argv[1].encode(), os.getpid()))
 """
 )
 

@@ -12,7 +12,7 @@ import pytest
 
 from helpers import needs, posix_only, wait_until
 from helpers.command import COMMAND
-from helpers.workers import Running, children_of, gone, parent, while_clients_come
+from helpers.workers import WAITS, Running, children_of, gone, parent, while_clients_come
 
 pytestmark = [posix_only("signals between processes"), needs("Linux")]
 
@@ -111,15 +111,7 @@ def test_a_unix_path_is_the_next_one_s(tmp_path: Path) -> None:
 
 
 def test_the_command_hands_any_program_over(tmp_path: Path) -> None:
-    text = """
-import os, socket, sys
-listener = socket.socket(fileno=3)
-while True:
-    client, _ = listener.accept()
-    with client:
-        if client.recv(100):
-            client.sendall(b"%s %d" % (sys.argv[1].encode(), os.getpid()))
-"""
+    text = WAITS + "serve(b'%s %d' % (sys.argv[1].encode(), os.getpid()))"
     command = [*COMMAND, "workers", "--bind", "127.0.0.1:0", "--workers", "2", "--"]
     with parent([*command, sys.executable, "-c", text, "{n}"]) as server:
         before = server.workers(2)

@@ -13,7 +13,7 @@ from helpers import needs, own_loopback, posix_only, wait_until
 from helpers.command import COMMAND
 from helpers.managers import Manager, manager
 from helpers.programs import plain_environment, run
-from helpers.workers import SOME, children_of, gone, parent, suspend
+from helpers.workers import SOME, WAITS, children_of, gone, parent, suspend
 from test_workers_handover import handed_over
 
 pytestmark = [posix_only("there are no datagrams between unix sockets"), needs("Linux")]
@@ -110,15 +110,7 @@ def test_workers_are_not_told_of_the_manager(told: Manager, tmp_path: Path) -> N
 
 
 def test_any_program_has_a_manager_of_its_own(told: Manager, tmp_path: Path) -> None:
-    text = """
-import os, socket
-listener = socket.socket(fileno=3)
-while True:
-    client, _ = listener.accept()
-    with client:
-        if client.recv(100):
-            client.sendall(f"{os.environ['NOTIFY_SOCKET']} {'WATCHDOG_USEC' in os.environ}".encode())
-"""
+    text = WAITS + "serve(f\"{os.environ['NOTIFY_SOCKET']} {'WATCHDOG_USEC' in os.environ}\".encode())"
     line = [*COMMAND, "workers", "--bind", "127.0.0.1:0", "--workers", "2", "--", "python3", "-c", text]
     with parent(line, environment=environment(told, tmp_path, WATCHDOG_USEC="60000000")) as server:
         assert told.message()[0] == "READY=1"

@@ -17,6 +17,23 @@ from helpers.programs import Program, interpreter, running
 from helpers.sockets import connect
 from helpers.waiting import LIMIT, wait_until
 
+# What is not ours to test: a program ends at once when it is asked to, but for the client that it has.
+WAITS = """
+import os, select, signal, socket, sys
+ended, end = socket.socketpair()
+end.setblocking(False)
+signal.signal(signal.SIGTERM, lambda *_: None)
+signal.set_wakeup_fd(end.fileno())
+listener = socket.socket(fileno=3)
+
+def serve(answer):
+    while ended not in select.select([listener, ended], [], [])[0]:
+        client, _ = listener.accept()
+        with client:
+            if client.recv(100):
+                client.sendall(answer)
+"""
+
 # Where there are no signals between processes, the parent gets them by its standard input, a number a byte,
 # and raises them in itself, as the console's keys do.
 FORKS = hasattr(os, "fork")
