@@ -1,0 +1,3 @@
+from fastlisten._core.proxy_header import ProxyHeader
+
+def parse(data: bytes) -> ProxyHeader | None: ...
