@@ -52,13 +52,16 @@ class ListenerStats(NamedTuple):
     accepted: clients taken from the kernel.  handled: those of them whose connection was closed since, or
     taken over by detach(), socket() or accept().  active: those who wait for a handler or whose connection is
     open.  handler_errors: handlers that raised.  accept_errors: failed accepts by errno name.  refused:
-    clients told `busy`.  dropped: clients closed before anybody got them, because serving ended.  At every
-    moment accepted = handled + active + refused + dropped.
+    clients told `busy`, or closed for another reason, see refused_for.  dropped: clients closed before
+    anybody got them, because serving ended.  At every moment accepted = handled + active + refused + dropped.
     paused: by pause().  threads, idle_threads: of the serve() that runs.  queue_depth, queue_limit: of the
     kernel's queue, None where it does not tell.
     tls_failures: handshakes of servers with ssl= that failed, {reason: count}: "timeout"; "closed" (by the
     client, or a stop); "not TLS"; "version" and "cipher" (nothing in common); "client certificate" (none, or
     not accepted); "alert" (the client refused); "other".  Such a client counts as handled.
+    waiting: clients that have to send something before a handler gets them, with first_bytes=; they are
+    active.  refused_for: {reason: count} of `refused`: "busy"; "silent" (sent nothing in time), "left" (went
+    before it did), "made way" (for want of descriptors).
 
     >>> import fastlisten, socket
     >>> with fastlisten.bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
@@ -84,6 +87,8 @@ class ListenerStats(NamedTuple):
     queue_limit: int | None
     since: float
     tls_failures: Mapping[str, int] = MappingProxyType({})
+    waiting: int = 0
+    refused_for: Mapping[str, int] = MappingProxyType({})
 
 
 class Listener(StandardSocket):
@@ -147,6 +152,7 @@ class Listener(StandardSocket):
         on_error: OnError | None = None,
         ssl: SSLContext | None = None,
         handshake_timeout: float | None = None,
+        first_bytes: float | None = None,
         watchdog: Watchdog | None = None,
     ) -> ServeResult:
         """Call `handler(connection)` for each client until stop(); the connection is closed on return.
@@ -164,6 +170,11 @@ class Listener(StandardSocket):
         handler's thread, and holds up no accept.  Who does not get through it is closed, counted
         (ListenerStats.tls_failures) and told to the log at level DEBUG.  `busy` is sent as it is, before TLS.
         handshake_timeout: how long a whole handshake may take, in seconds; None is 10.
+        first_bytes: for how long a client may send nothing, in seconds; None lets it for as long as the
+        handler does.  It waits without a thread, and is closed then (ListenerStats.refused_for); so is who
+        leaves without a byte, and, when descriptors run out, who has waited longest.  For `max_connections`,
+        `pending` and `busy` a client counts once it has sent something.  Who waits when serve() ends is
+        closed.  Not for protocols in which the server speaks first.
         watchdog: a Notifier, which is fed whenever the loop comes round: at least every `interval` while it
         waits for clients, and not while every handler's thread is busy and a client waits in vain.
 
@@ -181,6 +192,7 @@ class Listener(StandardSocket):
             on_error=on_error,
             ssl=ssl,
             handshake_timeout=handshake_timeout,
+            first_bytes=first_bytes,
             watchdog=watchdog,
         )
         return ServeResult(*make_loop([self], handler, options).run())
@@ -247,6 +259,7 @@ class Listener(StandardSocket):
             queue_limit=limit,
             since=self._since,
             tls_failures=self._state.tls_failures(),
+            refused_for=self._state.refused_for(),
         )
 
     def close(self) -> None:

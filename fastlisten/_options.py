@@ -184,6 +184,12 @@ class TLSOptions(TypedDict, total=False):
     handshake_timeout: Annotated[float | None, Option(None, _seconds)]
 
 
+class FirstOptions(TypedDict, total=False):
+    """And what a client has to do before a handler gets it."""
+
+    first_bytes: Annotated[float | None, Option(None, _seconds)]
+
+
 class ServiceOptions(TypedDict, total=False):
     """And for a service manager; an event loop's is Notifier.feeding()."""
 
@@ -198,7 +204,9 @@ class WorkerOptions(TypedDict, total=False):
     ready_timeout: Annotated[float | None, Option(None, _seconds)]
 
 
-class AllOptions(BindOptions, ServeOptions, TLSOptions, ServiceOptions, WorkerOptions, total=False):
+class AllOptions(
+    BindOptions, ServeOptions, TLSOptions, FirstOptions, ServiceOptions, WorkerOptions, total=False
+):
     """What fastlisten.serve() takes."""
 
 
@@ -208,7 +216,7 @@ class AsyncioOptions(ServeOptions, total=False):
     handshake_threads: Annotated[int, Option(0, _whole(0))]
 
 
-class InnerOptions(ServeOptions, TLSOptions, ServiceOptions, total=False):
+class InnerOptions(ServeOptions, TLSOptions, FirstOptions, ServiceOptions, total=False):
     """And what the drop-in socketserver asks of the loop.
 
     leave: serve() returns without waiting for the handlers of its threads.  daemon: those are daemon threads.

@@ -19,6 +19,7 @@ FAMILIES = (  # of options
     "BindOptions",
     "ServeOptions",
     "TLSOptions",
+    "FirstOptions",
     "WorkerOptions",
     "ServiceOptions",
     "InnerOptions",

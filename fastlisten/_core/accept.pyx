@@ -26,6 +26,7 @@ from fastlisten._core.state cimport (
     client_in,
     client_out,
     client_refused,
+    client_turned_away,
     log,
     port_socket,
     state_hold,
@@ -150,6 +151,12 @@ cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept
     else:
         port_abort_on_close(fd)
     port_close(fd)
+
+
+cdef void turn_away(client_t *client, int reason) noexcept nogil:
+    """Close a client that has no business here, and count why."""
+    port_close(client.fd)
+    client_turned_away(client.state, reason)
 
 
 cdef void drop(client_t *client) noexcept nogil:

@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t
 
 from fastlisten._core.accept cimport Shortage, client_t, source_t
+from fastlisten._core.first_bytes cimport FirstBytes
 from fastlisten._core.port cimport port_pollfd, port_socket
 from fastlisten._core.state cimport State, state_t
 
@@ -8,9 +9,15 @@ from fastlisten._core.state cimport State, state_t
 cdef enum outcome_t:
     NOBODY          # nobody is queued
     TAKEN           # here is a client
+    SPOKEN          # here is one that had to speak first; within the acceptor only
     LOOK            # woken: what needs the GIL may be due (signals, the log)
     ENDED           # no more clients will come
     FAILED          # Acceptor.code says how
+
+
+cdef struct drain_t:
+    int left                    # clients that are still to be taken; < 0: not asked yet
+    int64_t deadline            # until when (port_now()); 0: there is none
 
 
 cdef class Acceptor:
@@ -23,7 +30,8 @@ cdef class Acceptor:
     cdef int64_t touching           # OUT, WAITING, or the port_thread() that accepts
     cdef int64_t forking            # a thread forks; until when (port_now()) that is believed
     cdef Shortage shortage
-    cdef double timeout             # of the Connections, in seconds; < 0: none
+    cdef FirstBytes first_bytes     # where clients wait that have to speak first; None: none has to
+    cdef bint inspects              # something is due with each client: it has to speak, or a drain counts it
     cdef int64_t most               # connections open at a time; 0: any number
     cdef bint wakes                 # the states' `wake_on_close` is set
     cdef bint always                # ... and stays so
@@ -32,8 +40,7 @@ cdef class Acceptor:
     cdef int in_vain, polls_first   # how often poll() is asked before accept() is tried again; and yet to go
     cdef int64_t over               # nobody is accepted any more
     cdef bint stopping
-    cdef int to_drain               # clients the kernel has queued that a drain still takes; < 0: not asked
-    cdef int64_t deadline           # of the drain; 0: none
+    cdef drain_t drain
 
     cdef int open(self, int64_t descriptors) except -1
     cdef int mend_wakers(self) except -1
@@ -52,9 +59,12 @@ cdef class Acceptor:
     cdef outcome_t wait_and_accept(self, client_t *client) noexcept nogil
     cdef bint likely(self) noexcept nogil
     cdef outcome_t accept_queued(self, client_t *client) noexcept nogil
+    cdef bint makes_way(self, source_t *source) noexcept nogil
+    cdef bint inspect(self, source_t *source, client_t *client) noexcept nogil
     cdef void help(self, State state, port_socket fd) noexcept nogil
     cdef outcome_t accept_helped(self, client_t *client) noexcept nogil
     cdef outcome_t wait(self, int64_t closed_for) noexcept nogil
+    cdef int watch_first_bytes(self, int n) noexcept nogil
     cdef outcome_t wait_failed(self) noexcept nogil
     cdef int64_t closed_for(self) noexcept nogil
     cdef bint at_limit(self) noexcept nogil

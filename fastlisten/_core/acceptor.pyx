@@ -16,11 +16,13 @@ from fastlisten._core.accept cimport (
     accept_batch,
     client_t,
     poll_failed,
+    readable,
     set_nonblocking,
     source_t,
     verdict,
     verdict_t,
 )
+from fastlisten._core.first_bytes cimport FirstBytes
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport (
     State,
@@ -35,6 +37,10 @@ from fastlisten._core.state cimport (
 # How many times poll() is asked first, at most, after accept() was tried in vain: 1, 3, 7, 15.
 cdef enum:
     IN_VAIN_MOST = 15
+
+# How many clients are taken in a row who all have to wait, before others are looked for.
+cdef enum:
+    INSPECT_MOST = 64
 
 # What is opened beside the clients: the waker's two ends, the spare descriptor, the client that is refused.
 cdef enum:
@@ -58,33 +64,35 @@ cdef int64_t FORK_TIME = 2_000_000_000  # nanoseconds
 cdef class Acceptor:
     """Takes the clients of some listeners, one at a time, in turn.
 
-    listeners: (descriptor, State) of each; the caller keeps them open.  timeout: seconds, of the Connections
-    (< 0: none).  most: connections that may be open at a time; 0: any number.  shortage: what is done without
-    descriptors or memory.
+    listeners: (descriptor, State) of each; the caller keeps them open.  nonblocking: the clients' mode.
+    most: connections that may be open at a time; 0: any number.  shortage: what is done without descriptors
+    or memory.  first_bytes: where clients wait that have to speak first; None: nobody has to.
 
     Only open() and take() touch the listening descriptors, in one thread at a time; release() waits for that,
     and a fork in another thread for a client that is being accepted.
     """
 
-    def __cinit__(self, listeners, double timeout, int64_t most, Shortage shortage not None):
+    def __cinit__(self, listeners, bint nonblocking, int64_t most, Shortage shortage not None,
+                  FirstBytes first_bytes=None):
         cdef State state
         cdef source_t *source
         cdef int i
         self.states = tuple([state for _, state in listeners])
         self.count = len(listeners)
-        self.timeout = timeout
         self.most = most
         self.shortage = shortage
-        self.to_drain = -1
+        self.first_bytes = first_bytes
+        self.inspects = first_bytes is not None
+        self.drain.left = -1
         self.sources = <source_t *>calloc(self.count, sizeof(source_t))
-        self.polls = <port_pollfd *>calloc(2 * self.count, sizeof(port_pollfd))
+        self.polls = <port_pollfd *>calloc(2 * self.count + 1, sizeof(port_pollfd))
         if self.sources is NULL or self.polls is NULL:
             raise MemoryError
         for i in range(self.count):
             source = &self.sources[i]
             source.fd, state = listeners[i]
             source.state = state.at
-            source.nonblocking = timeout >= 0
+            source.nonblocking = nonblocking
 
     def __dealloc__(self):
         free(self.sources)
@@ -95,6 +103,8 @@ cdef class Acceptor:
         cdef State state
         cdef int i
         self.shortage.open()
+        if self.first_bytes is not None:
+            self.first_bytes.open()
         for i in range(self.count):
             state = self.states[i]
             waker_open(&state.at.waker)
@@ -122,6 +132,8 @@ cdef class Acceptor:
         port_swap(&self.over, 1)
         self.always = False
         self.wake_on_close(False)
+        if self.first_bytes is not None:
+            self.first_bytes.close()
         self.shortage.close()
 
     cdef void end(self) noexcept nogil:
@@ -183,6 +195,8 @@ cdef class Acceptor:
         """In a child without the threads of its parent, one of which may have been in take()."""
         self.touching = OUT
         self.forking = 0
+        if self.first_bytes is not None:
+            self.first_bytes.after_fork()
 
     cdef void enter(self) noexcept nogil:
         """Somebody accepts from now on; not while a thread forks."""
@@ -231,8 +245,13 @@ cdef class Acceptor:
             port_swap(&self.touching, WAITING)
             outcome = self.wait(closed_for)
             self.enter()
-            if outcome == TAKEN:
+            if outcome == TAKEN and closed_for != 0:  # not a listener: nobody waits for those
+                self.first_bytes.look()
+                outcome = NOBODY
+            elif outcome == TAKEN:
                 outcome = ENDED if self.ending() else self.accept_queued(client)
+            elif outcome == SPOKEN:
+                outcome = ENDED if self.ending() else TAKEN if self.first_bytes.take(client) else NOBODY
             if outcome != NOBODY:
                 return outcome
             if self.stopping and closed_for == 0:
@@ -264,12 +283,14 @@ cdef class Acceptor:
             if self.shortage.failures and (answer == ACCEPTED or answer == AGAIN):
                 recovered = self.shortage.worked(answer == ACCEPTED, answer == AGAIN)
             if answer == ACCEPTED:
-                if self.to_drain > 0:
-                    self.to_drain -= 1
-                return TAKEN
+                if not self.inspects or self.inspect(source, client):
+                    return TAKEN
+                continue
             if answer == INTERRUPTED or answer == LOST:
                 return LOOK
             if answer == RESOURCES:
+                if self.makes_way(source):
+                    return NOBODY  # a descriptor is free: try again
                 self.ran_out(source.code)
                 return LOOK
             if answer != AGAIN:
@@ -278,9 +299,42 @@ cdef class Acceptor:
                         source.code == PORT_EINVAL and source.proven)):
                     return ENDED
                 return FAILED
+        if self.first_bytes is not None and self.first_bytes.take(client):
+            if self.drain.left > 0:
+                self.drain.left -= 1
+            return TAKEN
         if port_get(&self.helping) and not recovered:
             return self.accept_helped(client)
         return LOOK if recovered else NOBODY
+
+    cdef bint inspect(self, source_t *source, client_t *client) noexcept nogil:
+        """A client was accepted, and something is due with each; whether `client` is one to hand out then.
+
+        Who has to wait is out of the way, and the next in the queue has its turn.
+        """
+        cdef int taken
+        cdef int more = INSPECT_MOST
+        while True:
+            if self.drain.left > 0:
+                self.drain.left -= 1
+            if self.first_bytes is None:
+                return True
+            if self.first_bytes.passes(client, self.stopping):
+                self.first_bytes.look()
+                if self.first_bytes.next_ready() is not NULL:
+                    self.polls_first = 1  # and then that client has its turn
+                return True
+            more -= 1
+            if more == 0 or self.stopping or accept_batch(source, client, 1, &taken) != ACCEPTED:
+                return False  # why, the next look says once more
+
+    cdef bint makes_way(self, source_t *source) noexcept nogil:
+        """For want of a descriptor for who is queued, whether somebody who had sent nothing was closed.
+
+        It is asked who is queued: Linux takes the descriptor before it looks.
+        """
+        return self.first_bytes is not None and verdict(source.code) == RESOURCES and (
+            readable(source.fd) and self.first_bytes.give_way())
 
     cdef void help(self, State state, port_socket fd) noexcept nogil:
         """Take the clients that are queued for another listener, too, until nobody is there.
@@ -301,7 +355,7 @@ cdef class Acceptor:
         if not self.stopping and not port_get(&self.helped.state.paused):
             port_set_nonblocking(self.helped.fd, 1)  # its own process may have made it blocking
             if accept_batch(&self.helped, client, 1, &taken) == ACCEPTED:
-                return TAKEN
+                return TAKEN if not self.inspects or self.inspect(&self.helped, client) else NOBODY
         port_swap(&self.helping, 0)  # whatever else is wrong is for its own process to tell
         return NOBODY
 
@@ -317,15 +371,17 @@ cdef class Acceptor:
     cdef outcome_t wait(self, int64_t closed_for) noexcept nogil:
         """Wait to be woken, and for clients unless we are closed to them.
 
-        TAKEN: a listener is ready.  LOOK: woken or interrupted, or it is time to look up.  NOBODY: the time
-        is over.
+        TAKEN: a listener is ready, or it is to be seen who has spoken.  SPOKEN: somebody has, and has been
+        seen.  LOOK: woken or interrupted, or it is time to look up.  NOBODY: the time is over.
         """
         cdef int64_t every = port_get(&self.sources[0].state.look_every)
         cdef int n = self.count
         cdef int64_t patience = closed_for if closed_for > 0 else -1
+        cdef int64_t due
         cdef int i, ready
         cdef source_t *source
         cdef outcome_t outcome = NOBODY
+        cdef outcome_t found = TAKEN
         for i in range(self.count):
             source = &self.sources[i]
             self.polls[i].fd = source.state.waker.reader
@@ -337,10 +393,17 @@ cdef class Acceptor:
                 n += 1
         if self.stopping and closed_for == 0:
             patience = 0  # a drain takes who is there, and nobody who may yet come
-        if self.deadline:
+        if self.drain.deadline:
             patience = self.until_deadline(patience)
         if every and (patience < 0 or every < patience):
             patience, outcome = every, LOOK
+        if self.first_bytes is not None:
+            n = self.watch_first_bytes(n)
+            due = self.first_bytes.left()
+            if closed_for == 0 and self.first_bytes.next_ready() is not NULL:
+                due, found = 0, SPOKEN
+            if due >= 0 and (patience < 0 or due < patience):
+                patience, outcome = due, found
         ready = port_poll_ns(self.polls, n, patience)
         if ready < 0:
             return self.wait_failed()
@@ -350,13 +413,21 @@ cdef class Acceptor:
         for i in range(n):
             if self.polls[i].revents:
                 if i >= self.count:
-                    return TAKEN if outcome == NOBODY else outcome
+                    return found if outcome == NOBODY else outcome
                 waker_drain(&self.sources[i].state.waker)
                 if port_get(&self.sources[i].state.waker.broken):
                     port_swap(&self.deaf, 1)
                 self.shortage.cut_short()  # a connection of ours may have closed
                 outcome = LOOK
         return outcome
+
+    cdef int watch_first_bytes(self, int n) noexcept nogil:
+        """Have who has to speak first be polled, too, at place n; returns the next place."""
+        if self.first_bytes.poller == PORT_NO_SOCKET:
+            return n
+        self.polls[n].fd = self.first_bytes.poller
+        self.polls[n].events = POLLIN
+        return n + 1
 
     cdef void look_every(self, int64_t interval) noexcept nogil:
         """Have take() come back with LOOK at least so often, in ns; 0: no more."""
@@ -374,6 +445,8 @@ cdef class Acceptor:
                 self.polls[n].fd = self.sources[i].fd
                 self.polls[n].events = POLLIN
                 n += 1
+        if self.first_bytes is not None:
+            n = self.watch_first_bytes(n)
         ready = port_poll_ns(self.polls, n, 0)
         self.leave()
         return ready != 0
@@ -447,13 +520,14 @@ cdef class Acceptor:
         if state is NULL:
             return False
         self.stopping = True
-        self.deadline = port_get(&state.deadline)
-        if not port_get(&state.draining) or port_now() >= self.deadline:
+        self.drain.deadline = port_get(&state.deadline)
+        if not port_get(&state.draining) or port_now() >= self.drain.deadline:
             return True
         self.set_modes()  # nobody may come any more who would end a sleep in accept()
-        if self.to_drain < 0:
-            self.to_drain = self.queued()
-        return self.to_drain == 0
+        if self.drain.left < 0:
+            self.drain.left = self.queued()
+            self.inspects = True
+        return self.drain.left == 0
 
     cdef void set_modes(self) noexcept nogil:
         """Once more: another process may have made them blocking."""
@@ -463,13 +537,14 @@ cdef class Acceptor:
                 port_set_nonblocking(self.sources[i].fd, 1)
 
     cdef int64_t until_deadline(self, int64_t patience) noexcept nogil:
-        cdef int64_t left = max(self.deadline - port_now(), 0)
+        cdef int64_t left = max(self.drain.deadline - port_now(), 0)
         return left if patience < 0 else min(patience, left)
 
     cdef int queued(self) noexcept nogil:
-        """How many clients the kernel has queued; where it does not tell, as many as are found."""
+        """How many clients the kernel has queued, and have spoken; where it does not tell, as many as are
+        found."""
         cdef int depth, limit, i
-        cdef int total = 0
+        cdef int total = 0 if self.first_bytes is None else self.first_bytes.count_ready()
         for i in range(self.count):
             if port_queue(self.sources[i].fd, &depth, &limit) != 0:
                 return INT_MAX

@@ -11,6 +11,7 @@ from libc.stdint cimport int64_t
 from fastlisten._core.accept cimport Shortage, client_t, default_timeout, drop_handed
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
 from fastlisten._core.connection cimport Connection, new_connection
+from fastlisten._core.first_bytes cimport FirstBytes
 from fastlisten._core.overload cimport Overload
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport (
@@ -36,12 +37,13 @@ cdef class Loop(Dispatcher):
 
     listeners: (descriptor, State) of each; the caller keeps them open.  handler: called with each Connection;
     None when the caller takes them with next().  options: threads, max_connections, pending, busy, exhausted,
-    on_error, leave, daemon, tick and watchdog, checked.
+    on_error, leave, daemon, tick, watchdog and first_bytes, checked.
     """
 
     activity = "serve() runs already on"
 
     cdef object handler, on_error
+    cdef double timeout             # of the Connections, in seconds; < 0: none
     cdef Acceptor acceptor
     cdef Overload overload          # with busy=; the clients come through it then
     cdef Threads threads
@@ -60,6 +62,7 @@ cdef class Loop(Dispatcher):
 
     def __cinit__(self, listeners, handler, options):
         cdef int64_t most = options.max_connections or 0
+        cdef FirstBytes first_bytes = None
         busy = options.busy or b""
         self.handler = handler
         self.on_error = options.on_error
@@ -73,8 +76,11 @@ cdef class Loop(Dispatcher):
         self.threads = Threads(self, *options.threads, options.daemon, options.leave, options.tick)
         self.iterating = Worker()
         self.threads.workers.add(self.iterating)
-        self.acceptor = Acceptor(listeners, default_timeout(), 0 if options.busy is not None else most,
-                                 Shortage(options.exhausted, busy))
+        self.timeout = default_timeout()
+        if options.first_bytes is not None:
+            first_bytes = FirstBytes(options.first_bytes)
+        self.acceptor = Acceptor(listeners, self.timeout >= 0, 0 if options.busy is not None else most,
+                                 Shortage(options.exhausted, busy), first_bytes)
         if options.busy is not None:
             self.overload = Overload(
                 self.acceptor, options.pending or 0, max(self.threads.most, 1), most, busy)
@@ -236,7 +242,7 @@ cdef class Loop(Dispatcher):
         cdef Connection connection
         try:
             connection = new_connection(
-                client.fd, &client.address, client.length, client.state, self.acceptor.timeout)
+                client.fd, &client.address, client.length, client.state, self.timeout)
         except BaseException:
             drop_handed(client)
             raise

@@ -130,6 +130,9 @@ static inline int port_unshare(void *pages, size_t length);
 /* Receive at most `length` bytes.  Return how many, 0 at the end of the stream, or -1. */
 static inline ptrdiff_t port_recv(port_socket s, void *buffer, ptrdiff_t length, int flags);
 
+/* The same for what has come already, which stays to be received; it fails with EAGAIN when nothing has. */
+static inline ptrdiff_t port_peek(port_socket s, void *buffer, ptrdiff_t length);
+
 /* Send at most `length` bytes.  Return how many, or -1. */
 static inline ptrdiff_t port_send(port_socket s, const void *buffer, ptrdiff_t length, int flags);
 

@@ -60,6 +60,7 @@ cdef extern from "fastlisten/_core/port.h" nogil:
     int64_t port_thread()
     void port_interrupt(port_socket listener, int64_t thread)
     Py_ssize_t port_recv(port_socket s, void *buffer, Py_ssize_t length, int flags)
+    Py_ssize_t port_peek(port_socket s, void *buffer, Py_ssize_t length)
     Py_ssize_t port_send(port_socket s, const void *buffer, Py_ssize_t length, int flags)
     int PORT_NO_SIGPIPE, PORT_MORE, PORT_SHUT_WRITE, PORT_SHUT_BOTH
     int port_shutdown(port_socket s, int how)

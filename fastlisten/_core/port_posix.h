@@ -373,6 +373,11 @@ static inline ptrdiff_t port_recv(port_socket s, void *buffer, ptrdiff_t length,
     return recv(s, buffer, (size_t)length, flags);
 }
 
+static inline ptrdiff_t port_peek(port_socket s, void *buffer, ptrdiff_t length)
+{
+    return recv(s, buffer, (size_t)length, MSG_PEEK | MSG_DONTWAIT);
+}
+
 static inline ptrdiff_t port_send(port_socket s, const void *buffer, ptrdiff_t length, int flags)
 {
     return send(s, buffer, (size_t)length, flags);

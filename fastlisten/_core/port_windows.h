@@ -220,6 +220,16 @@ static inline ptrdiff_t port_recv(port_socket s, void *buffer, ptrdiff_t length,
     return recv(s, (char *)buffer, length > INT_MAX ? INT_MAX : (int)length, flags);
 }
 
+/* No flag keeps recv() from waiting: it is asked first whether it would. */
+static inline ptrdiff_t port_peek(port_socket s, void *buffer, ptrdiff_t length)
+{
+    WSAPOLLFD poll = {(SOCKET)s, POLLIN, 0};
+    int ready = WSAPoll(&poll, 1, 0);
+    if (ready == 0)
+        WSASetLastError(WSAEWOULDBLOCK);
+    return ready <= 0 ? -1 : recv(s, (char *)buffer, length > INT_MAX ? INT_MAX : (int)length, MSG_PEEK);
+}
+
 static inline ptrdiff_t port_send(port_socket s, const void *buffer, ptrdiff_t length, int flags)
 {
     return send(s, (const char *)buffer, length > INT_MAX ? INT_MAX : (int)length, flags);

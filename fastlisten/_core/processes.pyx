@@ -6,7 +6,7 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free, malloc
 
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport counts_of, state_in, state_t, tls_failures_of
+from fastlisten._core.state cimport counts_of, refused_for, state_in, state_t, tls_failures_of
 
 # Whether listeners that share a port share its clients; where they do not, processes share one listener.
 BALANCES = bool(PORT_BALANCES)
@@ -77,6 +77,10 @@ cdef class Counters:
     def counts(self):
         """As State.counts()."""
         return counts_of(self.at)
+
+    def refused_for(self):
+        """As State.refused_for()."""
+        return refused_for(self.at)
 
     def tls_failures(self):
         """As State.tls_failures()."""

@@ -7,6 +7,12 @@ cdef enum:
     CODES = 32
     TLS_REASONS = 8         # TLS_FAILURES has as many
 
+cdef enum:                  # in the order of REFUSALS
+    REFUSED_SILENT
+    REFUSED_LEFT
+    REFUSED_MADE_WAY
+    REFUSED_REASONS
+
 cdef struct waker_t:            # all zeros: not open
     port_socket reader          # whoever waits polls this end
     port_socket writer          # waker_wake() writes to this one
@@ -48,12 +54,15 @@ cdef struct state_t:
     int64_t accepted            # taken from the kernel
     int64_t handed              # handed out: to a handler, or to whoever asked for a client
     int64_t handled             # ... and closed since, or taken over
-    int64_t refused             # told that there is no place
+    int64_t refused             # told that there is no place, or closed for one of REFUSALS
     int64_t dropped             # closed before anybody got it
     int64_t handler_errors
     int64_t codes[CODES]        # failed accepts: the code, and how often (0: an unused place)
     int64_t counts[CODES]
     int64_t tls_failures[TLS_REASONS]
+    int64_t refusals[REFUSED_REASONS]
+
+    int64_t waiting             # accepted, and have to send something before a handler gets them
 
 
 cdef void state_hold(state_t *state) noexcept nogil
@@ -63,6 +72,8 @@ cdef void client_handed(state_t *state) noexcept nogil
 cdef void client_out(state_t *state) noexcept nogil
 cdef void client_given(state_t *state) noexcept nogil
 cdef void client_refused(state_t *state) noexcept nogil
+cdef void client_turned_away(state_t *state, int reason) noexcept nogil
+cdef void client_waits(state_t *state, int more) noexcept nogil
 cdef void client_dropped(state_t *state) noexcept nogil
 cdef void handler_failed(state_t *state) noexcept nogil
 cdef void accept_failed(state_t *state, int code) noexcept nogil
@@ -70,6 +81,7 @@ cdef int tls_failed(state_t *state, str reason) except -1
 cdef int64_t connections_of(state_t *state) noexcept nogil
 cdef dict counts_of(state_t *state)
 cdef dict tls_failures_of(state_t *state)
+cdef dict refused_for(state_t *state)
 cdef state_t *state_in(memory, Py_ssize_t offset, Py_buffer *buffer) except NULL
 
 

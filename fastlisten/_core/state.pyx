@@ -146,6 +146,17 @@ cdef void client_refused(state_t *state) noexcept nogil:
     port_add(&state.refused, 1)
 
 
+cdef void client_turned_away(state_t *state, int reason) noexcept nogil:
+    """It was closed for one of REFUSALS."""
+    port_add(&state.refusals[reason], 1)
+    port_add(&state.refused, 1)
+
+
+cdef void client_waits(state_t *state, int more) noexcept nogil:
+    """So many more wait, or fewer, until they have sent what has to come first."""
+    port_add(&state.waiting, more)
+
+
 cdef void client_dropped(state_t *state) noexcept nogil:
     """It was closed before anybody got it."""
     port_add(&state.dropped, 1)
@@ -175,6 +186,14 @@ TLS_FAILURES = (
     "client certificate",   # one was asked for, and none came, or one that is not accepted
     "alert",                # the client refused, as one does that does not trust our certificate
     "other",
+)
+
+
+# Why a client was closed before a handler was asked, in few enough words to watch each.
+REFUSALS = (
+    "silent",       # it has sent nothing in time
+    "left",         # it went before it had sent what had to come first
+    "made way",     # it had sent nothing yet when there was no descriptor for another
 )
 
 
@@ -212,12 +231,21 @@ cdef dict counts_of(state_t *state):
         "accept_errors": errors,
         "refused": refused,
         "dropped": dropped,
+        "waiting": port_get(&state.waiting),
     }
 
 
 cdef dict tls_failures_of(state_t *state):
     """What State.tls_failures() says."""
     return {TLS_FAILURES[i]: state.tls_failures[i] for i in range(TLS_REASONS) if state.tls_failures[i]}
+
+
+cdef dict refused_for(state_t *state):
+    """What State.refused_for() says."""
+    cdef int64_t refused = port_get(&state.refused)
+    found = {REFUSALS[i]: port_get(&state.refusals[i]) for i in range(REFUSED_REASONS)}
+    found["busy"] = max(refused - sum(found.values()), 0)
+    return {reason: count for reason, count in found.items() if count}
 
 
 # How many bytes a state takes in memory that processes share.
@@ -473,6 +501,10 @@ cdef class State:
     def counts(self):
         """The counters by name; what failed accepts is under `accept_errors`, as {errno name: count}."""
         return counts_of(self.at)
+
+    def refused_for(self):
+        """How many clients were refused, by reason: one of REFUSALS, or "busy"; those for which one was."""
+        return refused_for(self.at)
 
     def tls_failed(self, str reason not None):
         """A TLS handshake failed for one of TLS_FAILURES: count it."""

@@ -39,6 +39,7 @@ class Totals:
         for counters in process.slot.counters:
             counts = _counted(counters)
             counts["handled"] += counts.pop("active")
+            counts["waiting"] = 0
             kept = self._past.setdefault(process.place.number, [])
             kept[:] = [_sum([*kept, counts])]
 
@@ -72,11 +73,16 @@ def _of(process: Process | None) -> list[dict[str, Any]]:
     return [] if process is None else [_counted(counters) for counters in process.slot.counters]
 
 
-_SUMS = ("accepted", "handled", "active", "handler_errors", "refused", "dropped")
+_SUMS = ("accepted", "handled", "active", "handler_errors", "refused", "dropped", "waiting")
 
 
 def _counted(counters: Any) -> dict[str, Any]:
-    return {**counters.counts(), "tls_failures": counters.tls_failures(), "paused": counters.paused}
+    return {
+        **counters.counts(),
+        "tls_failures": counters.tls_failures(),
+        "refused_for": counters.refused_for(),
+        "paused": counters.paused,
+    }
 
 
 def _sum(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -84,17 +90,20 @@ def _sum(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     total: dict[str, Any] = dict.fromkeys(_SUMS, 0)
     errors: Counter[str] = Counter()
     failures: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
     paused = []
     for one in counts:
         for name in _SUMS:
             total[name] += one.get(name, 0)
         errors.update(one["accept_errors"])
         failures.update(one["tls_failures"])
+        reasons.update(one["refused_for"])
         paused.append(one["paused"])
     return {
         **total,
         "accept_errors": dict(errors),
         "tls_failures": dict(failures),
+        "refused_for": dict(reasons),
         "paused": bool(paused) and all(paused),
     }
 

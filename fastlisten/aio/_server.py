@@ -127,7 +127,7 @@ class Server(asyncio.AbstractServer):
         # An event loop has as many handlers as there may be connections; who is not with it yet waits.
         handlers = HANDLERS_AT_MOST if most else 0 if pending else 1
         listeners = [(sock.fileno(), state) for sock, state in zip(sockets, self._states, strict=True)]
-        acceptor = Acceptor(listeners, 0.0, 0, Shortage(limits.exhausted, limits.busy))
+        acceptor = Acceptor(listeners, True, 0, Shortage(limits.exhausted, limits.busy))
         return Overload(acceptor, pending, handlers, most, limits.busy)
 
     def _give_back(self) -> None:
@@ -306,10 +306,12 @@ class Server(asyncio.AbstractServer):
         totals: Counter[str] = Counter()
         accept_errors: Counter[str] = Counter()
         tls_failures: Counter[str] = Counter()
+        refused_for: Counter[str] = Counter()
         for state in self._states:
             counts: dict[str, Any] = {**state.counts()}
             accept_errors.update(counts.pop("accept_errors"))
             tls_failures.update(state.tls_failures())
+            refused_for.update(state.refused_for())
             totals.update(counts)
         queues = [queue(sock.fileno()) for sock in self._sockets or ()]
         depths = [depth for depth, _ in queues if depth is not None]
@@ -324,6 +326,7 @@ class Server(asyncio.AbstractServer):
             queue_limit=sum(limits) if limits else None,
             since=self._since,
             tls_failures=dict(tls_failures),
+            refused_for=dict(refused_for),
         )
 
 

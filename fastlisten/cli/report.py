@@ -144,6 +144,8 @@ def counters(stats: ListenerStats, rate: float) -> str:
     parts = [f"accepted {stats.accepted}", f"{rate:.0f}/s", f"active {stats.active}"]
     if stats.queue_depth is not None:
         parts.append(f"queue {stats.queue_depth}/{stats.queue_limit}")
+    if stats.waiting:
+        parts.append(f"waiting {stats.waiting}")
     if stats.refused:
         parts.append(f"refused {stats.refused}")
     if stats.handler_errors:
@@ -163,6 +165,7 @@ def plain(stats: ListenerStats) -> dict[str, object]:
         **values,
         "accept_errors": dict(stats.accept_errors),
         "tls_failures": dict(stats.tls_failures),
+        "refused_for": dict(stats.refused_for),
     }
 
 

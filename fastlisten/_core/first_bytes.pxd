@@ -1,0 +1,51 @@
+from libc.stdint cimport int64_t
+
+from fastlisten._core.accept cimport client_t
+from fastlisten._core.port cimport port_socket
+
+
+cdef enum:          # the lists
+    SILENT          # has sent nothing yet
+    READY           # may be handed out
+    LISTS
+
+
+cdef struct waiting_t:          # a client that waits
+    client_t client
+    waiting_t *before           # in its list
+    waiting_t *after
+    int64_t deadline            # port_now()
+    int list                    # SILENT or READY
+    bint watched                # the poller has it
+
+
+cdef class FirstBytes:
+    cdef int64_t patience[LISTS]        # ns; how long one may be in a list
+    cdef waiting_t *first[LISTS]        # each list, in the order of coming and so of deadlines
+    cdef waiting_t *last[LISTS]
+    cdef port_socket poller             # without one all are polled every now and then
+    cdef waiting_t **by_fd              # who is watched, by the descriptor
+    cdef int64_t room                   # in by_fd
+    cdef int64_t poll_at                # ... when next (port_now())
+
+    cdef int open(self) except -1
+    cdef void close(self) noexcept nogil
+    cdef void after_fork(self) noexcept
+    cdef bint passes(self, client_t *client, bint at_once) noexcept nogil
+    cdef bint take(self, client_t *client) noexcept nogil
+    cdef bint give_way(self) noexcept nogil
+    cdef void look(self) noexcept nogil
+    cdef int64_t left(self) noexcept nogil
+    cdef waiting_t *next_ready(self) noexcept nogil
+    cdef int64_t count_ready(self) noexcept nogil
+    cdef void close_poller(self) noexcept nogil
+    cdef void wait(self, client_t *client, int list) noexcept nogil
+    cdef void append(self, waiting_t *waiting, int list) noexcept nogil
+    cdef void unlink(self, waiting_t *waiting) noexcept nogil
+    cdef void remove(self, waiting_t *waiting, client_t *client) noexcept nogil
+    cdef void refuse(self, waiting_t *waiting, int reason) noexcept nogil
+    cdef bint watch(self, waiting_t *waiting) noexcept nogil
+    cdef void watch_no_more(self, waiting_t *waiting) noexcept nogil
+    cdef void ask_poller(self) noexcept nogil
+    cdef void poll_list(self, int list) noexcept nogil
+    cdef bint still_waits(self, waiting_t *waiting) noexcept nogil

@@ -1,0 +1,266 @@
+"""Where clients wait that have to speak first: without a thread, and until their time is over."""
+
+cimport cython
+from libc.stdint cimport int64_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memset
+
+from fastlisten._core.accept cimport client_t, drop, turn_away
+from fastlisten._core.port cimport *
+from fastlisten._core.state cimport REFUSED_LEFT, REFUSED_MADE_WAY, REFUSED_SILENT, client_waits
+
+# How many clients one look serves: enough to make the cost of the look small, little enough that others are
+# accepted in between.
+cdef enum:
+    LOOK_MOST = 64
+
+# How often all are polled where the system has no poller.
+cdef int64_t POLL_EVERY = 10_000_000  # nanoseconds
+
+
+@cython.final
+cdef class FirstBytes:
+    """Clients that were accepted, and have to send something before a handler is taken up with them.
+
+    seconds: after so long without a byte a client is closed.
+
+    For the Acceptor, which watches `poller` beside its listeners, and looks when that is ready or the time
+    that left() tells is over.  Nothing in here waits.  One thread at a time is in here, the one that accepts,
+    between enter() and leave(): so a fork finds all of it whole.  All in a list have the same time, so the
+    first of a list is the first whose time is over.
+    """
+
+    def __cinit__(self, double seconds):
+        self.poller = PORT_NO_SOCKET
+        self.patience[SILENT] = <int64_t>(seconds * 1e9)
+
+    def __dealloc__(self):
+        self.close()
+        free(self.by_fd)
+
+    cdef int open(self) except -1:
+        """Make the poller; where there is none to be had, it goes without."""
+        self.poller = port_poller()
+        return 0
+
+    cdef void close(self) noexcept nogil:
+        """Drop who is here."""
+        cdef int i
+        cdef client_t client
+        for i in range(LISTS):
+            while self.first[i] is not NULL:
+                self.remove(self.first[i], &client)
+                drop(&client)
+        self.close_poller()
+
+    cdef void close_poller(self) noexcept nogil:
+        if self.poller != PORT_NO_SOCKET:
+            port_close(self.poller)
+            self.poller = PORT_NO_SOCKET
+
+    cdef void after_fork(self) noexcept:
+        """In a child: who waits here is the parent's client, and so is what the poller watches."""
+        self.close_poller()
+        memset(self.by_fd, 0, self.room * sizeof(waiting_t *))
+        self.close()
+        self.poller = port_poller()
+
+    # --- coming and going -----------------------------------------------------------------------------
+
+    cdef bint passes(self, client_t *client, bint at_once) noexcept nogil:
+        """Whether a client that was just accepted may be handed out now; if not it waits here, or is closed.
+
+        at_once: nobody is to wait any more.
+        """
+        cdef char first
+        cdef Py_ssize_t got = port_peek(client.fd, &first, 1)
+        if got > 0 or at_once:
+            return True
+        if got < 0 and port_would_block(port_error()):
+            self.wait(client, SILENT)
+        else:
+            turn_away(client, REFUSED_LEFT)
+        client.fd = PORT_NO_SOCKET
+        return False
+
+    cdef bint take(self, client_t *client) noexcept nogil:
+        """Take who has waited longest of those that may be handed out; False if there is none."""
+        cdef waiting_t *waiting
+        self.look()
+        waiting = self.next_ready()
+        if waiting is NULL:
+            return False
+        self.remove(waiting, client)
+        return True
+
+    cdef waiting_t *next_ready(self) noexcept nogil:
+        """Who has waited longest of those that may be handed out; NULL if there is none."""
+        cdef waiting_t *waiting = self.first[READY]
+        while waiting is not NULL and port_get(&waiting.client.state.paused) and not port_get(
+                &waiting.client.state.stopping):
+            waiting = waiting.after
+        return waiting
+
+    cdef int64_t count_ready(self) noexcept nogil:
+        """How many may be handed out."""
+        cdef int64_t count = 0
+        cdef waiting_t *waiting = self.first[READY]
+        while waiting is not NULL:
+            count += 1
+            waiting = waiting.after
+        return count
+
+    cdef bint give_way(self) noexcept nogil:
+        """Close who has waited longest without a byte, for want of descriptors; False if there is nobody."""
+        if self.first[SILENT] is NULL:
+            return False
+        self.refuse(self.first[SILENT], REFUSED_MADE_WAY)
+        return True
+
+    cdef void wait(self, client_t *client, int list) noexcept nogil:
+        """Have a client wait; it is dropped where that cannot be done."""
+        cdef waiting_t *waiting = <waiting_t *>malloc(sizeof(waiting_t))
+        if waiting is NULL:
+            drop(client)
+            return
+        waiting.client = client[0]
+        waiting.watched = False
+        client_waits(client.state, 1)
+        self.append(waiting, list)
+        if not self.watch(waiting):
+            self.remove(waiting, client)
+            drop(client)
+
+    cdef void append(self, waiting_t *waiting, int list) noexcept nogil:
+        waiting.list = list
+        waiting.deadline = port_now() + self.patience[list]
+        waiting.after = NULL
+        waiting.before = self.last[list]
+        if waiting.before is NULL:
+            self.first[list] = waiting
+        else:
+            waiting.before.after = waiting
+        self.last[list] = waiting
+
+    cdef void unlink(self, waiting_t *waiting) noexcept nogil:
+        if waiting.before is NULL:
+            self.first[waiting.list] = waiting.after
+        else:
+            waiting.before.after = waiting.after
+        if waiting.after is NULL:
+            self.last[waiting.list] = waiting.before
+        else:
+            waiting.after.before = waiting.before
+
+    cdef void remove(self, waiting_t *waiting, client_t *client) noexcept nogil:
+        """Have it wait no more: it is the caller's."""
+        self.watch_no_more(waiting)
+        self.unlink(waiting)
+        if waiting.list != READY:
+            client_waits(waiting.client.state, -1)
+        client[0] = waiting.client
+        free(waiting)
+
+    cdef void refuse(self, waiting_t *waiting, int reason) noexcept nogil:
+        """Close it, and say why."""
+        cdef client_t client
+        self.remove(waiting, &client)
+        turn_away(&client, reason)
+
+    # --- watching -------------------------------------------------------------------------------------
+
+    cdef bint watch(self, waiting_t *waiting) noexcept nogil:
+        """Have it be heard; False where that cannot be done."""
+        cdef int64_t fd = waiting.client.fd
+        cdef int64_t room
+        cdef waiting_t **more
+        if self.poller == PORT_NO_SOCKET:
+            return True
+        if fd >= self.room:
+            room = max(2 * self.room, fd + 1)
+            more = <waiting_t **>realloc(self.by_fd, room * sizeof(waiting_t *))
+            if more is NULL:
+                return False
+            memset(more + self.room, 0, (room - self.room) * sizeof(waiting_t *))
+            self.by_fd, self.room = more, room
+        if port_poller_set(self.poller, waiting.client.fd, 0, POLLIN) != 0:
+            return False
+        self.by_fd[fd] = waiting
+        waiting.watched = True
+        return True
+
+    cdef void watch_no_more(self, waiting_t *waiting) noexcept nogil:
+        """Not left to the close: a forked child may have the description, which the poller watches, too."""
+        if waiting.watched and self.poller != PORT_NO_SOCKET:
+            port_poller_set(self.poller, waiting.client.fd, POLLIN, 0)
+            self.by_fd[waiting.client.fd] = NULL
+        waiting.watched = False
+
+    cdef int64_t left(self) noexcept nogil:
+        """For how many ns nothing is to be done unless the poller is ready; < 0: without end."""
+        cdef int64_t at = 0
+        if self.first[SILENT] is not NULL:
+            at = self.first[SILENT].deadline
+            if self.poller == PORT_NO_SOCKET:
+                at = min(at, self.poll_at)
+        return max(at - port_now(), 0) if at else -1
+
+    cdef void look(self) noexcept nogil:
+        """See who has spoken, and whose time is over; of many the first."""
+        cdef int64_t now
+        if self.first[SILENT] is NULL:
+            return
+        now = port_now()
+        if self.poller != PORT_NO_SOCKET:
+            self.ask_poller()
+        elif now >= self.poll_at:
+            self.poll_list(SILENT)
+            self.poll_at = port_now() + POLL_EVERY
+        for _ in range(LOOK_MOST):
+            if self.first[SILENT] is NULL or self.first[SILENT].deadline > now:
+                break
+            if self.still_waits(self.first[SILENT]):  # asked: more may have spoken than one look sees
+                self.refuse(self.first[SILENT], REFUSED_SILENT)
+
+    cdef void ask_poller(self) noexcept nogil:
+        cdef port_pollfd ready[LOOK_MOST]
+        cdef int i
+        cdef int found = port_poller_ready(self.poller, ready, LOOK_MOST)
+        for i in range(found):
+            if ready[i].fd < self.room and self.by_fd[ready[i].fd] is not NULL:
+                self.still_waits(self.by_fd[ready[i].fd])
+
+    cdef void poll_list(self, int list) noexcept nogil:
+        """Ask the kernel of all in a list, some at a time."""
+        cdef port_pollfd polls[LOOK_MOST]
+        cdef waiting_t *asked[LOOK_MOST]
+        cdef waiting_t *waiting = self.first[list]
+        cdef int i
+        cdef int n = 0
+        while waiting is not NULL:
+            asked[n] = waiting
+            polls[n].fd = waiting.client.fd
+            polls[n].events = POLLIN
+            n += 1
+            waiting = waiting.after
+            if n == LOOK_MOST or waiting is NULL:
+                if port_poll_ns(polls, n, 0) > 0:
+                    for i in range(n):
+                        if polls[i].revents:
+                            self.still_waits(asked[i])
+                n = 0
+
+    cdef bint still_waits(self, waiting_t *waiting) noexcept nogil:
+        """See what has come of it, and whether it has to wait on; else it may be handed out, or is closed."""
+        cdef char first
+        cdef Py_ssize_t got = port_peek(waiting.client.fd, &first, 1)
+        if got > 0:
+            self.watch_no_more(waiting)
+            self.unlink(waiting)
+            client_waits(waiting.client.state, -1)
+            self.append(waiting, READY)
+        elif got < 0 and port_would_block(port_error()):
+            return True
+        else:
+            self.refuse(waiting, REFUSED_LEFT)
+        return False
