@@ -9,9 +9,11 @@ from fastlisten._listener import Listener, ListenerStats, ServeResult
 from fastlisten._serve import serve
 
 if typing.TYPE_CHECKING:
+    from fastlisten._core.proxy_header import ProxyHeader, ProxySSL
     from fastlisten._inherited import inherited
     from fastlisten._notify import Notifier
     from fastlisten._patch import patch, unpatch
+    from fastlisten._proxy import Proxy
     from fastlisten._tls import TLSConnection, reloading
     from fastlisten._workers.child import Worker, worker
     from fastlisten._workers.totals import WorkersStats
@@ -26,6 +28,9 @@ __all__ = [
     "Listener",
     "ListenerStats",
     "Notifier",
+    "Proxy",
+    "ProxyHeader",
+    "ProxySSL",
     "ServeResult",
     "TLSConnection",
     "Worker",
@@ -47,6 +52,9 @@ __all__ = [
 # Imported when it is asked for: who has none of it does not pay for it.
 _LATER = {
     "Notifier": "fastlisten._notify",
+    "Proxy": "fastlisten._proxy",
+    "ProxyHeader": "fastlisten._core.proxy_header",
+    "ProxySSL": "fastlisten._core.proxy_header",
     "TLSConnection": "fastlisten._tls",
     "Worker": "fastlisten._workers.child",
     "Workers": "fastlisten._workers.workers",

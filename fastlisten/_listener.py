@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from fastlisten._awaiting import AsyncAcceptor
     from fastlisten._options import Watchdog
+    from fastlisten._proxy import Proxy
     from fastlisten._tls import TLSConnection
 
     Handler = Callable[[Connection], object] | Callable[[TLSConnection], object]
@@ -59,9 +60,10 @@ class ListenerStats(NamedTuple):
     tls_failures: handshakes of servers with ssl= that failed, {reason: count}: "timeout"; "closed" (by the
     client, or a stop); "not TLS"; "version" and "cipher" (nothing in common); "client certificate" (none, or
     not accepted); "alert" (the client refused); "other".  Such a client counts as handled.
-    waiting: clients that have to send something before a handler gets them, with first_bytes=; they are
-    active.  refused_for: {reason: count} of `refused`: "busy"; "silent" (sent nothing in time), "left" (went
-    before it did), "made way" (for want of descriptors).
+    waiting: clients that have to send something before a handler gets them, with first_bytes= or proxy=; they
+    are active.  refused_for: {reason: count} of `refused`: "busy"; "silent" (sent nothing in time), "left"
+    (went before it did), "made way" (for want of descriptors); "no PROXY header" (in time), "invalid PROXY
+    header", "untrusted" (no proxy that is trusted).
 
     >>> import fastlisten, socket
     >>> with fastlisten.bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
@@ -153,6 +155,7 @@ class Listener(StandardSocket):
         ssl: SSLContext | None = None,
         handshake_timeout: float | None = None,
         first_bytes: float | None = None,
+        proxy: Proxy | None = None,
         watchdog: Watchdog | None = None,
     ) -> ServeResult:
         """Call `handler(connection)` for each client until stop(); the connection is closed on return.
@@ -175,6 +178,9 @@ class Listener(StandardSocket):
         leaves without a byte, and, when descriptors run out, who has waited longest.  For `max_connections`,
         `pending` and `busy` a client counts once it has sent something.  Who waits when serve() ends is
         closed.  Not for protocols in which the server speaks first.
+        proxy: a Proxy: whose clients have to send a PROXY header first, before TLS.  connection.peer is what
+        that says then, and connection.proxy the whole of it.  Headers are waited for as first bytes are; with
+        `first_bytes` the client's own are waited for after that.
         watchdog: a Notifier, which is fed whenever the loop comes round: at least every `interval` while it
         waits for clients, and not while every handler's thread is busy and a client waits in vain.
 
@@ -193,6 +199,7 @@ class Listener(StandardSocket):
             ssl=ssl,
             handshake_timeout=handshake_timeout,
             first_bytes=first_bytes,
+            proxy=proxy,
             watchdog=watchdog,
         )
         return ServeResult(*make_loop([self], handler, options).run())

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from ssl import SSLContext
     from typing import Protocol
 
+    from fastlisten._proxy import Proxy
+
     class Watchdog(Protocol):
         """What is fed while a service makes progress; fastlisten.Notifier is one."""
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
         def feed(self) -> object:
             """Called that often."""
 else:
-    SSLContext = Watchdog = Any
+    SSLContext = Watchdog = Proxy = Any
 
 
 # A time that poll() still counts in milliseconds, in seconds; a longer one is as good as without end.
@@ -122,6 +124,16 @@ def _seconds(name: str, value: Any) -> float | None:
     return min(value, LONGEST)
 
 
+def _proxy(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    from fastlisten._proxy import Proxy  # only for who has one already
+
+    if not isinstance(value, Proxy):
+        raise TypeError(f"{name} must be a Proxy or None, not {type(value).__name__}")
+    return value
+
+
 def _watchdog(name: str, value: Any) -> Any:
     if value is not None and not (callable(getattr(value, "feed", None)) and hasattr(value, "interval")):
         raise TypeError(f"{name} must be a Notifier or None, not {type(value).__name__}")
@@ -188,6 +200,7 @@ class FirstOptions(TypedDict, total=False):
     """And what a client has to do before a handler gets it."""
 
     first_bytes: Annotated[float | None, Option(None, _seconds)]
+    proxy: Annotated[Proxy | None, Option(None, _proxy)]
 
 
 class ServiceOptions(TypedDict, total=False):

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from _typeshed import ReadableBuffer, WriteableBuffer
 
+    from fastlisten._core.proxy_header import ProxyHeader
+
     Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 
 # How long a handshake may take when nothing is said, in seconds: three losses of a packet, and a slow client.
@@ -229,6 +231,11 @@ class TLSConnection:
     def closed(self) -> bool:
         """Whether close(), detach() or socket() was called."""
         return self._connection.closed or bool(self._borrowed._closed)
+
+    @property
+    def proxy(self) -> ProxyHeader | None:
+        """The ProxyHeader by which a trusted proxy has said whose connection this is; None without one."""
+        return self._connection.proxy
 
     @property
     def peer(self) -> Any:

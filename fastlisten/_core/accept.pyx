@@ -12,6 +12,7 @@ from fastlisten._core.standard import StandardSocket
 
 from fastlisten._core.connection cimport (
     address_object,
+    forget_header,
     new_connection,
     standard_socket,
     wait_ready,
@@ -150,24 +151,30 @@ cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept
             rounds -= 1
     else:
         port_abort_on_close(fd)
-    port_close(fd)
+    close_client(client)
+
+
+cdef void close_client(client_t *client) noexcept nogil:
+    """Close a client that gets no Connection."""
+    port_close(client.fd)
+    forget_header(&client.address, client.length)
 
 
 cdef void turn_away(client_t *client, int reason) noexcept nogil:
     """Close a client that has no business here, and count why."""
-    port_close(client.fd)
     client_turned_away(client.state, reason)
+    close_client(client)
 
 
 cdef void drop(client_t *client) noexcept nogil:
     """Close a client that nobody gets any more."""
-    port_close(client.fd)
+    close_client(client)
     client_dropped(client.state)
 
 
 cdef void drop_handed(client_t *client) noexcept nogil:
     """Close a client that was handed out and gets no Connection."""
-    port_close(client.fd)
+    close_client(client)
     client.fd = PORT_NO_SOCKET
     state_hold(client.state)
     client_out(client.state)

@@ -299,10 +299,12 @@ cdef class Acceptor:
                         source.code == PORT_EINVAL and source.proven)):
                     return ENDED
                 return FAILED
-        if self.first_bytes is not None and self.first_bytes.take(client):
-            if self.drain.left > 0:
-                self.drain.left -= 1
-            return TAKEN
+        if self.first_bytes is not None:
+            self.first_bytes.look()
+            if self.first_bytes.take(client):
+                if self.drain.left > 0:
+                    self.drain.left -= 1
+                return TAKEN
         if port_get(&self.helping) and not recovered:
             return self.accept_helped(client)
         return LOOK if recovered else NOBODY
@@ -323,6 +325,8 @@ cdef class Acceptor:
                 self.first_bytes.look()
                 if self.first_bytes.next_ready() is not NULL:
                     self.polls_first = 1  # and then that client has its turn
+                return True
+            if self.first_bytes.take(client):
                 return True
             more -= 1
             if more == 0 or self.stopping or accept_batch(source, client, 1, &taken) != ACCEPTED:
@@ -436,7 +440,7 @@ cdef class Acceptor:
             port_swap(&self.sources[i].state.look_every, interval)
 
     cdef bint somebody_waits(self) noexcept nogil:
-        """Whether the kernel has a client queued that would be accepted; for who may call take()."""
+        """Whether a client is queued that would be accepted, or has spoken; for who may call take()."""
         cdef int i, ready
         cdef int n = 0
         self.enter()
@@ -445,9 +449,10 @@ cdef class Acceptor:
                 self.polls[n].fd = self.sources[i].fd
                 self.polls[n].events = POLLIN
                 n += 1
-        if self.first_bytes is not None:
-            n = self.watch_first_bytes(n)
         ready = port_poll_ns(self.polls, n, 0)
+        if self.first_bytes is not None:
+            self.first_bytes.look()
+            ready += self.first_bytes.next_ready() is not NULL
         self.leave()
         return ready != 0
 

@@ -3,9 +3,15 @@ from libc.stdint cimport int64_t
 from fastlisten._core.port cimport port_address, port_socket
 from fastlisten._core.state cimport state_t
 
-# Room for an IPv4 or IPv6 address; the few that are longer (bound unix peers) live on the heap.
 cdef enum:
-    SHORT_ADDRESS = 28
+    SHORT_ADDRESS = 28  # room for IPv4 and IPv6; the few that are longer (bound unix peers) live on the heap
+    PROXIED = 1 << 20   # for a length: in place of the address is a pointer to a proxied_t, of its holder
+
+
+cdef struct proxied_t:          # who came by a proxy; the PROXY header follows
+    port_address address        # of the proxy
+    int length
+    int size                    # of the header
 
 
 cdef union held_address_t:
@@ -40,4 +46,5 @@ cdef Connection new_connection(
     port_socket fd, const port_address *address, int length, state_t *state, double timeout)
 cdef object standard_socket(port_socket fd, int family, int type, int protocol)
 cdef object address_object(const port_address *address, int length)
+cdef void forget_header(port_address *address, int length) noexcept nogil
 cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1

@@ -5,6 +5,8 @@ from typing import IO, Any, BinaryIO, Self, final
 
 from _typeshed import ReadableBuffer, WriteableBuffer
 
+from fastlisten._core.proxy_header import ProxyHeader
+
 __pyx_capi__: dict[str, object]
 
 @final
@@ -21,6 +23,8 @@ class Connection:
     def closed(self) -> bool: ...
     @property
     def peer(self) -> Any: ...
+    @property
+    def proxy(self) -> ProxyHeader | None: ...
     def fileno(self) -> int: ...
     def __enter__(self) -> Self: ...
     def __exit__(

@@ -123,18 +123,37 @@ cdef object standard_socket(port_socket fd, int family, int type, int protocol):
     return sock
 
 
+cdef void *long_address(const port_address *address, int length) noexcept nogil:
+    """What a Connection has on the heap for an address that is not short; NULL without memory."""
+    cdef void *place
+    if length == PROXIED:
+        memcpy(&place, address, sizeof(place))
+        return place
+    place = malloc(length)
+    if place is not NULL:
+        memcpy(place, address, length)
+    return place
+
+
+cdef void forget_header(port_address *address, int length) noexcept nogil:
+    """Free what a PROXY header has left with an address, if there is such; no Connection gets it."""
+    cdef void *place
+    if length == PROXIED:
+        memcpy(&place, address, sizeof(place))
+        free(place)
+
+
 cdef Connection new_connection(
         port_socket fd, const port_address *address, int length, state_t *state, double timeout):
     """A Connection that owns `fd`; on failure the descriptor stays the caller's.  It takes a hold on the
-    state, which says where the client came from."""
+    state, which says where the client came from, and has what came with a PROXY header."""
     cdef Connection connection = Connection.__new__(Connection)
-    cdef void *place = connection.address.bytes
     if length > SHORT_ADDRESS:
-        place = malloc(length)
-        if place is NULL:
+        connection.address.heap = long_address(address, length)
+        if connection.address.heap is NULL:
             raise MemoryError
-        connection.address.heap = place
-    memcpy(place, address, length)
+    else:
+        memcpy(connection.address.bytes, address, length)
     connection.address_length = length
     state_hold(state)
     connection.state = state
@@ -319,11 +338,34 @@ cdef class Connection:
         """The client's address as socket.accept() gives it, also after close.
 
         (host, port) for IPv4, (host, port, flowinfo, scope_id) for IPv6, the path or '' for unix sockets.
+        Of one that came by a proxy it is what the proxy's header says, see `proxy`; getpeername() gives the
+        proxy's.
         """
         cdef const void *place = self.address.bytes
-        if self.address_length > SHORT_ADDRESS:
+        cdef int length = self.address_length
+        cdef proxied_t *proxied
+        if length > SHORT_ADDRESS:
             place = self.address.heap
-        return address_object(<const port_address *>place, self.address_length)
+        if length == PROXIED:
+            header = self.proxy
+            if header.source is not None:
+                return header.source
+            proxied = <proxied_t *>place
+            place, length = &proxied.address, proxied.length
+        return address_object(<const port_address *>place, length)
+
+    @property
+    def proxy(self):
+        """The ProxyHeader by which a trusted proxy has said whose connection this is; None without one.
+
+        With serve(proxy=...).  Each time it is made anew.
+        """
+        cdef proxied_t *proxied
+        if self.address_length != PROXIED:
+            return None
+        from fastlisten._core.proxy import parse  # for who has a proxy
+        proxied = <proxied_t *>self.address.heap
+        return parse(PyBytes_FromStringAndSize(<const char *>(proxied + 1), proxied.size))
 
     cdef object ask(self, str method, tuple arguments):
         """Call a method of the standard library's socket on our descriptor: what is not worth a second
@@ -341,7 +383,7 @@ cdef class Connection:
             sock.detach()
 
     def getpeername(self):
-        """The client's address, asked of the kernel; OSError (ENOTCONN) when it is gone."""
+        """The other end's address, asked of the kernel; OSError (ENOTCONN) when it is gone."""
         return self.ask("getpeername", ())
 
     def getsockname(self):

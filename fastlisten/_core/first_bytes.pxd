@@ -2,9 +2,11 @@ from libc.stdint cimport int64_t
 
 from fastlisten._core.accept cimport client_t
 from fastlisten._core.port cimport port_socket
+from fastlisten._core.proxy cimport proxy_header
 
 
 cdef enum:          # the lists
+    HEADER          # a proxy whose PROXY header is not whole yet
     SILENT          # has sent nothing yet
     READY           # may be handed out
     LISTS
@@ -15,12 +17,24 @@ cdef struct waiting_t:          # a client that waits
     waiting_t *before           # in its list
     waiting_t *after
     int64_t deadline            # port_now()
-    int list                    # SILENT or READY
+    int list                    # HEADER, SILENT or READY
     bint watched                # the poller has it
+    int length                  # of what has come of its PROXY header, and was received
+    char *header
+
+
+cdef struct network_t:
+    int family                  # AF_INET, AF_INET6 or AF_UNIX
+    int bits                    # how many of the address count
+    unsigned char address[16]
 
 
 cdef class FirstBytes:
-    cdef int64_t patience[LISTS]        # ns; how long one may be in a list
+    cdef int64_t patience[LISTS]        # ns; how long one may be in a list; 0: nobody is to be in it
+    cdef network_t *trusted             # proxies that have to send a header
+    cdef int networks                   # so many
+    cdef bint required                  # nobody else may come
+    cdef bint at_once                   # nobody is to be waited for any more
     cdef waiting_t *first[LISTS]        # each list, in the order of coming and so of deadlines
     cdef waiting_t *last[LISTS]
     cdef port_socket poller             # without one all are polled every now and then
@@ -39,7 +53,13 @@ cdef class FirstBytes:
     cdef waiting_t *next_ready(self) noexcept nogil
     cdef int64_t count_ready(self) noexcept nogil
     cdef void close_poller(self) noexcept nogil
+    cdef bint trusts(self, const client_t *client) noexcept nogil
     cdef void wait(self, client_t *client, int list) noexcept nogil
+    cdef void move(self, waiting_t *waiting, int list) noexcept nogil
+    cdef bint read_header(self, waiting_t *waiting) noexcept nogil
+    cdef bint keep(self, waiting_t *waiting, int more) noexcept nogil
+    cdef void end_header(
+        self, waiting_t *waiting, char *data, int length, proxy_header *header) noexcept nogil
     cdef void append(self, waiting_t *waiting, int list) noexcept nogil
     cdef void unlink(self, waiting_t *waiting) noexcept nogil
     cdef void remove(self, waiting_t *waiting, client_t *client) noexcept nogil

@@ -1,5 +1,12 @@
+from collections.abc import Sequence
 from typing import Self, final
 
 @final
 class FirstBytes:
-    def __new__(cls, seconds: float) -> Self: ...
+    def __new__(
+        cls,
+        seconds: float | None,
+        timeout: float | None = None,
+        networks: Sequence[tuple[int, bytes, int]] = (),
+        required: bool = False,
+    ) -> Self: ...

@@ -2,12 +2,22 @@
 
 cimport cython
 from libc.stdint cimport int64_t
-from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memset
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcmp, memcpy, memset
 
 from fastlisten._core.accept cimport client_t, drop, turn_away
+from fastlisten._core.connection cimport PROXIED, proxied_t
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport REFUSED_LEFT, REFUSED_MADE_WAY, REFUSED_SILENT, client_waits
+from fastlisten._core.proxy cimport PROXY_DONE, PROXY_MORE, PROXY_MOST, proxy_header, proxy_parse
+from fastlisten._core.state cimport (
+    REFUSED_HEADER,
+    REFUSED_LEFT,
+    REFUSED_MADE_WAY,
+    REFUSED_NO_HEADER,
+    REFUSED_SILENT,
+    REFUSED_UNTRUSTED,
+    client_waits,
+)
 
 # How many clients one look serves: enough to make the cost of the look small, little enough that others are
 # accepted in between.
@@ -18,11 +28,22 @@ cdef enum:
 cdef int64_t POLL_EVERY = 10_000_000  # nanoseconds
 
 
+cdef bint within(const unsigned char *address, const network_t *network) noexcept nogil:
+    """Whether an address of the network's family is one of the network."""
+    cdef int whole = network.bits // 8
+    cdef int rest = network.bits % 8
+    if memcmp(address, network.address, whole) != 0:
+        return False
+    return rest == 0 or (address[whole] ^ network.address[whole]) >> (8 - rest) == 0
+
+
 @cython.final
 cdef class FirstBytes:
     """Clients that were accepted, and have to send something before a handler is taken up with them.
 
-    seconds: after so long without a byte a client is closed.
+    seconds: after so long without a byte a client is closed; None: nobody has to send one.  networks:
+    (family, address, bits) of each network whose clients are proxies, and have to send a PROXY header first;
+    timeout: in so many seconds, all of it.  required: nobody else may come.
 
     For the Acceptor, which watches `poller` beside its listeners, and looks when that is ready or the time
     that left() tells is over.  Nothing in here waits.  One thread at a time is in here, the one that accepts,
@@ -30,13 +51,26 @@ cdef class FirstBytes:
     first of a list is the first whose time is over.
     """
 
-    def __cinit__(self, double seconds):
+    def __cinit__(self, seconds, timeout=None, networks=(), bint required=False):
+        cdef bytes address
+        cdef int i
         self.poller = PORT_NO_SOCKET
-        self.patience[SILENT] = <int64_t>(seconds * 1e9)
+        self.patience[SILENT] = <int64_t>(seconds * 1e9) if seconds is not None else 0
+        self.patience[HEADER] = <int64_t>(timeout * 1e9) if timeout is not None else 0
+        self.required = required
+        self.networks = len(networks)
+        if self.networks:
+            self.trusted = <network_t *>calloc(self.networks, sizeof(network_t))
+            if self.trusted is NULL:
+                raise MemoryError
+        for i in range(self.networks):
+            self.trusted[i].family, address, self.trusted[i].bits = networks[i]
+            memcpy(self.trusted[i].address, <const char *>address, min(len(address), 16))
 
     def __dealloc__(self):
         self.close()
         free(self.by_fd)
+        free(self.trusted)
 
     cdef int open(self) except -1:
         """Make the poller; where there is none to be had, it goes without."""
@@ -70,24 +104,50 @@ cdef class FirstBytes:
     cdef bint passes(self, client_t *client, bint at_once) noexcept nogil:
         """Whether a client that was just accepted may be handed out now; if not it waits here, or is closed.
 
-        at_once: nobody is to wait any more.
+        at_once: nobody is to wait for a client's own bytes any more.  One with a PROXY header may be taken at
+        once.
         """
         cdef char first
-        cdef Py_ssize_t got = port_peek(client.fd, &first, 1)
-        if got > 0 or at_once:
+        cdef Py_ssize_t got
+        self.at_once = at_once
+        if self.networks and self.trusts(client):
+            self.wait(client, HEADER)
+        elif self.required:
+            turn_away(client, REFUSED_UNTRUSTED)
+        elif self.patience[SILENT] == 0 or at_once:
             return True
-        if got < 0 and port_would_block(port_error()):
-            self.wait(client, SILENT)
         else:
-            turn_away(client, REFUSED_LEFT)
+            got = port_peek(client.fd, &first, 1)
+            if got > 0:
+                return True
+            if got < 0 and port_would_block(port_error()):
+                self.wait(client, SILENT)
+            else:
+                turn_away(client, REFUSED_LEFT)
         client.fd = PORT_NO_SOCKET
+        return False
+
+    cdef bint trusts(self, const client_t *client) noexcept nogil:
+        """Whether a client is a proxy, by the address that it has come from."""
+        cdef int family = client.state.family
+        cdef const unsigned char *address = NULL
+        cdef int i
+        if family == AF_INET and client.length > 0:
+            address = <const unsigned char *>&client.address.in4.sin_addr
+        elif family == AF_INET6 and client.length > 0:
+            address = <const unsigned char *>&client.address.in6.sin6_addr
+            if memcmp(address, b"\0\0\0\0\0\0\0\0\0\0\xff\xff", 12) == 0:  # mapped: RFC 4291, 2.5.5.2
+                family, address = AF_INET, address + 12
+        elif family != AF_UNIX:
+            return False
+        for i in range(self.networks):
+            if self.trusted[i].family == family and (address is NULL or within(address, &self.trusted[i])):
+                return True
         return False
 
     cdef bint take(self, client_t *client) noexcept nogil:
         """Take who has waited longest of those that may be handed out; False if there is none."""
-        cdef waiting_t *waiting
-        self.look()
-        waiting = self.next_ready()
+        cdef waiting_t *waiting = self.next_ready()
         if waiting is NULL:
             return False
         self.remove(waiting, client)
@@ -125,8 +185,12 @@ cdef class FirstBytes:
             return
         waiting.client = client[0]
         waiting.watched = False
+        waiting.header = NULL
+        waiting.length = 0
         client_waits(client.state, 1)
         self.append(waiting, list)
+        if list == HEADER and not self.read_header(waiting):
+            return  # most often it came with the connection
         if not self.watch(waiting):
             self.remove(waiting, client)
             drop(client)
@@ -159,7 +223,20 @@ cdef class FirstBytes:
         if waiting.list != READY:
             client_waits(waiting.client.state, -1)
         client[0] = waiting.client
+        free(waiting.header)
         free(waiting)
+
+    cdef void move(self, waiting_t *waiting, int list) noexcept nogil:
+        """Have it wait in another list, in which its time begins anew."""
+        cdef client_t client
+        self.unlink(waiting)
+        self.append(waiting, list)
+        if list == READY:
+            client_waits(waiting.client.state, -1)
+            self.watch_no_more(waiting)
+        elif not waiting.watched and not self.watch(waiting):
+            self.remove(waiting, &client)
+            drop(&client)
 
     cdef void refuse(self, waiting_t *waiting, int reason) noexcept nogil:
         """Close it, and say why."""
@@ -199,28 +276,33 @@ cdef class FirstBytes:
     cdef int64_t left(self) noexcept nogil:
         """For how many ns nothing is to be done unless the poller is ready; < 0: without end."""
         cdef int64_t at = 0
-        if self.first[SILENT] is not NULL:
-            at = self.first[SILENT].deadline
-            if self.poller == PORT_NO_SOCKET:
-                at = min(at, self.poll_at)
+        cdef int i
+        for i in range(READY):
+            if self.first[i] is not NULL and (at == 0 or self.first[i].deadline < at):
+                at = self.first[i].deadline
+        if at and self.poller == PORT_NO_SOCKET:
+            at = min(at, self.poll_at)
         return max(at - port_now(), 0) if at else -1
 
     cdef void look(self) noexcept nogil:
         """See who has spoken, and whose time is over; of many the first."""
         cdef int64_t now
-        if self.first[SILENT] is NULL:
+        cdef int i
+        if self.first[HEADER] is NULL and self.first[SILENT] is NULL:
             return
         now = port_now()
         if self.poller != PORT_NO_SOCKET:
             self.ask_poller()
         elif now >= self.poll_at:
+            self.poll_list(HEADER)
             self.poll_list(SILENT)
             self.poll_at = port_now() + POLL_EVERY
-        for _ in range(LOOK_MOST):
-            if self.first[SILENT] is NULL or self.first[SILENT].deadline > now:
-                break
-            if self.still_waits(self.first[SILENT]):  # asked: more may have spoken than one look sees
-                self.refuse(self.first[SILENT], REFUSED_SILENT)
+        for i in range(READY):
+            for _ in range(LOOK_MOST):
+                if self.first[i] is NULL or self.first[i].deadline > now:
+                    break
+                if self.still_waits(self.first[i]):  # asked: more may have spoken than one look sees
+                    self.refuse(self.first[i], REFUSED_NO_HEADER if i == HEADER else REFUSED_SILENT)
 
     cdef void ask_poller(self) noexcept nogil:
         cdef port_pollfd ready[LOOK_MOST]
@@ -253,14 +335,79 @@ cdef class FirstBytes:
     cdef bint still_waits(self, waiting_t *waiting) noexcept nogil:
         """See what has come of it, and whether it has to wait on; else it may be handed out, or is closed."""
         cdef char first
-        cdef Py_ssize_t got = port_peek(waiting.client.fd, &first, 1)
+        cdef Py_ssize_t got
+        if waiting.list == HEADER:
+            return self.read_header(waiting)
+        got = port_peek(waiting.client.fd, &first, 1)
         if got > 0:
-            self.watch_no_more(waiting)
-            self.unlink(waiting)
-            client_waits(waiting.client.state, -1)
-            self.append(waiting, READY)
+            self.move(waiting, READY)
         elif got < 0 and port_would_block(port_error()):
             return True
         else:
             self.refuse(waiting, REFUSED_LEFT)
         return False
+
+    # --- a PROXY header -------------------------------------------------------------------------------
+    # It is looked at while it lies in the kernel, and as many bytes are taken out as are its own, so that
+    # whoever has the client next finds the client's.  Of one that is not whole all is taken out and kept, or
+    # the poller would go on saying that there is something.
+
+    cdef bint read_header(self, waiting_t *waiting) noexcept nogil:
+        """See what has come of it, and whether to wait on; else the client is through, or closed."""
+        cdef char data[PROXY_MOST]
+        cdef proxy_header header
+        cdef int answer
+        cdef Py_ssize_t got
+        if waiting.length:
+            memcpy(data, waiting.header, waiting.length)
+        got = port_peek(waiting.client.fd, data + waiting.length, PROXY_MOST - waiting.length)
+        if got < 0 and port_would_block(port_error()):
+            return True
+        if got <= 0:
+            self.refuse(waiting, REFUSED_LEFT)
+            return False
+        answer = proxy_parse(data, waiting.length + <int>got, &header)
+        if answer == PROXY_MORE:
+            return self.keep(waiting, <int>got)
+        if answer == PROXY_DONE:
+            self.end_header(waiting, data, waiting.length + <int>got, &header)
+        else:
+            self.refuse(waiting, REFUSED_HEADER)
+        return False
+
+    cdef bint keep(self, waiting_t *waiting, int more) noexcept nogil:
+        """Take out what has come of a header that is not whole; False when the client is closed for it."""
+        cdef client_t client
+        cdef char *kept = <char *>realloc(waiting.header, waiting.length + more)
+        if kept is not NULL:
+            waiting.header = kept
+            if port_recv(waiting.client.fd, kept + waiting.length, more, 0) == more:
+                waiting.length += more
+                return True
+        self.remove(waiting, &client)
+        drop(&client)
+        return False
+
+    cdef void end_header(
+            self, waiting_t *waiting, char *data, int length, proxy_header *header) noexcept nogil:
+        """It is whole: take out its end, and have the client's own bytes be waited for, or nothing more.
+
+        length: of what has come, of the client's own bytes too.
+        """
+        cdef client_t client
+        cdef int last = header.length - waiting.length
+        cdef proxied_t *proxied = <proxied_t *>malloc(sizeof(proxied_t) + header.length)
+        if proxied is NULL or port_recv(waiting.client.fd, data + waiting.length, last, 0) != last:
+            free(proxied)
+            self.remove(waiting, &client)
+            drop(&client)
+            return
+        proxied.address, proxied.length = waiting.client.address, waiting.client.length
+        proxied.size = header.length
+        memcpy(proxied + 1, data, header.length)
+        memcpy(&waiting.client.address, &proxied, sizeof(proxied))
+        waiting.client.length = PROXIED
+        if self.patience[SILENT] == 0 or self.at_once or length > header.length:
+            self.move(waiting, READY)
+        else:
+            self.move(waiting, SILENT)

@@ -37,7 +37,7 @@ cdef class Loop(Dispatcher):
 
     listeners: (descriptor, State) of each; the caller keeps them open.  handler: called with each Connection;
     None when the caller takes them with next().  options: threads, max_connections, pending, busy, exhausted,
-    on_error, leave, daemon, tick, watchdog and first_bytes, checked.
+    on_error, leave, daemon, tick, watchdog, first_bytes and proxy, checked.
     """
 
     activity = "serve() runs already on"
@@ -77,7 +77,10 @@ cdef class Loop(Dispatcher):
         self.iterating = Worker()
         self.threads.workers.add(self.iterating)
         self.timeout = default_timeout()
-        if options.first_bytes is not None:
+        if options.proxy is not None:
+            first_bytes = FirstBytes(
+                options.first_bytes, options.proxy.timeout, options.proxy.networks, options.proxy.required)
+        elif options.first_bytes is not None:
             first_bytes = FirstBytes(options.first_bytes)
         self.acceptor = Acceptor(listeners, self.timeout >= 0, 0 if options.busy is not None else most,
                                  Shortage(options.exhausted, busy), first_bytes)

@@ -4,7 +4,8 @@ from libc.stdint cimport uint16_t
 
 
 cdef extern from "fastlisten/_core/proxy.h" nogil:
-    int PROXY_MOST
+    enum:
+        PROXY_MOST
     int PROXY_MORE, PROXY_DONE, PROXY_INVALID
     int PROXY_UNKNOWN, PROXY_INET, PROXY_INET6, PROXY_UNIX, PROXY_UNIX_PATH
     ctypedef struct proxy_header:

@@ -11,6 +11,9 @@ cdef enum:                  # in the order of REFUSALS
     REFUSED_SILENT
     REFUSED_LEFT
     REFUSED_MADE_WAY
+    REFUSED_NO_HEADER
+    REFUSED_HEADER
+    REFUSED_UNTRUSTED
     REFUSED_REASONS
 
 cdef struct waker_t:            # all zeros: not open

@@ -194,6 +194,9 @@ REFUSALS = (
     "silent",       # it has sent nothing in time
     "left",         # it went before it had sent what had to come first
     "made way",     # it had sent nothing yet when there was no descriptor for another
+    "no PROXY header",          # none came in time, or not all of it
+    "invalid PROXY header",     # what came is none
+    "untrusted",                # it is no proxy that is trusted, and only those may come
 )
 
 
