@@ -85,12 +85,14 @@ def test_busy_sends_its_text_to_the_client_beyond_pending() -> None:
     ):
         held.sendall(b"x")
         assert held.recv(1) == b"x"  # now the only thread is taken
-        with connect(server.target), connect(server.target) as refused:
+        with connect(server.target) as waiting, connect(server.target) as refused:
+            waiting.sendall(b"y")  # before that it does not count
+            refused.sendall(b"z")
             assert read_all(refused) == "HTTP/1.1 503 Service Unavailable\r\n\r\né".encode()
 
 
 def test_a_handler_that_raises_is_logged_and_counted() -> None:
-    with serve("127.0.0.1:0", "json:loads", "--json") as server:
+    with serve("127.0.0.1:0", "json:loads", "--json", "--first-bytes", "0") as server:
         assert exchange(server.target, b"") == b""
         stats = json.loads(server.line())
         assert (stats["event"], stats["handler_errors"], stats["accepted"]) == ("stats", 1, 1)

@@ -53,17 +53,8 @@ def test_help_names_every_option_of_bind_and_serve(told: Told) -> None:
         *inspect.signature(fastlisten.bind).parameters,
         *inspect.signature(fastlisten.Listener.serve).parameters,
     ]
-    options = set(names) - {
-        "endpoint",
-        "self",
-        "handler",
-        "on_error",
-        "ssl",
-        "first_bytes",
-        "proxy",
-        "watchdog",
-    }
-    assert len(options) == 15
+    options = set(names) - {"endpoint", "self", "handler", "on_error", "ssl", "watchdog"}
+    assert len(options) == 17
     for name in options:
         assert f"--{name.replace('_', '-')} " in text.replace("\n", " ").replace("]", " ")
 
@@ -135,6 +126,10 @@ def test_the_process_passes_line_and_status_on() -> None:
         (["serve", ":0", "--threads", "0,3"], "'0,3' has a minimum below 1"),
         (["serve", ":0", "--threads", "0,0"], "'0,0' has a minimum below 1"),
         (["serve", ":0", "--pending", "3"], "--pending needs --busy"),
+        (["serve", ":0", "--proxy-timeout", "3"], "--proxy-timeout needs --proxy"),
+        (["serve", ":0", "--proxy-optional"], "--proxy-optional needs --proxy"),
+        (["serve", ":0", "--proxy", "10.0.0.1/8"], "--proxy: 10.0.0.1/8 has host bits set"),
+        (["serve", ":0", "--proxy", "::1", "--proxy-timeout", "0"], "--proxy-timeout must be above 0"),
         (["serve", ":0", "own.py:hello"], "a module is named without its .py: own:hello"),
         (["serve", ":0", "a/own.py:hello"], "a module is named without its .py: a.own:hello"),
         (["serve", "127.0.0.1:0", "--dualstack-ipv6"], "127.0.0.1:0: --dualstack-ipv6 "),

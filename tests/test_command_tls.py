@@ -39,6 +39,7 @@ def test_echo_over_tls(pair: Pair) -> None:
 @signals
 def test_nothing_a_client_does_is_told_but_counted(pair: Pair) -> None:
     options = ["--tls-cert", str(pair.cert), "--tls-key", str(pair.key), "--handshake-timeout", "0.2"]
+    options += ["--first-bytes", "0"]  # or who is silent would not get as far as a handshake
     with serve(ANYWHERE, *options, "--json") as server:
         with connect(server.target) as silent:
             assert silent.recv(1) == b""

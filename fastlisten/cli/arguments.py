@@ -9,17 +9,25 @@ from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import fastlisten
-from fastlisten._options import BindOptions, ServeOptions, TLSOptions, WorkerOptions, declared
+from fastlisten._options import (
+    BindOptions,
+    FirstOptions,
+    ServeOptions,
+    TLSOptions,
+    WorkerOptions,
+    declared,
+)
 from fastlisten.cli.errors import MISUSED, CommandError
 
 DEFAULT_ENDPOINT = "127.0.0.1:11000"
 # A client that is slow, or a person who types, must not hold up the next one.
 DEFAULT_THREADS = (1, 64)
 DEFAULT_DRAIN = 5.0
+DEFAULT_FIRST_BYTES = 10.0
 
 # The options of bind(), of serve() and of workers by name. One that has no argument here is never given.
 BIND_OPTIONS = tuple(declared(BindOptions))
-SERVE_OPTIONS = (*declared(ServeOptions), *declared(TLSOptions))
+SERVE_OPTIONS = (*declared(ServeOptions), *declared(TLSOptions), *declared(FirstOptions))
 WORKER_OPTIONS = tuple(declared(WorkerOptions))
 
 
@@ -152,6 +160,7 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_ready_timeout(processes)
     _add_binding(serve)
     _add_serving(serve)
+    _add_first(serve)
     _add_tls(serve)
 
 
@@ -246,6 +255,37 @@ def _add_serving(serve: Parser) -> None:
         "--exhausted",
         choices=("pause", "shed"),
         help="without descriptors or memory: wait, or refuse who waits",
+    )
+
+
+def _add_first(serve: Parser) -> None:
+    value = serve.add_argument_group("what a client has to send first").add_argument
+    value(
+        "--first-bytes",
+        metavar="SECONDS",
+        type=_seconds,
+        default=DEFAULT_FIRST_BYTES,
+        help="close who has sent nothing for so long; until then he costs no thread. 0, for a handler that "
+        "speaks first, asks for nothing (default %(default)g)",
+    )
+    value(
+        "--proxy",
+        metavar="NETWORK",
+        action="append",
+        help="read a PROXY header (HAProxy's) of clients from this address or network, or unix:, and let "
+        "nobody else in; may be given several times",
+    )
+    value(
+        "--proxy-optional",
+        action="store_true",
+        default=None,
+        help="let clients from elsewhere in, without a header",
+    )
+    value(
+        "--proxy-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        help="how long a header may take (default 5)",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import signal
 import socket
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from fastlisten.cli.manager import notifier, ready, stopping
 from fastlisten.cli.report import LogLines, Report
 
 if TYPE_CHECKING:
-    from fastlisten import Notifier
+    from fastlisten import Notifier, Proxy
 
 
 def serve_command(options: argparse.Namespace) -> int:
@@ -35,6 +36,12 @@ def serve_command(options: argparse.Namespace) -> int:
         raise CommandError(f"{error}{endpoint_hint(options.endpoint)}", MISUSED) from error
     handler = load_handler(options.handler)
     serving = given(options, SERVE_OPTIONS)
+    serving["first_bytes"] = options.first_bytes or None
+    if options.proxy is not None:
+        serving["proxy"] = _proxy(endpoint, options)
+    for name in ("proxy_optional", "proxy_timeout"):
+        if options.proxy is None and getattr(options, name) is not None:
+            raise CommandError(f"--{name.replace('_', '-')} needs --proxy", MISUSED)
     if "pending" in serving and "busy" not in serving:
         text = "--pending needs --busy, which says what clients beyond it get"
         raise CommandError(f"cannot serve {endpoint}: {text}", MISUSED)
@@ -68,8 +75,21 @@ def serve_command(options: argparse.Namespace) -> int:
         for name in given(options, BIND_OPTIONS):
             text = f"--{name.replace('_', '-')} is for listening, and {endpoint} is a client's connection"
             raise CommandError(text, MISUSED)
+        if options.proxy is not None:
+            raise CommandError(f"--proxy is for listening, and {endpoint} is a client's connection", MISUSED)
         ready(manager, "serving one client")
         return _serve_client(listener, handler, serving)
+
+
+def _proxy(endpoint: Endpoint, options: argparse.Namespace) -> Proxy:
+    from fastlisten import Proxy  # not at the top: for who asks for it
+
+    timeout = {} if options.proxy_timeout is None else {"timeout": options.proxy_timeout}
+    try:
+        return Proxy(options.proxy, required=not options.proxy_optional, **timeout)
+    except ValueError as error:
+        text = re.sub(r"^trusted\b", "--proxy", re.sub(r"^timeout\b", "--proxy-timeout", str(error)))
+        raise CommandError(f"cannot serve {endpoint}: {text}", MISUSED) from error
 
 
 def _serve_client(
