@@ -223,7 +223,7 @@ class AllOptions(
     """What fastlisten.serve() takes."""
 
 
-class AsyncioOptions(ServeOptions, total=False):
+class AsyncioOptions(ServeOptions, FirstOptions, total=False):
     """And what servers of fastlisten.aio have; the docstring of create_server() says what each means."""
 
     handshake_threads: Annotated[int, Option(0, _whole(0))]

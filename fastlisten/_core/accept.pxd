@@ -36,6 +36,7 @@ cdef verdict_t accept_one(source_t *source, client_t *client) noexcept nogil
 cdef verdict_t accept_batch(source_t *source, client_t *clients, int most, int *taken) noexcept nogil
 cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept nogil
 cdef void turn_away(client_t *client, int reason) noexcept nogil
+cdef void close_header(client_t *client) noexcept nogil
 cdef void drop(client_t *client) noexcept nogil
 cdef void drop_handed(client_t *client) noexcept nogil
 cdef int poll_failed(int code) noexcept nogil

@@ -154,10 +154,16 @@ cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept
     close_client(client)
 
 
+cdef void close_header(client_t *client) noexcept nogil:
+    """Free what a PROXY header has left with a client, if there is such: no Connection gets it."""
+    forget_header(&client.address, client.length)
+    client.length = 0
+
+
 cdef void close_client(client_t *client) noexcept nogil:
     """Close a client that gets no Connection."""
     port_close(client.fd)
-    forget_header(&client.address, client.length)
+    close_header(client)
 
 
 cdef void turn_away(client_t *client, int reason) noexcept nogil:

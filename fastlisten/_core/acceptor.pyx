@@ -196,7 +196,7 @@ cdef class Acceptor:
         self.touching = OUT
         self.forking = 0
         if self.first_bytes is not None:
-            self.first_bytes.after_fork()
+            self.first_bytes.after_fork(True)
 
     cdef void enter(self) noexcept nogil:
         """Somebody accepts from now on; not while a thread forks."""

@@ -46,5 +46,6 @@ cdef Connection new_connection(
     port_socket fd, const port_address *address, int length, state_t *state, double timeout)
 cdef object standard_socket(port_socket fd, int family, int type, int protocol)
 cdef object address_object(const port_address *address, int length)
+cdef tuple header_of(const port_address *address)
 cdef void forget_header(port_address *address, int length) noexcept nogil
 cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1

@@ -135,6 +135,17 @@ cdef void *long_address(const port_address *address, int length) noexcept nogil:
     return place
 
 
+cdef tuple header_of(const port_address *address):
+    """The ProxyHeader of one whose address is PROXIED, and its peer: the client, or else the proxy itself."""
+    from fastlisten._core.proxy import parse  # for who has a proxy
+    cdef proxied_t *proxied
+    memcpy(&proxied, address, sizeof(proxied))
+    header = parse(PyBytes_FromStringAndSize(<const char *>(proxied + 1), proxied.size))
+    if header.source is not None:
+        return header, header.source
+    return header, address_object(&proxied.address, proxied.length)
+
+
 cdef void forget_header(port_address *address, int length) noexcept nogil:
     """Free what a PROXY header has left with an address, if there is such; no Connection gets it."""
     cdef void *place
@@ -343,15 +354,10 @@ cdef class Connection:
         """
         cdef const void *place = self.address.bytes
         cdef int length = self.address_length
-        cdef proxied_t *proxied
         if length > SHORT_ADDRESS:
             place = self.address.heap
         if length == PROXIED:
-            header = self.proxy
-            if header.source is not None:
-                return header.source
-            proxied = <proxied_t *>place
-            place, length = &proxied.address, proxied.length
+            return header_of(<const port_address *>&place)[1]
         return address_object(<const port_address *>place, length)
 
     @property
@@ -360,12 +366,9 @@ cdef class Connection:
 
         With serve(proxy=...).  Each time it is made anew.
         """
-        cdef proxied_t *proxied
         if self.address_length != PROXIED:
             return None
-        from fastlisten._core.proxy import parse  # for who has a proxy
-        proxied = <proxied_t *>self.address.heap
-        return parse(PyBytes_FromStringAndSize(<const char *>(proxied + 1), proxied.size))
+        return header_of(<const port_address *>&self.address.heap)[0]
 
     cdef object ask(self, str method, tuple arguments):
         """Call a method of the standard library's socket on our descriptor: what is not worth a second

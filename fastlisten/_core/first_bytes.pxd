@@ -44,7 +44,7 @@ cdef class FirstBytes:
 
     cdef int open(self) except -1
     cdef void close(self) noexcept nogil
-    cdef void after_fork(self) noexcept
+    cdef void after_fork(self, bint polls) noexcept
     cdef bint passes(self, client_t *client, bint at_once) noexcept nogil
     cdef bint take(self, client_t *client) noexcept nogil
     cdef bint give_way(self) noexcept nogil

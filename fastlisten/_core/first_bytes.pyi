@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Self, final
+from typing import Any, Self, final
 
 @final
 class FirstBytes:
@@ -10,3 +10,5 @@ class FirstBytes:
         networks: Sequence[tuple[int, bytes, int]] = (),
         required: bool = False,
     ) -> Self: ...
+
+def first_bytes_of(options: Any) -> FirstBytes | None: ...

@@ -92,12 +92,17 @@ cdef class FirstBytes:
             port_close(self.poller)
             self.poller = PORT_NO_SOCKET
 
-    cdef void after_fork(self) noexcept:
-        """In a child: who waits here is the parent's client, and so is what the poller watches."""
+    cdef void after_fork(self, bint polls) noexcept:
+        """In a child: who waits here is the parent's client, and so is what the poller watches.
+
+        polls: have another poller; else go without.
+        """
         self.close_poller()
-        memset(self.by_fd, 0, self.room * sizeof(waiting_t *))
+        if self.room:
+            memset(self.by_fd, 0, self.room * sizeof(waiting_t *))
         self.close()
-        self.poller = port_poller()
+        if polls:
+            self.poller = port_poller()
 
     # --- coming and going -----------------------------------------------------------------------------
 
@@ -280,9 +285,11 @@ cdef class FirstBytes:
         for i in range(READY):
             if self.first[i] is not NULL and (at == 0 or self.first[i].deadline < at):
                 at = self.first[i].deadline
-        if at and self.poller == PORT_NO_SOCKET:
+        if at == 0:
+            return -1  # nobody waits
+        if self.poller == PORT_NO_SOCKET:
             at = min(at, self.poll_at)
-        return max(at - port_now(), 0) if at else -1
+        return max(at - port_now(), 0)
 
     cdef void look(self) noexcept nogil:
         """See who has spoken, and whose time is over; of many the first."""
@@ -411,3 +418,11 @@ cdef class FirstBytes:
             self.move(waiting, READY)
         else:
             self.move(waiting, SILENT)
+
+
+def first_bytes_of(options):
+    """What serves the checked options first_bytes and proxy; None when neither is asked for."""
+    if options.proxy is not None:
+        return FirstBytes(
+            options.first_bytes, options.proxy.timeout, options.proxy.networks, options.proxy.required)
+    return None if options.first_bytes is None else FirstBytes(options.first_bytes)

@@ -4,6 +4,8 @@ import threading
 from _signal import set_wakeup_fd  # signal.py makes enums of all signals, which takes long
 from _thread import allocate_lock, start_new_thread
 
+from fastlisten._core.first_bytes import first_bytes_of
+
 cimport cython
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int64_t
@@ -11,7 +13,6 @@ from libc.stdint cimport int64_t
 from fastlisten._core.accept cimport Shortage, client_t, default_timeout, drop_handed
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
 from fastlisten._core.connection cimport Connection, new_connection
-from fastlisten._core.first_bytes cimport FirstBytes
 from fastlisten._core.overload cimport Overload
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport (
@@ -62,7 +63,6 @@ cdef class Loop(Dispatcher):
 
     def __cinit__(self, listeners, handler, options):
         cdef int64_t most = options.max_connections or 0
-        cdef FirstBytes first_bytes = None
         busy = options.busy or b""
         self.handler = handler
         self.on_error = options.on_error
@@ -77,13 +77,8 @@ cdef class Loop(Dispatcher):
         self.iterating = Worker()
         self.threads.workers.add(self.iterating)
         self.timeout = default_timeout()
-        if options.proxy is not None:
-            first_bytes = FirstBytes(
-                options.first_bytes, options.proxy.timeout, options.proxy.networks, options.proxy.required)
-        elif options.first_bytes is not None:
-            first_bytes = FirstBytes(options.first_bytes)
         self.acceptor = Acceptor(listeners, self.timeout >= 0, 0 if options.busy is not None else most,
-                                 Shortage(options.exhausted, busy), first_bytes)
+                                 Shortage(options.exhausted, busy), first_bytes_of(options))
         if options.busy is not None:
             self.overload = Overload(
                 self.acceptor, options.pending or 0, max(self.threads.most, 1), most, busy)

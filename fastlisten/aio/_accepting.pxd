@@ -2,6 +2,7 @@ cimport cython
 from libc.stdint cimport int64_t
 
 from fastlisten._core.accept cimport Shortage, client_t, source_t, verdict_t
+from fastlisten._core.first_bytes cimport FirstBytes
 from fastlisten._core.overload cimport Overload
 from fastlisten._core.state cimport State
 from fastlisten.aio._hub cimport Watched
@@ -16,12 +17,26 @@ cdef class ListenerWatch(Watched):
     cdef source_t source
     cdef bint failed
     cdef int to_drain           # how many of those who were queued a drain still takes
+    cdef int taken              # from the kernel, the last time
     cdef bint looks             # a drain's next look is scheduled
 
     cdef list take(self, int most)
     cdef int answer(self, verdict_t answer, int taken) except -1
     cdef int drain(self) except -1
     cdef int look_again(self) except -1
+
+
+@cython.final
+cdef class FirstBytesWatch(Watched):
+    cdef Accepting accepting
+    cdef FirstBytes first_bytes
+    cdef object timer           # the handle of the next look, for whose time is over; None: nobody waits
+
+    cdef int begin(self) except -1
+    cdef int sift(self, client_t *clients, int count, int most) except -1
+    cdef int look(self) except -1
+    cdef int set_timer(self) except -1
+    cdef int close(self) except -1
 
 
 @cython.final
@@ -41,6 +56,7 @@ cdef class Accepting(Owner):
     cdef Connections connections
     cdef int64_t most           # connections that may be open; 0 for any number
     cdef list listeners
+    cdef FirstBytesWatch first  # where clients wait that have to speak first; None: nowhere, or in `queue`
     cdef QueueWatch queue
     cdef bint serving, paused, stopped
     cdef readonly Shortage shortage

@@ -19,11 +19,13 @@ from fastlisten._core.accept cimport (
     Shortage,
     accept_batch,
     client_t,
+    close_header,
     drop_handed,
     verdict,
     verdict_t,
 )
 from fastlisten._core.acceptor cimport FAILED
+from fastlisten._core.first_bytes cimport FirstBytes
 from fastlisten._core.overload cimport Overload
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport State, client_handed, waker_drain, waker_mend
@@ -36,9 +38,13 @@ cdef enum:
     ACCEPTS = 32
 
 
-cdef list begin_with(Connections connections, client_t *clients, int count):
-    """A Transport for each of these clients, which were handed out."""
+cdef list begin_with(Connections connections, client_t *clients, int count, bint headers):
+    """A Transport for each of these clients, which were handed out.
+
+    headers: some may have come by a proxy, with a PROXY header.
+    """
     cdef list arrived = []
+    cdef int begun
     cdef int i = 0
     try:
         while i < count:
@@ -46,9 +52,13 @@ cdef list begin_with(Connections connections, client_t *clients, int count):
                                          &clients[i].address, clients[i].length))
             i += 1
     finally:
+        begun = i
         while i < count:  # no memory
             drop_handed(&clients[i])
             i += 1
+        if headers:
+            for i in range(begun):
+                close_header(&clients[i])
     return arrived
 
 
@@ -83,12 +93,15 @@ cdef class ListenerWatch(Watched):
         # Another process that has this description may have made it blocking: the loop would sleep here.
         port_set_nonblocking(self.fd, 1)
         answer = accept_batch(&self.source, clients, most, &taken)
+        self.taken = taken
+        if self.accepting.first is not None:
+            taken = self.accepting.first.sift(clients, taken, most)
         for i in range(taken):
             client_handed(clients[i].state)
-        arrived = begin_with(self.accepting.connections, clients, taken)
+        arrived = begin_with(self.accepting.connections, clients, taken, self.accepting.first is not None)
         if self.accepting.full():
             self.accepting.arrange()
-        self.answer(answer, taken)
+        self.answer(answer, self.taken)
         return arrived
 
     cdef int answer(self, verdict_t answer, int taken) except -1:
@@ -127,8 +140,8 @@ cdef class ListenerWatch(Watched):
         if self.to_drain and self.accepting.accepts():
             most = self.accepting.places(min(self.to_drain, <int>ACCEPTS))
             arrived = self.take(most)
-            self.to_drain -= <int>len(arrived)
-            if self.failed or len(arrived) < most and verdict(self.source.code) == AGAIN:
+            self.to_drain -= self.taken
+            if self.failed or self.taken < most and verdict(self.source.code) == AGAIN:
                 self.to_drain = 0
             if self.to_drain and self.accepting.accepts():
                 self.look_again()
@@ -141,6 +154,94 @@ cdef class ListenerWatch(Watched):
         """Take all who are queued for it: it is somebody else's, whom the server helps."""
         self.to_drain = INT_MAX
         self.look_again()
+
+
+@cython.final
+cdef class FirstBytesWatch(Watched):
+    """Where clients of the server wait that have to speak first: its poller says that one has.
+
+    For whose time is over, and where there is no poller, a timer asks.
+    """
+
+    def __cinit__(self, Accepting accepting not None, FirstBytes first_bytes not None):
+        self.accepting = accepting
+        self.hub = accepting.connections.hub
+        self.first_bytes = first_bytes
+
+    cdef int begin(self) except -1:
+        """Be ready for clients.  Raises OSError when they cannot be watched."""
+        self.first_bytes.open()
+        self.fd = self.first_bytes.poller
+        return 0 if self.fd == PORT_NO_SOCKET else self.watch(POLLIN)
+
+    cdef int sift(self, client_t *clients, int count, int most) except -1:
+        """Of so many clients that were just accepted leave those who may begin; returns how many they are.
+
+        Others may be among them who have spoken meanwhile: at most `most` in all.
+        """
+        cdef int i
+        cdef int kept = 0
+        for i in range(count):
+            if self.first_bytes.passes(&clients[i], self.accepting.drained is not None):
+                if kept != i:
+                    clients[kept] = clients[i]
+                kept += 1
+        while kept < most and self.first_bytes.take(&clients[kept]):
+            kept += 1
+        self.set_timer()
+        return kept
+
+    cdef int ready(self, short events) except -1:
+        return self.look() if self.accepting.serving else 0
+
+    cdef int look(self) except -1:
+        """Close whose time is over, and begin with who has spoken, as far as there are places."""
+        cdef client_t clients[ACCEPTS]
+        cdef int taken = 0
+        cdef int most = self.accepting.places(ACCEPTS)
+        cdef list arrived
+        self.first_bytes.look()
+        while taken < most and self.first_bytes.take(&clients[taken]):
+            client_handed(clients[taken].state)
+            taken += 1
+        arrived = begin_with(self.accepting.connections, clients, taken, True)
+        if self.accepting.full():
+            self.accepting.arrange()
+        elif taken == ACCEPTS:
+            self.look_soon()
+        self.set_timer()
+        self.hub.give_turns(arrived)
+        return 0
+
+    def look_soon(self):
+        """Have it look on the loop's next turn, if somebody may begin."""
+        if self.first_bytes.next_ready() is not NULL:
+            self.hub.loop.call_soon(self._readable)
+
+    cdef int set_timer(self) except -1:
+        """Have the next look be in time."""
+        cdef int64_t left = self.first_bytes.left()
+        if left < 0:
+            return 0
+        when = self.hub.loop.time() + left / 1e9
+        if self.timer is not None:
+            if self.timer.when() <= when:
+                return 0
+            self.timer.cancel()
+        self.timer = self.hub.loop.call_at(when, self._due)
+        return 0
+
+    def _due(self):
+        self.timer = None
+        self.hub.dispatch(self, POLLIN)
+
+    cdef int close(self) except -1:
+        """Drop who waits; needs no event loop."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        self.first_bytes.close()
+        return 0
 
 
 @cython.final
@@ -167,7 +268,8 @@ cdef class QueueWatch(Watched):
             taken += 1
         if taken == ACCEPTS:
             self.hub.loop.call_soon(self._readable)  # more may wait than one wake takes
-        arrived = begin_with(self.accepting.connections, clients, taken)
+        arrived = begin_with(self.accepting.connections, clients, taken,
+                             self.overload.acceptor.first_bytes is not None)
         self.look_up()
         if self.accepting.drained is not None:
             self.accepting.look_for_drained()
@@ -217,6 +319,11 @@ cdef class Accepting(Owner):
         self.listeners.append(ListenerWatch(self, sock, state))
         if self.most:
             port_make_room(sock.fileno(), self.most)
+
+    def add_first_bytes(self, FirstBytes first_bytes not None):
+        """Where clients of the listeners wait that have to speak first."""
+        self.first = FirstBytesWatch(self, first_bytes)
+        self.first.begin()
 
     def add_queue(self, Overload overload not None):
         """A queue to take clients from: its thread begins to accept; stop() ends it.
@@ -272,12 +379,16 @@ cdef class Accepting(Owner):
         self.listeners.clear()
         if self.queue is not None:
             self.queue.watch(0)
+        if self.first is not None:
+            self.first.watch(0)
         self.abandon()
 
     def abandon(self):
         """End what needs no event loop, which may be gone: the thread that refuses, and descriptors."""
         self.drained = None
         self.end_queue()
+        if self.first is not None:
+            self.first.close()
         self.shortage.close()
         self.stopped = True
         self.rest()
@@ -313,6 +424,8 @@ cdef class Accepting(Owner):
             return self.look_again()
         for listener in self.listeners:
             listener.watch(POLLIN if accepts and not listener.failed else 0)
+        if accepts and self.first is not None:
+            self.first.look_soon()
         return 0
 
     cdef bint accepts(self) except -1:
@@ -467,6 +580,8 @@ cdef class Accepting(Owner):
             queue.overload.stand_still(still)
 
     def after_fork(self):
-        """In a forked child: who waits in the queue is the parent's."""
+        """In a forked child: who waits in the queue, or has to speak first, is the parent's."""
         if self.queue is not None:
             self.queue.overload.after_fork()
+        if self.first is not None:
+            self.first.first_bytes.after_fork(False)  # the event loop could not be told of another poller

@@ -10,7 +10,7 @@ import socket
 import ssl as _ssl
 import sys
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from fastlisten._bind import bind
 from fastlisten._core.accept import REUSE_ADDRESS
@@ -19,6 +19,9 @@ from fastlisten._unix_path import OwnPath, permissions, refuse_taken
 from fastlisten.aio._server import Factory, Server, checked_limits
 from fastlisten.aio._tls import TlsSettings, TlsTransport
 from fastlisten.aio._transport import Transport
+
+if TYPE_CHECKING:
+    from fastlisten._proxy import Proxy
 
 # asyncio's own functions, from before anybody puts ours in their place.
 _bind_tcp = asyncio.BaseEventLoop.create_server
@@ -234,8 +237,12 @@ def check_defaults(options: dict[str, Any]) -> None:
     """
     limits = {name: options[name] for name in declared(AsyncioOptions).keys() & options.keys()}
     checked_limits(**({"exhausted": "pause", "handshake_threads": 0} | limits))
-    own = {name: options[name] for name in declared(BindOptions).keys() & options.keys()}
-    socket_options(checked(BindOptions, "create_server", **own))
+    _socket_options(**{name: options[name] for name in declared(BindOptions).keys() & options.keys()})
+
+
+def _socket_options(**options: Any) -> list[tuple[str, int, int, int]]:
+    """Those of bind() that are for setsockopt(), checked."""
+    return socket_options(checked(BindOptions, "create_server", **options))
 
 
 def _tls(
@@ -298,6 +305,8 @@ async def create_server(
     busy: str | bytes | None = None,
     exhausted: Literal["pause", "shed"] = "pause",
     handshake_threads: int = 0,
+    first_bytes: float | None = None,
+    proxy: Proxy | None = None,
 ) -> Server:
     """loop.create_server() of the running loop, with its arguments; returns a Server, the caller's to close.
 
@@ -305,34 +314,30 @@ async def create_server(
     connections, which asyncio always sets.  max_connections, pending, busy, exhausted: as Listener.serve();
     `busy` is answered while the event loop is blocked, too, and `pending` clients may then wait.
     handshake_threads: in how many threads TLS's handshakes run, without the GIL; 0: on the event loop.
+    first_bytes, proxy: as Listener.serve(): until then there is no protocol for a client.  A transport's
+    get_extra_info() says under "peername" who the client is, and has the ProxyHeader under "proxy".
 
     Raises what asyncio's own raises for the same mistakes, ValueError for options this system lacks.
     """
     limits = checked_limits(
-        handshake_threads, max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted
+        handshake_threads,
+        max_connections=max_connections,
+        pending=pending,
+        busy=busy,
+        exhausted=exhausted,
+        first_bytes=first_bytes,
+        proxy=proxy,
     )
-    options = socket_options(
-        checked(
-            BindOptions,
-            "create_server",
-            defer_accept=defer_accept,
-            fast_open=fast_open,
-            no_delay=no_delay,
-            keep_alive=keep_alive,
-        )
+    options = _socket_options(
+        defer_accept=defer_accept, fast_open=fast_open, no_delay=no_delay, keep_alive=keep_alive
     )
     tls = _tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     asked: dict[str, Any] = {"family": family, "flags": flags, "sock": sock, "backlog": backlog}
     asked |= _given(reuse_address=reuse_address, reuse_port=reuse_port)
     loop = asyncio.get_running_loop()
     if isinstance(loop, _Proactor):
-        _refuse(
-            limits,
-            dualstack_ipv6=dualstack_ipv6,
-            exclusive=exclusive,
-            defer_accept=defer_accept is not None,
-            fast_open=fast_open is not None,
-        )
+        special = dict.fromkeys(_given(defer_accept=defer_accept, fast_open=fast_open), True)
+        _refuse(limits, dualstack_ipv6=dualstack_ipv6, exclusive=exclusive, **special)
         own = await _bind_tcp(loop, protocol_factory, host, port, start_serving=start_serving, **asked, **tls)
         return cast(Server, own)
     if dualstack_ipv6 or exclusive:
@@ -361,15 +366,23 @@ async def create_unix_server(
     busy: str | bytes | None = None,
     exhausted: Literal["pause", "shed"] = "pause",
     handshake_threads: int = 0,
+    first_bytes: float | None = None,
+    proxy: Proxy | None = None,
 ) -> Server:
     """loop.create_unix_server() of the running loop, with its arguments; returns a Server.
 
     cleanup_socket: unlink the path on close, if it is still the socket that was made; asyncio's default,
     which is True since Python 3.13.  mode: permission bits of the path, as fastlisten.bind().
-    max_connections, pending, busy, exhausted, handshake_threads: as create_server().
+    max_connections, pending, busy, exhausted, handshake_threads, first_bytes, proxy: as create_server().
     """
     limits = checked_limits(
-        handshake_threads, max_connections=max_connections, pending=pending, busy=busy, exhausted=exhausted
+        handshake_threads,
+        max_connections=max_connections,
+        pending=pending,
+        busy=busy,
+        exhausted=exhausted,
+        first_bytes=first_bytes,
+        proxy=proxy,
     )
     tls = _tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     more = {"cleanup_socket": False} if _UNLINKS else {}  # what it unlinks, the Server does

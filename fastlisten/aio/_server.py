@@ -17,6 +17,7 @@ from typing import Any
 
 from fastlisten._core.accept import Shortage
 from fastlisten._core.acceptor import Acceptor
+from fastlisten._core.first_bytes import first_bytes_of
 from fastlisten._core.overload import HANDLERS_AT_MOST, Overload
 from fastlisten._core.standard import refuse_green
 from fastlisten._core.state import State, Taker, queue
@@ -110,6 +111,8 @@ class Server(asyncio.AbstractServer):
             for sock in self._sockets:
                 sock.listen(self._backlog)
             if self._limits.busy is None:
+                if (first_bytes := first_bytes_of(self._limits)) is not None:
+                    self._accepting.add_first_bytes(first_bytes)
                 for sock, state in zip(self._sockets, self._states, strict=True):
                     self._accepting.add_listener(sock, state)
             else:
@@ -127,7 +130,8 @@ class Server(asyncio.AbstractServer):
         # An event loop has as many handlers as there may be connections; who is not with it yet waits.
         handlers = HANDLERS_AT_MOST if most else 0 if pending else 1
         listeners = [(sock.fileno(), state) for sock, state in zip(sockets, self._states, strict=True)]
-        acceptor = Acceptor(listeners, True, 0, Shortage(limits.exhausted, limits.busy))
+        shortage = Shortage(limits.exhausted, limits.busy)
+        acceptor = Acceptor(listeners, True, 0, shortage, first_bytes_of(limits))
         return Overload(acceptor, pending, handlers, most, limits.busy)
 
     def _give_back(self) -> None:
@@ -382,7 +386,7 @@ class ServerTaker(Taker):
 
 
 def checked_limits(handshake_threads: Any, *, exhausted: Any, **limits: Any) -> Checked:
-    """What a server may take on: max_connections, pending, busy, exhausted and handshake_threads, checked.
+    """What a server may take on: max_connections, pending, busy, exhausted and so on, checked.
 
     Raises RuntimeError where sockets are green: nothing would let a greenlet run.
     """

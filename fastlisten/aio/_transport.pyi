@@ -7,6 +7,7 @@ from typing import Any, final
 
 from typing_extensions import disjoint_base
 
+from fastlisten._core.proxy_header import ProxyHeader
 from fastlisten._core.state import State
 from fastlisten.aio._hub import Hub
 
@@ -26,6 +27,10 @@ class Owner: ...
 
 @disjoint_base
 class Receiver: ...
+
+@final
+class Proxied:
+    def __new__(cls, header_and_peer: tuple[ProxyHeader, Any]) -> Proxied: ...
 
 @final
 class Connections:

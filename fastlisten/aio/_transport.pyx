@@ -26,10 +26,7 @@ from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from fastlisten._core.connection cimport (
-    SHORT_ADDRESS,
-    address_object,
-)
+from fastlisten._core.connection cimport PROXIED, SHORT_ADDRESS, address_object, header_of
 from fastlisten._core.port cimport *
 from fastlisten._core.standard import StandardSocket
 from fastlisten._core.state cimport (
@@ -253,6 +250,16 @@ cdef tuple write_limits(high, low, Py_ssize_t default):
 
 # --- A connection -------------------------------------------------------------------------------------------
 
+@cython.final
+cdef class Proxied:
+    """The peer of a client who came by a proxy: what the proxy's header says of it."""
+
+    cdef object peer, header
+
+    def __cinit__(self, header_and_peer):
+        self.header, self.peer = header_and_peer
+
+
 cdef Transport new_transport(
         Connections connections, state_t *state, port_socket fd, const port_address *address, int length):
     """A Transport that owns `fd` and a hold on the state; on failure the descriptor stays the caller's."""
@@ -262,7 +269,7 @@ cdef Transport new_transport(
     transport.polled = connections.hub.poller != PORT_NO_SOCKET
     transport.due = BEGIN
     if length > SHORT_ADDRESS:
-        transport.peer = address_object(address, length)
+        transport.peer = Proxied(header_of(address)) if length == PROXIED else address_object(address, length)
     else:
         memcpy(transport.address.bytes, address, length)
         transport.address.length = length
@@ -1064,7 +1071,8 @@ cdef class Transport(Watched):
         return self.protocol
 
     def get_extra_info(self, name, default=None):
-        """'peername', 'sockname' and 'socket', as asyncio's own; `default` for anything else."""
+        """'peername', 'sockname' and 'socket', as asyncio's own, and 'proxy', a ProxyHeader, with proxy=;
+        `default` for anything else."""
         if name == "peername":
             return self.peer_address()
         if name == "socket":
@@ -1072,13 +1080,15 @@ cdef class Transport(Watched):
             return default if sock is None else TransportSocket(sock, self)
         if name == "sockname":
             return self.own_address()
+        if name == "proxy" and isinstance(self.peer, Proxied):
+            return (<Proxied>self.peer).header
         return default
 
     cdef object peer_address(self):
         if self.address.length:
             self.peer = address_object(<const port_address *>self.address.bytes, self.address.length)
             self.address.length = 0
-        return self.peer
+        return (<Proxied>self.peer).peer if isinstance(self.peer, Proxied) else self.peer
 
     cdef object own_address(self):
         """The address that the client has connected to; None when it cannot be told any more."""
