@@ -12,6 +12,10 @@ Every name of the original is here and means the same.  What differs:
   and a threading one does it in the handler's thread.  In the original a client that says nothing keeps all
   others, and shutdown(), waiting.  Who does not get through is counted in `tls_failures`; as in the original
   nothing more is said of it.  With do_handshake_on_connect=False the handshake is the handler's own affair.
+- The class attributes `first_bytes_timeout` and `proxy_protocol` are serve()'s options first_bytes and proxy:
+  a client that says nothing costs no thread, and `client_address` is the one that a trusted proxy's header
+  names.  They are for serve_forever() with fastlisten's loop.  Elsewhere the first has no effect; with the
+  second, which must not be passed over, serve_forever() and handle_request() raise ValueError.
 
 A hook that a subclass overrides is called where the original calls it.  What of the loop cannot work with it
 is then the original's: all of it for get_request() and service_actions(), the threads for verify_request()
@@ -21,6 +25,7 @@ and process_request().  Datagram and forking servers are the original's througho
 from __future__ import annotations
 
 import _thread
+import functools
 import os
 import socket as _socket
 import socketserver as _original
@@ -44,6 +49,8 @@ from fastlisten._tls import HANDSHAKE_TIMEOUT, failure_reason, handshake, log_fa
 
 if TYPE_CHECKING:
     from ssl import SSLSocket
+
+    from fastlisten._proxy import Proxy
 
 # As many threads as clients, as in the original.
 UNLIMITED = 2**31 - 1
@@ -104,6 +111,12 @@ class AcceptMixIn:
     # How long a TLS handshake may take, in seconds, where `socket` is a listening ssl.SSLSocket.
     handshake_timeout: float = HANDSHAKE_TIMEOUT
 
+    # For how long a client may send nothing, in seconds; None: for as long as its handler lets it.
+    first_bytes_timeout: float | None = None
+
+    # Whose PROXY headers are read.
+    proxy_protocol: Proxy | None = None
+
     # What the original's classes, later in the order of the bases, have.
     socket: _socket.socket
     block_on_close: bool
@@ -128,7 +141,8 @@ class AcceptMixIn:
         """Serve until shutdown().
 
         poll_interval: how often, in seconds, service_actions() is called, if a subclass has one.
-        Raises what a hook or the listening socket raised, and KeyboardInterrupt.
+        Raises what a hook or the listening socket raised, and KeyboardInterrupt; ValueError when the class
+        has a proxy_protocol and what else it asks for is not for fastlisten's loop.
         """
         began_open = self.socket.fileno() >= 0
         thread = threading.current_thread()
@@ -143,6 +157,7 @@ class AcceptMixIn:
                 self._BaseServer__shutdown_request = False
                 self._BaseServer__is_shut_down.set()
             elif not served:
+                self._refuse_proxy()
                 with _states:
                     self._begin()
                 super().serve_forever(poll_interval)  # type: ignore[misc]
@@ -209,14 +224,17 @@ class AcceptMixIn:
 
     def _hooks(self, listener: Listener) -> tuple[RequestHooks, Checked]:
         """What to do with a client, and the options of the loop that does it."""
+        options = functools.partial(
+            serve_options, first_bytes=self.first_bytes_timeout, proxy=self.proxy_protocol
+        )
         plain = not _is_tls(self.socket)  # what RequestHooks does in fewer steps is not for an SSLSocket
         if not _untouched(self, _THREAD_HOOKS):
             plain = plain and _untouched(self, _REQUEST_HOOKS | _INLINE_REQUEST_HOOKS)
             hooks = RequestHooks(self, listener, plain)
-            return hooks, serve_options(hooks.in_line)
+            return hooks, options(hooks.in_line)
         plain = plain and _untouched(self, _REQUEST_HOOKS | _THREAD_REQUEST_HOOKS)
         hooks = RequestHooks(self, listener, plain)
-        return hooks, serve_options(
+        return hooks, options(
             hooks.in_thread, threads=(1, UNLIMITED), leave=True, daemon=self.daemon_threads, tick=TICK
         )
 
@@ -253,8 +271,13 @@ class AcceptMixIn:
             for loop in loops:
                 loop.join()
 
+    def _refuse_proxy(self) -> None:
+        if self.proxy_protocol is not None:
+            raise ValueError("proxy_protocol needs fastlisten's loop, and the original's would accept here")
+
     def handle_request(self) -> None:
         """Handle one request, waiting for it as long as `timeout` says."""
+        self._refuse_proxy()
         self._steps = True
         super().handle_request()  # type: ignore[misc]
 
