@@ -113,6 +113,9 @@ OPTIONS = {
     "busy text": {"busy": b"busy", "pending": 0},
     "busy threads": {"busy": "reset", "pending": 1, "threads": 2},
     "busy limit": {"busy": b"busy", "pending": 1, "threads": 3, "max_connections": 1},
+    "first bytes": {"first_bytes": 10},
+    "first bytes threads": {"first_bytes": 10, "threads": 3},
+    "first bytes busy": {"first_bytes": 10, "busy": "reset", "pending": 1, "threads": 2},
 }
 
 def iterate(listener):
@@ -226,7 +229,11 @@ print(complaints)
 """
 
 PROGRAMS = dict.fromkeys(
-    ["inline", "threads", "growing threads", "iteration", "busy", "busy text", "busy threads", "busy limit"],
+    [
+        *["inline", "threads", "growing threads", "iteration"],
+        *["busy", "busy text", "busy threads", "busy limit"],
+        *["first bytes", "first bytes threads", "first bytes busy"],
+    ],
     SERVES,
 ) | dict.fromkeys(["asyncio", "asyncio text"], AWAITS)
 
