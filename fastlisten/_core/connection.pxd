@@ -31,7 +31,6 @@ cdef class Connection:
     cdef int64_t was_cut                # by another thread
 
     cdef void count_out(self) noexcept
-    cdef void after_fork(self) noexcept
     cdef int finish(self) noexcept
     cdef void end(self) noexcept
     cdef bint cut(self) noexcept

@@ -14,7 +14,7 @@ from libc.string cimport memcpy
 from fastlisten._core.standard import StandardSocket
 
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport client_out, state_hold, state_t, tls_failed
+from fastlisten._core.state cimport client_closing, client_out, state_hold, state_t, tls_failed
 
 
 # A recv() of at most this many bytes goes through the stack, so that its result is allocated once, at its
@@ -220,11 +220,6 @@ cdef class Connection:
         self.state = NULL
         client_out(state)
 
-    cdef void after_fork(self) noexcept:
-        """In a child: count it out if a thread that is not here was closing it."""
-        if self.fd == PORT_NO_SOCKET and self.state is not NULL:
-            self.count_out()
-
     cdef int finish(self) noexcept:
         """Close the descriptor if it is still ours; returns the code of a close that failed, or 0."""
         cdef port_socket fd
@@ -234,9 +229,11 @@ cdef class Connection:
             self.fd = PORT_NO_SOCKET
         if fd == PORT_NO_SOCKET:
             return 0
+        client_closing(self.state, 1)
         with nogil:
             if port_close(fd) != 0:
                 code = port_error()
+        client_closing(self.state, -1)
         self.count_out()
         return code
 

@@ -67,11 +67,14 @@ cdef struct state_t:
 
     int64_t waiting             # accepted, and have to send something before a handler gets them
 
+    int64_t closing             # handed out, and a thread is in close() for it
+
 
 cdef void state_hold(state_t *state) noexcept nogil
 cdef void state_release(state_t *state) noexcept nogil
 cdef void client_in(state_t *state) noexcept nogil
 cdef void client_handed(state_t *state) noexcept nogil
+cdef void client_closing(state_t *state, int more) noexcept nogil
 cdef void client_out(state_t *state) noexcept nogil
 cdef void client_given(state_t *state) noexcept nogil
 cdef void client_refused(state_t *state) noexcept nogil

@@ -127,6 +127,11 @@ cdef void client_handed(state_t *state) noexcept nogil:
     port_add(&state.handed, 1)
 
 
+cdef void client_closing(state_t *state, int more) noexcept nogil:
+    """A thread goes into close() for a client that it counts out after it, or has come back."""
+    port_add(&state.closing, more)
+
+
 cdef void client_out(state_t *state) noexcept nogil:
     """Its connection was closed or taken over: tell who waits for that, and give its hold back."""
     port_add(&state.handled, 1)
@@ -444,6 +449,9 @@ cdef class State:
             port_raise(port_error())  # or what ends here would be counted there
         self.at.made_nonblocking = 0  # the parent did, and may need it
         waker_renew(&self.at.waker)
+        while self.at.closing:  # by threads that are not here
+            client_closing(self.at, -1)
+            client_out(self.at)
         if taker is not None and not taker.after_fork():
             self.give_back(taker)
 

@@ -80,8 +80,6 @@ cdef class Worker:
 
     cdef void after_fork(self) noexcept:
         """In a child: the parent has the client, too, and its handler is there."""
-        if self.connection is not None:
-            self.connection.after_fork()
         self.takes(None)  # a cut of ours would end the connection for the parent
         if self.client.fd != PORT_NO_SOCKET:
             drop_handed(&self.client)
