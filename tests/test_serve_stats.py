@@ -8,7 +8,7 @@ import pytest
 
 from fastlisten import Connection, Listener, bind
 from helpers import LOOPBACK, connect, echo, exchange, needs, reset, serving, wait_until
-from helpers.programs import run
+from helpers.programs import run, sanitizers
 from helpers.serve import Queued, answer
 
 
@@ -92,8 +92,8 @@ def test_20000_connections_leave_nothing_behind(threads: Any, listener: Listener
         descriptors, memory = len(os.listdir("/proc/self/fd")), resident()
         clients(20_000)
         assert len(os.listdir("/proc/self/fd")) == descriptors
-        # 64 bytes leaked with each connection would be more than this
-        assert resident() - memory < 1 << 20
+        # 64 bytes leaked with each connection would be more than this; AddressSanitizer's pools grow, too
+        assert resident() - memory < (2 << 20 if sanitizers() else 1 << 20)
     assert listener.stats().handled == 22_000
 
 

@@ -12,7 +12,7 @@ import fastlisten
 from helpers import needs, own_loopback, posix_only, wait_until
 from helpers.command import COMMAND
 from helpers.managers import Manager, manager
-from helpers.programs import plain_environment, run
+from helpers.programs import plain_environment, run, sanitizers
 from helpers.workers import SOME, WAITS, children_of, gone, parent, suspend
 from test_workers_handover import handed_over
 
@@ -213,9 +213,10 @@ def test_the_sockets_of_systemd_are_shared_and_stay(
         address = probe.getsockname()
     listen = "{}:{}".format(*address) if inet else path
     given = environment(told, tmp_path)
-    passed_on = [f"--setenv={variable}={given[variable]}" for variable in ("PYTHONPATH", "NOTIFY_SOCKET")]
+    passed_on = {name: given[name] for name in ("PYTHONPATH", "NOTIFY_SOCKET", *sanitizers())}
+    set_there = [f"--setenv={name}={value}" for name, value in passed_on.items()]
     names = ["--fdname=web"] if name else []
-    activate = ["systemd-socket-activate", f"--listen={listen}", *names, *passed_on]
+    activate = ["systemd-socket-activate", f"--listen={listen}", *names, *set_there]
     with parent(
         [*activate, *command(f"systemd:{name}")], until=None, listening=None, environment=given
     ) as server:

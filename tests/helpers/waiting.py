@@ -1,6 +1,7 @@
 """Conditions with deadlines, and signals at intervals."""
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -8,8 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 # Long enough for a loaded machine, short enough that a hang is told by the test that caused it.
-LIMIT = 10.0
-
+# The sanitizers make all of it slower.
+LIMIT = 30.0 if "ASAN_OPTIONS" in os.environ else 10.0
 
 # How often a condition is asked again; it is not a wait for something to have happened.
 STEP = 0.002
