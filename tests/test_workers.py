@@ -12,7 +12,7 @@ import pytest
 
 import fastlisten
 from helpers import LOOPBACK, needs, not_under_wine, wait_until
-from helpers.programs import run, sanitizers
+from helpers.programs import plain_environment, run, sanitizers
 from helpers.workers import (
     COUNT,
     FORKS,
@@ -446,6 +446,37 @@ finally:
         server.send(signal.SIGHUP)
         wait_until(lambda: all(map(gone, workers.values())))
         assert set(server.workers(2).values()).isdisjoint(workers.values())
+        server.end()
+
+
+@linux
+def test_a_fresh_interpreter_that_never_reads_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """However much the target is: the parent goes on, and ends who is not ready in its time."""
+    (tmp_path / "service.py").write_text(HANDLER + "\n\ndef sized(size, listener):\n    serve(listener)\n")
+    stuck = tmp_path / "stuck"
+    (tmp_path / "sitecustomize.py").write_text(  # what an interpreter imports first
+        f"import os, signal\nif os.path.exists({str(stuck)!r}): signal.pause()\n"
+    )
+    program = """
+import functools, threading
+import service
+over = threading.Event()
+threading.Thread(target=over.wait).start()
+target = functools.partial(service.sized, b"x" * 5_000_000)
+try:
+    fastlisten.Workers(target, '127.0.0.1:0', workers=2, ready_timeout=2.0).run()
+finally:
+    over.set()
+"""
+    environment = plain_environment()
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environment["PYTHONPATH"]])
+    with parent(program, folder=tmp_path, environment=environment) as server:
+        workers = server.workers(2)
+        stuck.touch()
+        server.send(signal.SIGHUP)
+        server.line_with("was not ready in 2 s")
+        assert server.lines[-1].endswith("the old one stays")
+        assert server.workers(2) == workers
         server.end()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import pickle
 import socket
@@ -15,20 +16,18 @@ from typing import Any
 from fastlisten._listener import Listener
 from fastlisten._notify import VARIABLES
 from fastlisten._workers.child import DRAIN, NOW, Target, Worker
-from fastlisten._workers.memory import Memory, Slot
+from fastlisten._workers.memory import Memory, Slot, map_memory, name_memory
 from fastlisten._workers.pool import Channel, Close
 from fastlisten._workers.process import Child, Handle
 from fastlisten._workers.sockets import Members
 from fastlisten._workers.start import spawn
 
-# What a fresh interpreter is started with: the descriptor of its end of the channel, by which the rest comes.
+# What a fresh interpreter is started with: what stands for the memory that describes its worker, and how long
+# that is.  The parent has written it by then, so that it waits for no worker to read.
 _MAIN = "from fastlisten._workers.fresh import fresh; fresh({})"
 
 # Where sockets are not inherited, they are shared with a process that has begun: WSADuplicateSocket().
 _SHARES = hasattr(socket.socket, "share")
-
-# The length of the message that describes a worker, before it.
-_LENGTH = 8  # bytes
 
 
 class Fresh:
@@ -73,28 +72,35 @@ class Fresh:
         assert self._memory is not None
         ours, theirs = channel
         listeners = [listener for members in self._endpoints for listener in members.listeners]
-        sent: list[int] | list[bytes]
-        handle: Handle
+        counts = [len(members.listeners) for members in self._endpoints]
+        memory = (self._memory.slots, self._memory.name, slot.number)
+
+        def description(end: int | bytes, sent: list[int] | list[bytes]) -> bytes:
+            return pickle.dumps(
+                (end, sent, counts, memory, place, number, os.getpid(), self._drain, self._sent)
+            )
+
         if _SHARES:
-            handle = sharing = _Sharing(theirs, ours)
+            sharing = _Sharing(ours)
             try:
-                sent = [sharing.share(listener) for listener in listeners]
+                end = sharing.share(theirs)
+                sharing.describe(description(end, [sharing.share(listener) for listener in listeners]))
             except BaseException:
                 sharing.kill()
                 sharing.wait()
                 raise
-        else:
-            assert isinstance(self._memory.name, int)
-            sent = [listener.fileno() for listener in listeners]
-            end = theirs.fileno()
-            handle = Child(spawn(_command(end), _environment(), [end, self._memory.name, *sent]))
-        theirs.close()  # or a worker that ends before it has read all would leave us waiting
-        counts = [len(members.listeners) for members in self._endpoints]
-        memory = (self._memory.slots, self._memory.name, slot.number)
-        what = pickle.dumps((counts, sent, memory, place, number, os.getpid(), self._drain, self._sent))
-        with contextlib.suppress(ConnectionError):  # it has ended, of which we hear
-            ours.sendall(len(what).to_bytes(_LENGTH, "big") + what)
-        return handle
+            return sharing
+        sent = [listener.fileno() for listener in listeners]
+        described = description(theirs.fileno(), sent)
+        name = name_memory(len(described))
+        assert isinstance(name, int)
+        assert isinstance(self._memory.name, int)
+        try:
+            map_memory(name, len(described))[:] = described
+            inherited = [name, theirs.fileno(), self._memory.name, *sent]
+            return Child(spawn(_command((name, len(described))), _environment(), inherited))
+        finally:
+            os.close(name)
 
     def ended(self, slot: Slot) -> None:
         """The process with this slot has ended."""
@@ -117,10 +123,10 @@ def _environment() -> dict[str, str]:
 
 
 class _Sharing:
-    """An interpreter of Windows, which gets its end of the channel by its standard input, and is asked to end
-    by the channel."""
+    """An interpreter of Windows: it gets sockets when it has begun, and hears by its standard input where all
+    is described; it is asked to end by the channel, of which `ours` is the parent's end."""
 
-    def __init__(self, theirs: socket.socket, ours: socket.socket) -> None:
+    def __init__(self, ours: socket.socket) -> None:
         command, environment = _command(None), _environment()
         base = getattr(sys, "_base_executable", sys.executable)
         if (
@@ -131,14 +137,7 @@ class _Sharing:
         group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
         self._ours = ours
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, creationflags=group)
-        try:
-            shared = self.share(theirs)
-            with self._process.stdin as stdin:  # type: ignore[union-attr]
-                stdin.write(shared)
-        except BaseException:
-            self.kill()
-            self.wait()
-            raise
+        self._description: mmap.mmap | None = None  # is there while somebody has it
 
     @property
     def pid(self) -> int:
@@ -149,6 +148,14 @@ class _Sharing:
         """What a socket is there.  Raises OSError when it has ended."""
         shared: bytes = sock.share(self.pid)  # type: ignore[attr-defined,unused-ignore]
         return shared
+
+    def describe(self, description: bytes) -> None:
+        """Tell it what it is to be.  Raises OSError when it has ended."""
+        name, length = name_memory(len(description)), len(description)
+        self._description = map_memory(name, length)
+        self._description[:] = description
+        with self._process.stdin as stdin:  # type: ignore[union-attr]
+            stdin.write(pickle.dumps((name, length)))  # a pipe has room for that
 
     def stop(self, now: bool) -> None:
         """Ask it to end, with the drain or now."""
@@ -177,10 +184,13 @@ def fresh(argument: Any) -> None:
     if argument == "check":
         _target(sys.stdin.buffer.read())
         return
-    end: Any = sys.stdin.buffer.read() if argument is None else argument
+    where, length = argument or pickle.loads(sys.stdin.buffer.read())
+    with map_memory(where, length) as described:
+        end, sent, counts, memory_of, place, number, parent, drain, target = pickle.loads(described)
+    if isinstance(where, int):
+        os.close(where)
+    slots, name, slot = memory_of
     status = socket.socket(fileno=end)
-    what = _receive(status, int.from_bytes(_receive(status, _LENGTH), "big"))
-    counts, sent, (slots, name, slot), place, number, parent, drain, target = pickle.loads(what)
     listeners = iter([Listener(fileno=one) for one in sent])
     endpoints = [[next(listeners) for _ in range(count)] for count in counts]
     for sock in (status, *(listener for members in endpoints for listener in members)):
@@ -191,17 +201,6 @@ def fresh(argument: Any) -> None:
     memory = Memory(len(endpoints), slots, name=name)
     worker = Worker(number, Slot(memory, slot), status, parent, drain)
     os._exit(worker.become(endpoints, place, _target(target)))
-
-
-def _receive(sock: socket.socket, length: int) -> bytes:
-    """So many bytes; ends this process when there are no more."""
-    data = bytearray()
-    while len(data) < length:
-        more = sock.recv(length - len(data))
-        if not more:
-            os._exit(1)  # there is no parent any more
-        data += more
-    return bytes(data)
 
 
 def _target(sent: bytes) -> Target:

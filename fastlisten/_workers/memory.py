@@ -34,16 +34,8 @@ class Memory:
         self.slots = slots
         self._size = mmap.PAGESIZE + endpoints * _STATE
         length = self._size * slots  # a page costs nothing before it is written to
-        if named and _HAS_NAMES:
-            name = f"fastlisten-{os.getpid()}-{os.urandom(16).hex()}"
-        elif named:
-            name = _file()
-            os.ftruncate(name, length)
-        self.name = name
-        if isinstance(name, str):
-            self.map = mmap.mmap(-1, length, tagname=name)  # type: ignore[call-arg,unused-ignore]
-        else:
-            self.map = mmap.mmap(-1 if name is None else name, length)
+        self.name = name_memory(length) if named else name
+        self.map = map_memory(self.name, length)
         self._free = list(range(slots - 1, -1, -1))
 
     def take(self) -> Slot:
@@ -61,6 +53,24 @@ class Memory:
         """Close the descriptor; the memory stays while somebody uses it."""
         if isinstance(self.name, int):
             os.close(self.name)
+
+
+def name_memory(length: int) -> int | str:
+    """What stands for memory of so many bytes, for map_memory() here and in another process: a descriptor,
+    which that inherits and whoever has it closes, or on Windows a name.  Raises OSError."""
+    if _HAS_NAMES:
+        return f"fastlisten-{os.getpid()}-{os.urandom(16).hex()}"
+    name = _file()
+    os.ftruncate(name, length)
+    return name
+
+
+def map_memory(name: int | str | None, length: int) -> mmap.mmap:
+    """The memory of so many bytes for which this stands, which stays while somebody has it; None: nothing
+    stands for it.  Raises OSError."""
+    if isinstance(name, str):
+        return mmap.mmap(-1, length, tagname=name)  # type: ignore[call-arg,unused-ignore]
+    return mmap.mmap(-1 if name is None else name, length)
 
 
 def _file() -> int:
