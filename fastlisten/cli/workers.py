@@ -151,7 +151,10 @@ class WorkersReport(Supervised):
         if not self._live:
             self._log.write("".join(f"{line}\n" for line in lines))
             return
-        columns = max(shutil.get_terminal_size().columns - 1, 1)
+        width, height = shutil.get_terminal_size()
+        columns, room = max(width - 1, 1), max(height - 1, 2)
+        if len(lines) > room:  # what has scrolled away could not be drawn over
+            lines[room - 1 :] = [f"  and {len(rows) - room + 2} more workers"]
         up = f"\r\x1b[{self._drawn}A" if self._drawn else ""
         self._log.write(up + "".join(f"{line[:columns]}\x1b[K\n" for line in lines) + "\x1b[J")
         self._drawn = len(lines)
