@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -181,6 +182,27 @@ def test_a_stuck_program_s_queue_is_served_when_it_is_replaced(program: Path) ->
         clients = queued_behind(server, old)
         server.send(signal.SIGHUP)
         assert old not in answered(clients)
+        server.end()
+
+
+def test_a_stuck_program_gets_no_new_clients_and_loses_none() -> None:
+    with parent([*WORKERS, "--", sys.executable, "-c", PLAIN, "{fd}", "{n}"]) as server:
+        stuck = server.workers(2)[1]
+        suspend(stuck)
+        waiting: list[socket.socket] = []
+        in_a_row = 0
+        while in_a_row < 30:  # by chance it would be one of a thousand million
+            client = server.connect()
+            client.sendall(b"who")
+            if select.select([client], [], [], 0.2)[0]:
+                in_a_row += 1
+                assert stuck not in answered([client])
+            else:
+                in_a_row = 0
+                waiting.append(client)
+        os.kill(stuck, signal.SIGCONT)
+        assert stuck in answered(waiting)
+        assert len(server.workers(2)) == 2  # it gets clients again
         server.end()
 
 

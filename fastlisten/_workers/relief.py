@@ -32,7 +32,7 @@ QUIET_LOOKS = 50
 RARE_LOOK = 0.05  # seconds
 
 # A program of somebody else's has no counter: its queue alone tells, and a busy one's may grow for a while.
-LOOKS_WITHOUT_COUNTER = 6
+LOOKS_WITHOUT_COUNTER = 3
 
 # A worker may be late because the machine is busy.  The others help at once; but only one that has accepted
 # and handled nobody from the first to this time that they had to, is left out by new clients.
