@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ WORKERS = 4
 CLIENTS = 16
 WINDOW = 4.0  # seconds in which a blocked worker is looked at: it is blocked for 5
 CRASHING = 2  # workers: with one some have no parent
+RESTART_EACH = 0.8  # seconds: longer than ours and shorter than others take
 READY = 30.0  # seconds a server has until it answers
 
 OURS = (
@@ -148,22 +150,45 @@ def told(process: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
+def losses(port: int, count: int, goes_on: Callable[[], bool]) -> str:
+    """Have so many clients come, and on while `goes_on`, which is asked all the time; return how many were
+    lost, and how."""
+    lost: Counter[str] = Counter()
+    came, more = 0, count
+    load = clients(port, more, 300.0)
+    while True:
+        on = goes_on()
+        try:
+            load.wait(0.02)
+        except subprocess.TimeoutExpired:
+            continue
+        found = told(load)
+        came += more
+        lost.update({key: found[key] for key in ("refused", "reset", "timed_out", "wrong") if found[key]})
+        if not on:
+            return f"{lost.total()} of {came:,} {dict(lost) or ''}".rstrip()
+        more = max(count // 10, 1)
+        load = clients(port, more, 300.0)
+
+
 def restarts(name: str, count: int, times: int) -> str:
     """Restart while clients come: return how many were lost."""
     number = SERVERS[name][1]
     if number is None:
         return "has no restart"
     with server(name) as (pid, port):
-        load = clients(port, count, 300.0)
+        begun = time.monotonic()
         done = 0
-        while load.poll() is None:
-            if done < times:
+
+        def restart() -> bool:
+            nonlocal done
+            due = begun + done * RESTART_EACH
+            if done < times and time.monotonic() >= due:
                 os.kill(pid, number)
                 done += 1
-            time.sleep(0.8)  # longer than ours and shorter than others take: all get the same
-        found = told(load)
-    lost = {key: found[key] for key in ("refused", "reset", "timed_out", "wrong") if found[key]}
-    return f"{sum(lost.values())} of {count:,}, {done} restarts {lost or ''}"
+            return done < times or time.monotonic() < due
+
+        return f"{losses(port, count, restart)}, {times} restarts"
 
 
 def blocked(name: str) -> str:
@@ -216,20 +241,21 @@ def handed_over(count: int) -> str:
     """Hand over to another parent while clients come: return how many were lost."""
     with server("fastlisten") as (pid, port):
         workers = set(children(pid))
-        load = clients(port, count, 300.0)
-        time.sleep(0.5)
-        os.kill(pid, signal.SIGUSR2)
+        end = time.monotonic() + READY
         successor = 0
-        while not successor or not children(successor):
-            time.sleep(0.01)
-            successor = next((child for child in children(pid) if child not in workers), successor)
-        found = told(load)
+
+        def is_there() -> bool:
+            nonlocal successor
+            successor = successor or next((child for child in children(pid) if child not in workers), 0)
+            return bool(children(pid)) and time.monotonic() < end
+
+        os.kill(pid, signal.SIGUSR2)  # the other one needs longer to begin than the clients
+        lost = losses(port, count, is_there)
         ended = not children(pid)
         os.kill(successor, signal.SIGTERM)
         while Path(f"/proc/{successor}").exists() and children(successor):
             time.sleep(0.01)
-    lost = count - found["answered"]
-    return f"{lost} of {count:,}, the old parent {'has ended' if ended else 'is there'}"
+    return f"{lost}, the old parent {'has ended' if ended else 'is there'}"
 
 
 def ours(text: str, **streams: int) -> subprocess.Popen[str]:
