@@ -216,7 +216,7 @@ cdef class FirstBytesWatch(Watched):
     def look_soon(self):
         """Have it look on the loop's next turn, if somebody may begin."""
         if self.first_bytes.next_ready() is not NULL:
-            self.hub.loop.call_soon(self._readable)
+            self.ready_soon()
 
     cdef int set_timer(self) except -1:
         """Have the next look be in time."""
@@ -267,7 +267,7 @@ cdef class QueueWatch(Watched):
             self.overload.handled()  # no handler of an event loop is waited for
             taken += 1
         if taken == ACCEPTS:
-            self.hub.loop.call_soon(self._readable)  # more may wait than one wake takes
+            self.ready_soon()  # more may wait than one wake takes
         arrived = begin_with(self.accepting.connections, clients, taken,
                              self.overload.acceptor.first_bytes is not None)
         self.look_up()
@@ -340,7 +340,7 @@ cdef class Accepting(Owner):
             self.end_queue()
             raise
         # The waker only wakes whoever has looked and found nobody.
-        self.connections.hub.loop.call_soon(self.queue._readable)
+        self.queue.ready_soon()
 
     def serve(self):
         """Accept from now on.  Raises OSError when the listeners cannot be watched."""
@@ -439,7 +439,7 @@ cdef class Accepting(Owner):
         for listener in self.listeners:
             listener.look_again()
         if self.queue is not None:
-            self.connections.hub.loop.call_soon(self.queue._readable)
+            self.queue.ready_soon()
         return 0
 
     cdef int look_for_drained(self) except -1:
@@ -470,7 +470,7 @@ cdef class Accepting(Owner):
             self.arrange()
             if self.queue is not None and self.queue.overload.waiting:
                 # The thread that refuses would tell, too, if it did not sleep in accept(): see bring_back().
-                self.connections.hub.loop.call_soon(self.queue._readable)
+                self.queue.ready_soon()
         if self.connections.active == 0:
             idle = self.idle
             self.rest()
@@ -523,7 +523,7 @@ cdef class Accepting(Owner):
         self.arrange()
         for listener in self.listeners:  # that nobody is queued any more tells of no event
             if listener.watched_for:
-                self.connections.hub.loop.call_soon(listener._readable)
+                listener.ready_soon()
 
     cdef int accept_failed(self, int code, sock) except -1:
         """Tell, once, that a listener cannot be accepted from any more."""

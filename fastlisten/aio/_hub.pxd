@@ -14,6 +14,7 @@ cdef class Watched:
     cdef int end(self) except -1
     cdef int send_written(self) except -1
     cdef int watch(self, short events) except -1
+    cdef int ready_soon(self) except -1
 
 
 @cython.final

@@ -60,6 +60,11 @@ cdef class Watched:
             self.hub.watch(self, events)
         return 0
 
+    cdef int ready_soon(self) except -1:
+        """Have ready() be called on the loop's next turn, whatever the kernel says of the descriptor."""
+        self.hub.loop.call_soon(self._readable)
+        return 0
+
     def _readable(self):
         self.hub.dispatch(self, POLLIN)
 
