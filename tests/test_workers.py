@@ -130,6 +130,33 @@ def test_nobody_waits_behind_a_stuck_worker() -> None:
 
 
 @linux
+def test_the_parent_has_little_to_do_while_a_worker_is_stuck() -> None:
+    program = """
+from fastlisten._workers.relief import Relief
+looks, look = 0, Relief.look
+
+def counted(self, now):
+    global looks
+    looks += 1
+    look(self, now)
+
+Relief.look = counted
+signal.signal(TOLD, lambda *_: print("looks", looks, flush=True))
+fastlisten.Workers(serve, '127.0.0.1:0', workers=2).run()
+"""
+    with parent(program) as server:
+        server.workers(2)
+        stuck = server.ask("sleep 30").pid
+        begun = time.monotonic()
+        while time.monotonic() - begun < 1.5:  # many clients come, and none of them waits
+            assert server.ask().pid != stuck
+        server.send(TOLD)
+        looks = int(server.line_with("looks ").split()[1])
+        assert looks < 150  # it looks 375 times, but without Python
+        server.end(signal.SIGQUIT)
+
+
+@linux
 def test_a_stopped_worker_s_queue_is_taken_by_the_others() -> None:
     with parent("fastlisten.Workers(serve, '127.0.0.1:0', workers=2).run()") as server:
         stopped = server.workers(2)[0]

@@ -28,7 +28,8 @@ MOST_LOOKS = 2**31 - 1
 
 # After so many looks at which no queue has moved, the parent sleeps until a client comes.
 QUIET_LOOKS = 50
-# ... or looks as rarely as this, if clients are queued and nobody can take them.
+# ... or looks as rarely as this, if clients are queued and nobody can take them; and at a stuck worker for
+# which nobody is queued.
 RARE_LOOK = 0.05  # seconds
 
 # A program of somebody else's has no counter: its queue alone tells, and a busy one's may grow for a while.
@@ -115,7 +116,12 @@ class Relief:
     def wait(self, wakeup: int, seconds: float) -> None:
         """Look until this descriptor is readable, for so many seconds at most, or until somebody is stuck."""
         rare = self._queues.quiet >= QUIET_LOOKS
-        once = rare or bool(self._stuck)  # what is to be seen then, look() sees
+        # What is to be seen then, look() sees: that costs more than a look of Queues.
+        once = rare or any(
+            self._queues.depth(i) for i, member in enumerate(self._members) if member in self._stuck
+        )
+        if self._stuck:
+            seconds = min(seconds, RARE_LOOK)  # they may be served again
         every, most = RARE_LOOK if rare else LOOK, 1 if once else MOST_LOOKS
         self._queues.wait(wakeup, seconds, every, most, LOOKS, MOST_LOOKS if rare else QUIET_LOOKS)
 
