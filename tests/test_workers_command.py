@@ -124,11 +124,44 @@ def test_a_program_in_c_and_one_that_a_shell_starts(tmp_path: Path) -> None:
 # Has socat accept, with a process for each client.
 SOCAT = """#!/bin/sh
 export WORKER="$1 $$"
-exec socat ACCEPT-FD:"$2",fork SYSTEM:'dd bs=100 count=1 of=/dev/null 2>&1; echo "$WORKER"' 2>/dev/null
+exec socat ACCEPT-FD:"$2",fork SYSTEM:'dd bs=100 count=1 of=/dev/null 2>/dev/null; echo "$WORKER"' 2>/dev/null
 """
 
 
-@pytest.fixture(params=["C", "socat"])
+# Go's own listener: it never blocks in accept(), and has threads of its own.
+IN_GO = """
+package main
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+)
+
+func main() {
+	number, _ := strconv.Atoi(os.Args[2])
+	listener, err := net.FileListener(os.NewFile(uintptr(number), "listener"))
+	if err != nil {
+		panic(err)
+	}
+	for {
+		client, err := listener.Accept()
+		if err != nil {
+			panic(err)
+		}
+		go func() {
+			if n, _ := client.Read(make([]byte, 100)); n > 0 {
+				fmt.Fprintf(client, "%s %d", os.Args[1], os.Getpid())
+			}
+			client.Close()
+		}()
+	}
+}
+"""
+
+
+@pytest.fixture(params=["C", "Go", "socat"])
 def program(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Give a program that takes its worker's number and its listener's descriptor; nothing of us."""
     program = tmp_path / "server"
@@ -138,11 +171,16 @@ def program(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
         program.write_text(SOCAT)
         program.chmod(0o755)
         return program
-    if shutil.which(compiler()) is None:
-        pytest.skip("needs a C compiler")
-    source = tmp_path / "server.c"
-    source.write_text(IN_C)
-    run([compiler(), "-o", str(program), str(source)])
+    compile_with, name, text = {
+        "C": ([compiler(), "-o"], "server.c", IN_C),
+        "Go": (["go", "build", "-o"], "server.go", IN_GO),
+    }[request.param]
+    if shutil.which(compile_with[0]) is None:
+        pytest.skip(f"needs a compiler for {request.param}")
+    source = tmp_path / name
+    source.write_text(text)
+    environment = {**os.environ, "GOCACHE": str(tmp_path / "cache"), "GO111MODULE": "off"}
+    run([*compile_with, str(program), str(source)], environment=environment, limit=60)
     return program
 
 
