@@ -49,6 +49,12 @@ async def until(condition: Any) -> None:
         await asyncio.sleep(0.001)
 
 
+async def echoed(client: TlsClient) -> None:
+    """Have the server be through with the handshake, too."""
+    client.send(b"hello")
+    assert await in_thread(client.read, 5) == b"hello"
+
+
 def test_handshakes_run_in_so_many_threads_and_the_loop_goes_on(run: Run, tls: Any, slow: Any) -> None:
     async def main() -> None:
         async with server(Echo, ssl=tls[0], handshake_threads=2) as serving, server(Echo) as other:
@@ -64,8 +70,7 @@ def test_handshakes_run_in_so_many_threads_and_the_loop_goes_on(run: Run, tls: A
                 slow.go_on.set()
                 await asyncio.gather(*shaking)
                 for client in clients:
-                    client.send(b"hello")
-                    assert await in_thread(client.read, 5) == b"hello"
+                    await echoed(client)
                 assert all(type(protocol.transport) is TlsTransport for protocol in serving.made)
 
     run(main())
@@ -122,8 +127,7 @@ def test_a_server_that_closes_lets_its_handshakes_end(run: Run, tls: Any, slow: 
                 slow.go_on.set()
                 for client in (first, second):
                     await in_thread(client.shake_hands)
-                    client.send(b"hello")
-                    assert await in_thread(client.read, 5) == b"hello"
+                    await echoed(client)
                 assert len(slow.waiting) == 2
 
     run(main())
@@ -145,7 +149,9 @@ def test_a_thread_goes_on_when_the_loop_has_taken_what_it_did(run: Run, tls: Any
                 assert len(slow.waiting) == 1
                 for client in clients:
                     await in_thread(client.shake_hands)
+                    await echoed(client)
                 assert len(slow.waiting) == 3
+            await ended(serving)
 
     run(main())
 
@@ -161,6 +167,8 @@ def test_who_has_gone_before_a_thread_was_free_gets_none(run: Run, tls: Any, slo
                 slow.go_on.set()
                 with TlsClient(serving.address, tls[1]) as third:
                     await in_thread(third.shake_hands)
+                    await echoed(third)
+            await ended(serving)
             assert len(slow.waiting) == 2
             assert serving.server.stats().tls_failures == {"timeout": 2}
 
