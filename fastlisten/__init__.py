@@ -9,6 +9,7 @@ from fastlisten._listener import Listener, ListenerStats, ServeResult
 from fastlisten._serve import serve
 
 if typing.TYPE_CHECKING:
+    from fastlisten._admission import Admission, AdmissionStats
     from fastlisten._core.proxy_header import ProxyHeader, ProxySSL
     from fastlisten._inherited import inherited
     from fastlisten._notify import Notifier
@@ -22,6 +23,8 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Admission",
+    "AdmissionStats",
     "Connection",
     "Endpoint",
     "HostEntry",
@@ -52,6 +55,8 @@ __all__ = [
 # Imported when it is asked for: who has none of it does not pay for it.
 _LATER = {
     "Notifier": "fastlisten._notify",
+    "Admission": "fastlisten._admission",
+    "AdmissionStats": "fastlisten._admission",
     "Proxy": "fastlisten._proxy",
     "ProxyHeader": "fastlisten._core.proxy_header",
     "ProxySSL": "fastlisten._core.proxy_header",

@@ -109,11 +109,12 @@ def serve_connection(client: socket.socket, handler: Handler, options: Checked) 
     """Hand this one client to the handler, as Listener.serve() does; it is closed at the end.
 
     Raises what ends a serve(): KeyboardInterrupt and SystemExit.  What the handler raises otherwise goes to
-    `on_error`, or to the log.  ValueError with proxy=, which is for listening sockets.
+    `on_error`, or to the log.  ValueError with proxy= and admission=, which are for listening sockets.
     """
-    if options.proxy is not None:
+    if options.proxy is not None or options.admission is not None:
         client.close()
-        raise ValueError("proxy is for listening sockets, and this is a client's connection")
+        name = "admission" if options.proxy is None else "proxy"
+        raise ValueError(f"{name} is for listening sockets, and this is a client's connection")
     handle, on_error = handler_of(handler, options)
     with connection_on(client) as connection:
         try:

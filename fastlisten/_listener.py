@@ -25,6 +25,7 @@ from fastlisten._unix_path import OwnPath
 if TYPE_CHECKING:
     from ssl import SSLContext
 
+    from fastlisten._admission import Admission
     from fastlisten._awaiting import AsyncAcceptor
     from fastlisten._options import Watchdog
     from fastlisten._proxy import Proxy
@@ -63,7 +64,8 @@ class ListenerStats(NamedTuple):
     waiting: clients that have to send something before a handler gets them, with first_bytes= or proxy=; they
     are active.  refused_for: {reason: count} of `refused`: "busy"; "silent" (sent nothing in time), "left"
     (went before it did), "made way" (for want of descriptors); "no PROXY header" (in time), "invalid PROXY
-    header", "untrusted" (no proxy that is trusted).
+    header", "untrusted" (no proxy that is trusted); with admission= "denied", "not allowed", "penalised",
+    "concurrent" and "rate".
 
     >>> import fastlisten, socket
     >>> with fastlisten.bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
@@ -156,6 +158,7 @@ class Listener(StandardSocket):
         handshake_timeout: float | None = None,
         first_bytes: float | None = None,
         proxy: Proxy | None = None,
+        admission: Admission | None = None,
         watchdog: Watchdog | None = None,
     ) -> ServeResult:
         """Call `handler(connection)` for each client until stop(); the connection is closed on return.
@@ -181,6 +184,9 @@ class Listener(StandardSocket):
         proxy: a Proxy: whose clients have to send a PROXY header first, before TLS.  connection.peer is what
         that says then, and connection.proxy the whole of it.  Headers are waited for as first bytes are; with
         `first_bytes` the client's own are waited for after that.
+        admission: an Admission: who may come in at all, and how many of one source.  Who is refused is told
+        what `busy` says, and closed, without any of Python's code.  Who waits for its first bytes or its
+        header, or in the queue, has a connection that counts.
         watchdog: a Notifier, which is fed whenever the loop comes round: at least every `interval` while it
         waits for clients, and not while every handler's thread is busy and a client waits in vain.
 
@@ -200,6 +206,7 @@ class Listener(StandardSocket):
             handshake_timeout=handshake_timeout,
             first_bytes=first_bytes,
             proxy=proxy,
+            admission=admission,
             watchdog=watchdog,
         )
         return ServeResult(*make_loop([self], handler, options).run())

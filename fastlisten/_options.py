@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ssl import SSLContext
     from typing import Protocol
 
+    from fastlisten._admission import Admission
     from fastlisten._proxy import Proxy
 
     class Watchdog(Protocol):
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
         def feed(self) -> object:
             """Called that often."""
 else:
-    SSLContext = Watchdog = Proxy = Any
+    SSLContext = Watchdog = Proxy = Admission = Any
 
 
 # A time that poll() still counts in milliseconds, in seconds; a longer one is as good as without end.
@@ -134,6 +135,16 @@ def _proxy(name: str, value: Any) -> Any:
     return value
 
 
+def _admission(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    from fastlisten._admission import Admission  # only for who has one already
+
+    if not isinstance(value, Admission):
+        raise TypeError(f"{name} must be an Admission or None, not {type(value).__name__}")
+    return value
+
+
 def _watchdog(name: str, value: Any) -> Any:
     if value is not None and not (callable(getattr(value, "feed", None)) and hasattr(value, "interval")):
         raise TypeError(f"{name} must be a Notifier or None, not {type(value).__name__}")
@@ -197,10 +208,11 @@ class TLSOptions(TypedDict, total=False):
 
 
 class FirstOptions(TypedDict, total=False):
-    """And what a client has to do before a handler gets it."""
+    """And who may come in, and what a client has to do before a handler gets it."""
 
     first_bytes: Annotated[float | None, Option(None, _seconds)]
     proxy: Annotated[Proxy | None, Option(None, _proxy)]
+    admission: Annotated[Admission | None, Option(None, _admission)]
 
 
 class ServiceOptions(TypedDict, total=False):

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ipaddress
-import socket
 from collections.abc import Iterable
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+from fastlisten._networks import Address, Network, Packed, network_of, networks_of
 
 
 class Proxy:
@@ -31,20 +29,19 @@ class Proxy:
 
     def __init__(
         self,
-        trusted: Iterable[str | Network | ipaddress.IPv4Address | ipaddress.IPv6Address],
+        trusted: Iterable[str | Network | Address],
         required: bool = True,
         timeout: float = 5.0,
     ) -> None:
-        if isinstance(trusted, str | bytes):
-            raise TypeError(f"trusted must be several networks, not {type(trusted).__name__}")
+        names = networks_of("trusted", trusted)
         if not isinstance(timeout, int | float):
             raise TypeError(f"timeout must be a number of seconds, not {type(timeout).__name__}")
         if not timeout > 0:
             raise ValueError(f"timeout must be above 0, not {timeout!r}")
-        self._trusted = tuple(map(str, trusted))
+        self._trusted = names
         if not self._trusted:
             raise ValueError("trusted names no proxy")
-        self._networks = tuple(map(_network, self._trusted))
+        self._networks = tuple(network_of("trusted", text) for text in names)
         self._required = bool(required)
         self._timeout = min(float(timeout), 1e6)
 
@@ -64,29 +61,9 @@ class Proxy:
         return self._timeout
 
     @property
-    def networks(self) -> tuple[tuple[int, bytes, int], ...]:
+    def networks(self) -> tuple[Packed, ...]:
         """(family, address, bits) of each of them: the family of `socket`, 0 bits for unix sockets."""
         return self._networks
 
     def __repr__(self) -> str:
         return f"Proxy({[*self._trusted]!r}, required={self._required}, timeout={self._timeout})"
-
-
-def _network(text: str) -> tuple[int, bytes, int]:
-    if text == "unix:":
-        family = getattr(socket, "AF_UNIX", None)
-        if family is None:
-            raise ValueError("unix: not supported on this platform")
-        return int(family), b"", 0
-    try:
-        network = ipaddress.ip_network(text)
-    except ValueError as error:
-        raise ValueError(f"trusted: {error}") from None
-    address, bits = network.network_address, network.prefixlen
-    if isinstance(address, ipaddress.IPv4Address):
-        return int(socket.AF_INET), address.packed, bits
-    if address.scope_id is not None:
-        raise ValueError(f"trusted: {text!r} has a scope, which is not compared")
-    if address.ipv4_mapped is not None and bits >= 96:
-        return int(socket.AF_INET), address.ipv4_mapped.packed, bits - 96
-    return int(socket.AF_INET6), address.packed, bits

@@ -53,7 +53,7 @@ def test_help_names_every_option_of_bind_and_serve(told: Told) -> None:
         *inspect.signature(fastlisten.bind).parameters,
         *inspect.signature(fastlisten.Listener.serve).parameters,
     ]
-    options = set(names) - {"endpoint", "self", "handler", "on_error", "ssl", "watchdog"}
+    options = set(names) - {"endpoint", "self", "handler", "on_error", "ssl", "watchdog", "admission"}
     assert len(options) == 17
     for name in options:
         assert f"--{name.replace('_', '-')} " in text.replace("\n", " ").replace("]", " ")

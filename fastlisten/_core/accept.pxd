@@ -14,6 +14,10 @@ cdef enum verdict_t:
     UNKNOWN         # raise
 
 
+cdef enum:
+    BUSY = -1       # for refuse(): there is no place
+
+
 cdef struct client_t:           # accepted, and not yet a Connection
     port_socket fd
     int length
@@ -34,9 +38,9 @@ cdef struct source_t:           # a listener, as it is accepted from
 cdef verdict_t verdict(int code) noexcept nogil
 cdef verdict_t accept_one(source_t *source, client_t *client) noexcept nogil
 cdef verdict_t accept_batch(source_t *source, client_t *clients, int most, int *taken) noexcept nogil
-cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept nogil
+cdef void refuse(client_t *client, const char *text, Py_ssize_t length, int reason) noexcept nogil
 cdef void turn_away(client_t *client, int reason) noexcept nogil
-cdef void close_header(client_t *client) noexcept nogil
+cdef void close_origin(client_t *client) noexcept nogil
 cdef void drop(client_t *client) noexcept nogil
 cdef void drop_handed(client_t *client) noexcept nogil
 cdef int poll_failed(int code) noexcept nogil
@@ -48,6 +52,7 @@ cdef double default_timeout() except? -2
 cdef class Shortage:
     cdef object ask                 # called for how long to pause; None: the delays below
     cdef bint shed                  # refuse clients through a descriptor kept for that
+    cdef object also                # has tell(): what the log is told with it; None: nothing
     cdef bytes busy                 # what they are told; b"": a reset
     cdef const char *text
     cdef Py_ssize_t length

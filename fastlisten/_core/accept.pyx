@@ -12,7 +12,7 @@ from fastlisten._core.standard import StandardSocket
 
 from fastlisten._core.connection cimport (
     address_object,
-    forget_header,
+    forget_origin,
     new_connection,
     standard_socket,
     wait_ready,
@@ -131,17 +131,20 @@ cdef verdict_t accept_batch(source_t *source, client_t *clients, int most, int *
     return ACCEPTED
 
 
-cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept nogil:
-    """Tell a client that there is no place for it, and close.  With no text it gets a reset.
+cdef void refuse(client_t *client, const char *text, Py_ssize_t length, int reason) noexcept nogil:
+    """Tell a client that it is refused, and close; reason: BUSY, or one of REFUSALS.
 
-    With one, what it has sent is read first: closing over unread bytes would reset the connection and could
-    take the text away (RFC 1122, 4.2.2.13).  It gets a reset, too, when that could block.  No other result
-    matters: nobody is left to tell of a failure.
+    With no text it gets a reset.  With one, what it has sent is read first: closing over unread bytes would
+    reset the connection and could take the text away (RFC 1122, 4.2.2.13).  It gets a reset, too, when that
+    could block.  No other result matters: nobody is left to tell of a failure.
     """
     cdef char scrap[4096]
     cdef int rounds = 16  # a bound: a client that never stops talking is cut off
     cdef port_socket fd = client.fd
-    client_refused(client.state)
+    if reason == BUSY:
+        client_refused(client.state)
+    else:
+        client_turned_away(client.state, reason)
     if length > 0 and port_set_nonblocking(fd, 1) == 0:
         port_no_sigpipe(fd)
         # what a fresh buffer does not take is not sent
@@ -154,16 +157,16 @@ cdef void refuse(client_t *client, const char *text, Py_ssize_t length) noexcept
     close_client(client)
 
 
-cdef void close_header(client_t *client) noexcept nogil:
-    """Free what a PROXY header has left with a client, if there is such: no Connection gets it."""
-    forget_header(&client.address, client.length)
+cdef void close_origin(client_t *client) noexcept nogil:
+    """Free what is in place of a client's address, if there is such: no Connection gets it."""
+    forget_origin(&client.address, client.length)
     client.length = 0
 
 
 cdef void close_client(client_t *client) noexcept nogil:
     """Close a client that gets no Connection."""
     port_close(client.fd)
-    close_header(client)
+    close_origin(client)
 
 
 cdef void turn_away(client_t *client, int reason) noexcept nogil:
@@ -325,7 +328,7 @@ cdef class Shortage:
                 port_close(self.spare)
                 answer = accept_one(&sources[i], &client)
                 if answer == ACCEPTED:
-                    refuse(&client, self.text, self.length)
+                    refuse(&client, self.text, self.length, BUSY)
                 self.spare = port_spare()
                 port_swap(&self.until, port_now())
                 if (self.spare == PORT_NO_SOCKET or answer == RESOURCES
@@ -340,6 +343,10 @@ cdef class Shortage:
         cdef int64_t asked, retry_at
         if not port_swap(&self.to_tell, 0):
             return 0
+        if self.also is not None:
+            self.also.tell()
+        if not port_get(&self.code):
+            return 0  # there was no shortage yet
         try:
             port_raise(<int>port_get(&self.code))
         except OSError as trouble:

@@ -83,6 +83,8 @@ cdef class Acceptor:
         self.shortage = shortage
         self.first_bytes = first_bytes
         self.inspects = first_bytes is not None
+        if first_bytes is not None:
+            first_bytes.tells_with(shortage)
         self.drain.left = -1
         self.sources = <source_t *>calloc(self.count, sizeof(source_t))
         self.polls = <port_pollfd *>calloc(2 * self.count + 1, sizeof(port_pollfd))
@@ -305,6 +307,8 @@ cdef class Acceptor:
                 if self.drain.left > 0:
                     self.drain.left -= 1
                 return TAKEN
+            if port_get(&self.shortage.to_tell):
+                return LOOK
         if port_get(&self.helping) and not recovered:
             return self.accept_helped(client)
         return LOOK if recovered else NOBODY
@@ -329,7 +333,9 @@ cdef class Acceptor:
             if self.first_bytes.take(client):
                 return True
             more -= 1
-            if more == 0 or self.stopping or accept_batch(source, client, 1, &taken) != ACCEPTED:
+            if more == 0 or self.stopping or not self.likely():
+                return False
+            if accept_batch(source, client, 1, &taken) != ACCEPTED:
                 return False  # why, the next look says once more
 
     cdef bint makes_way(self, source_t *source) noexcept nogil:

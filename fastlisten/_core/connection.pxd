@@ -1,17 +1,20 @@
 from libc.stdint cimport int64_t
 
+from fastlisten._core.admission cimport admission
 from fastlisten._core.port cimport port_address, port_socket
 from fastlisten._core.state cimport state_t
 
 cdef enum:
     SHORT_ADDRESS = 28  # room for IPv4 and IPv6; the few that are longer (bound unix peers) live on the heap
-    PROXIED = 1 << 20   # for a length: in place of the address is a pointer to a proxied_t, of its holder
+    ORIGIN = 1 << 20    # for a length: in place of the address is a pointer to an origin_t, of its holder
 
 
-cdef struct proxied_t:          # who came by a proxy; the PROXY header follows
-    port_address address        # of the proxy
+cdef struct origin_t:           # of who came by a proxy, or counts for admission; a PROXY header follows
+    port_address address        # of the peer: the client or the proxy
     int length
-    int size                    # of the header
+    int size                    # of the header; 0: there is none
+    admission *table
+    int64_t ticket              # to leave that with; 0: none
 
 
 cdef union held_address_t:
@@ -45,6 +48,9 @@ cdef Connection new_connection(
     port_socket fd, const port_address *address, int length, state_t *state, double timeout)
 cdef object standard_socket(port_socket fd, int family, int type, int protocol)
 cdef object address_object(const port_address *address, int length)
-cdef tuple header_of(const port_address *address)
-cdef void forget_header(port_address *address, int length) noexcept nogil
+cdef origin_t *origin_of(const port_address *address) noexcept nogil
+cdef object header_of(const origin_t *origin)
+cdef object peer_of(const origin_t *origin, header)
+cdef void leave_table(origin_t *origin) noexcept nogil
+cdef void forget_origin(port_address *address, int length) noexcept nogil
 cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1

@@ -13,6 +13,7 @@ from libc.string cimport memcpy
 
 from fastlisten._core.standard import StandardSocket
 
+from fastlisten._core.admission cimport admission_leave
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport client_closing, client_out, state_hold, state_t, tls_failed
 
@@ -126,32 +127,52 @@ cdef object standard_socket(port_socket fd, int family, int type, int protocol):
 cdef void *long_address(const port_address *address, int length) noexcept nogil:
     """What a Connection has on the heap for an address that is not short; NULL without memory."""
     cdef void *place
-    if length == PROXIED:
-        memcpy(&place, address, sizeof(place))
-        return place
+    if length == ORIGIN:
+        return origin_of(address)
     place = malloc(length)
     if place is not NULL:
         memcpy(place, address, length)
     return place
 
 
-cdef tuple header_of(const port_address *address):
-    """The ProxyHeader of one whose address is PROXIED, and its peer: the client, or else the proxy itself."""
+cdef origin_t *origin_of(const port_address *address) noexcept nogil:
+    """What is in place of an address whose length is ORIGIN."""
+    cdef origin_t *origin
+    memcpy(&origin, address, sizeof(origin))
+    return origin
+
+
+cdef object header_of(const origin_t *origin):
+    """The ProxyHeader that has come with a client; None: none has."""
+    if origin.size == 0:
+        return None
     from fastlisten._core.proxy import parse  # for who has a proxy
-    cdef proxied_t *proxied
-    memcpy(&proxied, address, sizeof(proxied))
-    header = parse(PyBytes_FromStringAndSize(<const char *>(proxied + 1), proxied.size))
-    if header.source is not None:
-        return header, header.source
-    return header, address_object(&proxied.address, proxied.length)
+    return parse(PyBytes_FromStringAndSize(<const char *>(origin + 1), origin.size))
 
 
-cdef void forget_header(port_address *address, int length) noexcept nogil:
-    """Free what a PROXY header has left with an address, if there is such; no Connection gets it."""
-    cdef void *place
-    if length == PROXIED:
-        memcpy(&place, address, sizeof(place))
-        free(place)
+cdef object peer_of(const origin_t *origin, header):
+    """Who the client is: whom the header names, or else the peer."""
+    if header is not None and header.source is not None:
+        return header.source
+    return address_object(&origin.address, origin.length)
+
+
+cdef void leave_table(origin_t *origin) noexcept nogil:
+    """The client counts for admission no more."""
+    cdef int64_t ticket = origin.ticket
+    if ticket:
+        origin.ticket = 0
+        if admission_leave(origin.table, ticket):
+            free(origin.table)
+
+
+cdef void forget_origin(port_address *address, int length) noexcept nogil:
+    """Free what is in place of an address, if there is such; no Connection gets it."""
+    cdef origin_t *origin
+    if length == ORIGIN:
+        origin = origin_of(address)
+        leave_table(origin)
+        free(origin)
 
 
 cdef Connection new_connection(
@@ -218,6 +239,8 @@ cdef class Connection:
         """The descriptor is no longer ours."""
         cdef state_t *state = self.state
         self.state = NULL
+        if self.address_length == ORIGIN:
+            leave_table(<origin_t *>self.address.heap)
         client_out(state)
 
     cdef int finish(self) noexcept:
@@ -353,8 +376,8 @@ cdef class Connection:
         cdef int length = self.address_length
         if length > SHORT_ADDRESS:
             place = self.address.heap
-        if length == PROXIED:
-            return header_of(<const port_address *>&place)[1]
+        if length == ORIGIN:
+            return peer_of(<const origin_t *>place, header_of(<const origin_t *>place))
         return address_object(<const port_address *>place, length)
 
     @property
@@ -363,9 +386,9 @@ cdef class Connection:
 
         With serve(proxy=...).  Each time it is made anew.
         """
-        if self.address_length != PROXIED:
+        if self.address_length != ORIGIN:
             return None
-        return header_of(<const port_address *>&self.address.heap)[0]
+        return header_of(<const origin_t *>self.address.heap)
 
     cdef object ask(self, str method, tuple arguments):
         """Call a method of the standard library's socket on our descriptor: what is not worth a second

@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t
 
-from fastlisten._core.accept cimport client_t
+from fastlisten._core.accept cimport Shortage, client_t
+from fastlisten._core.admitting cimport Admitting
 from fastlisten._core.port cimport port_socket
 from fastlisten._core.proxy cimport proxy_header
 
@@ -34,6 +35,7 @@ cdef class FirstBytes:
     cdef network_t *trusted             # proxies that have to send a header
     cdef int networks                   # so many
     cdef bint required                  # nobody else may come
+    cdef Admitting admitting            # who may come in at all; None: anybody
     cdef bint at_once                   # nobody is to be waited for any more
     cdef waiting_t *first[LISTS]        # each list, in the order of coming and so of deadlines
     cdef waiting_t *last[LISTS]
@@ -42,6 +44,7 @@ cdef class FirstBytes:
     cdef int64_t room                   # in by_fd
     cdef int64_t poll_at                # ... when next (port_now())
 
+    cdef int tells_with(self, Shortage shortage) except -1
     cdef int open(self) except -1
     cdef void close(self) noexcept nogil
     cdef void after_fork(self, bint polls) noexcept
@@ -52,6 +55,7 @@ cdef class FirstBytes:
     cdef int64_t left(self) noexcept nogil
     cdef waiting_t *next_ready(self) noexcept nogil
     cdef int64_t count_ready(self) noexcept nogil
+    cdef void open_poller(self) noexcept nogil
     cdef void close_poller(self) noexcept nogil
     cdef bint trusts(self, const client_t *client) noexcept nogil
     cdef void wait(self, client_t *client, int list) noexcept nogil

@@ -5,8 +5,10 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
 
-from fastlisten._core.accept cimport client_t, drop, turn_away
-from fastlisten._core.connection cimport PROXIED, proxied_t
+from fastlisten._core.accept cimport Shortage, client_t, drop, turn_away
+from fastlisten._core.admission cimport ADMISSION_ADMITTED
+from fastlisten._core.admitting cimport Admitting
+from fastlisten._core.connection cimport ORIGIN, origin_t
 from fastlisten._core.port cimport *
 from fastlisten._core.proxy cimport PROXY_DONE, PROXY_MORE, PROXY_MOST, proxy_header, proxy_parse
 from fastlisten._core.state cimport (
@@ -43,7 +45,8 @@ cdef class FirstBytes:
 
     seconds: after so long without a byte a client is closed; None: nobody has to send one.  networks:
     (family, address, bits) of each network whose clients are proxies, and have to send a PROXY header first;
-    timeout: in so many seconds, all of it.  required: nobody else may come.
+    timeout: in so many seconds, all of it.  required: nobody else may come.  admitting: is asked first who
+    may come in, and about who comes by a proxy after the header.
 
     For the Acceptor, which watches `poller` beside its listeners, and looks when that is ready or the time
     that left() tells is over.  Nothing in here waits.  One thread at a time is in here, the one that accepts,
@@ -51,13 +54,14 @@ cdef class FirstBytes:
     first of a list is the first whose time is over.
     """
 
-    def __cinit__(self, seconds, timeout=None, networks=(), bint required=False):
+    def __cinit__(self, seconds, timeout=None, networks=(), bint required=False, Admitting admitting=None):
         cdef bytes address
         cdef int i
         self.poller = PORT_NO_SOCKET
         self.patience[SILENT] = <int64_t>(seconds * 1e9) if seconds is not None else 0
         self.patience[HEADER] = <int64_t>(timeout * 1e9) if timeout is not None else 0
         self.required = required
+        self.admitting = admitting
         self.networks = len(networks)
         if self.networks:
             self.trusted = <network_t *>calloc(self.networks, sizeof(network_t))
@@ -72,9 +76,13 @@ cdef class FirstBytes:
         free(self.by_fd)
         free(self.trusted)
 
+    cdef int tells_with(self, Shortage shortage) except -1:
+        """Have what the log is to know be told with this."""
+        return 0 if self.admitting is None else self.admitting.tells_with(shortage)
+
     cdef int open(self) except -1:
-        """Make the poller; where there is none to be had, it goes without."""
-        self.poller = port_poller()
+        """Be ready for clients."""
+        self.open_poller()
         return 0
 
     cdef void close(self) noexcept nogil:
@@ -86,6 +94,11 @@ cdef class FirstBytes:
                 self.remove(self.first[i], &client)
                 drop(&client)
         self.close_poller()
+
+    cdef void open_poller(self) noexcept nogil:
+        """Make the poller, if anybody may have to wait; where there is none to be had, it goes without."""
+        if self.patience[SILENT] or self.networks:
+            self.poller = port_poller()
 
     cdef void close_poller(self) noexcept nogil:
         if self.poller != PORT_NO_SOCKET:
@@ -102,7 +115,7 @@ cdef class FirstBytes:
             memset(self.by_fd, 0, self.room * sizeof(waiting_t *))
         self.close()
         if polls:
-            self.poller = port_poller()
+            self.open_poller()
 
     # --- coming and going -----------------------------------------------------------------------------
 
@@ -119,6 +132,8 @@ cdef class FirstBytes:
             self.wait(client, HEADER)
         elif self.required:
             turn_away(client, REFUSED_UNTRUSTED)
+        elif self.admitting is not None and not self.admitting.admits(client):
+            pass  # and it is closed
         elif self.patience[SILENT] == 0 or at_once:
             return True
         else:
@@ -402,18 +417,27 @@ cdef class FirstBytes:
         length: of what has come, of the client's own bytes too.
         """
         cdef client_t client
+        cdef int answer = ADMISSION_ADMITTED
         cdef int last = header.length - waiting.length
-        cdef proxied_t *proxied = <proxied_t *>malloc(sizeof(proxied_t) + header.length)
-        if proxied is NULL or port_recv(waiting.client.fd, data + waiting.length, last, 0) != last:
-            free(proxied)
+        cdef origin_t *origin = <origin_t *>malloc(sizeof(origin_t) + header.length)
+        if origin is NULL or port_recv(waiting.client.fd, data + waiting.length, last, 0) != last:
+            free(origin)
             self.remove(waiting, &client)
             drop(&client)
             return
-        proxied.address, proxied.length = waiting.client.address, waiting.client.length
-        proxied.size = header.length
-        memcpy(proxied + 1, data, header.length)
-        memcpy(&waiting.client.address, &proxied, sizeof(proxied))
-        waiting.client.length = PROXIED
+        origin.address, origin.length = waiting.client.address, waiting.client.length
+        origin.size = header.length
+        memcpy(origin + 1, data, header.length)
+        origin.ticket = 0
+        memcpy(&waiting.client.address, &origin, sizeof(origin))
+        waiting.client.length = ORIGIN
+        if self.admitting is not None:
+            answer = self.admitting.ask_for(header, &origin.ticket)
+            origin.table = self.admitting.table.at
+        if answer != ADMISSION_ADMITTED:
+            self.remove(waiting, &client)
+            self.admitting.shut_out(&client, answer)
+            return
         if self.patience[SILENT] == 0 or self.at_once or length > header.length:
             self.move(waiting, READY)
         else:
@@ -421,8 +445,13 @@ cdef class FirstBytes:
 
 
 def first_bytes_of(options):
-    """What serves the checked options first_bytes and proxy; None when neither is asked for."""
+    """What serves the checked options first_bytes, proxy and admission; None when none is asked for."""
+    cdef Admitting admitting = None
+    if options.admission is not None:
+        admitting = Admitting(options.admission.table, options.busy)
     if options.proxy is not None:
-        return FirstBytes(
-            options.first_bytes, options.proxy.timeout, options.proxy.networks, options.proxy.required)
-    return None if options.first_bytes is None else FirstBytes(options.first_bytes)
+        return FirstBytes(options.first_bytes, options.proxy.timeout, options.proxy.networks,
+                          options.proxy.required, admitting)
+    if options.first_bytes is None and admitting is None:
+        return None
+    return FirstBytes(options.first_bytes, admitting=admitting)

@@ -13,7 +13,7 @@ from cpython.pythread cimport (
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 
-from fastlisten._core.accept cimport client_t, drop, poll_failed, refuse
+from fastlisten._core.accept cimport BUSY, client_t, drop, poll_failed, refuse
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport (
@@ -218,7 +218,7 @@ cdef class Overload:
             self.awaited = False
         PyThread_release_lock(self.lock)
         if not fits:
-            refuse(client, self.text, self.length)
+            refuse(client, self.text, self.length, BUSY)
         elif awaited:
             waker_wake(&self.waker)
 

@@ -95,6 +95,9 @@ static inline port_socket port_accept(port_socket listener, port_address *addres
 /* Write the address of the other end of a connection, with its length in bytes.  Return 0, or -1. */
 static inline int port_peer(port_socket s, port_address *address, int *length);
 
+/* Return the user whose the process at the other end of a unix socket is; all ones where that is not told. */
+static inline uint32_t port_peer_user(port_socket s);
+
 /* Return the thread that calls, for port_interrupt(): a number above 1. */
 static inline int64_t port_thread(void);
 

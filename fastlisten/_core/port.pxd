@@ -57,6 +57,7 @@ cdef extern from "fastlisten/_core/port.h" nogil:
     port_socket port_accept(
         port_socket listener, port_address *address, int *length, int nonblocking)
     int port_peer(port_socket s, port_address *address, int *length)
+    uint32_t port_peer_user(port_socket s)
     int64_t port_thread()
     void port_interrupt(port_socket listener, int64_t thread)
     Py_ssize_t port_recv(port_socket s, void *buffer, Py_ssize_t length, int flags)

@@ -217,6 +217,19 @@ static inline int port_peer(port_socket s, port_address *address, int *length)
     return failed == 0 ? 0 : -1;
 }
 
+static inline uint32_t port_peer_user(port_socket s)
+{
+#if defined(__linux__) || defined(__CYGWIN__)    /* unix(7) */
+    struct ucred peer;
+    socklen_t size = sizeof peer;
+    return getsockopt(s, SOL_SOCKET, SO_PEERCRED, &peer, &size) == 0 ? (uint32_t)peer.uid : UINT32_MAX;
+#else                                           /* getpeereid(3) */
+    uid_t user;
+    gid_t group;
+    return getpeereid(s, &user, &group) == 0 ? (uint32_t)user : UINT32_MAX;
+#endif
+}
+
 static inline int64_t port_thread(void)
 {
     return (int64_t)(uintptr_t)pthread_self();

@@ -168,6 +168,12 @@ static inline int port_peer(port_socket s, port_address *address, int *length)
     return failed == 0 ? 0 : -1;
 }
 
+static inline uint32_t port_peer_user(port_socket s)
+{
+    (void)s;
+    return UINT32_MAX;
+}
+
 static inline int64_t port_thread(void)
 {
     return (int64_t)GetCurrentThreadId() + 1;

@@ -1,6 +1,6 @@
 from libc.stdint cimport int64_t
 
-from fastlisten._core.port cimport port_socket
+from fastlisten._core.port cimport port_add, port_get, port_socket
 
 # How many failed accepts are told apart by their code; the error table knows fewer.
 cdef enum:
@@ -14,6 +14,11 @@ cdef enum:                  # in the order of REFUSALS
     REFUSED_NO_HEADER
     REFUSED_HEADER
     REFUSED_UNTRUSTED
+    REFUSED_DENIED          # and those after it as in admission.h
+    REFUSED_NOT_ALLOWED
+    REFUSED_PENALISED
+    REFUSED_CONCURRENT
+    REFUSED_RATE
     REFUSED_REASONS
 
 cdef struct waker_t:            # all zeros: not open
@@ -71,11 +76,10 @@ cdef struct state_t:
 
 
 cdef void state_hold(state_t *state) noexcept nogil
-cdef void state_release(state_t *state) noexcept nogil
+cdef void state_free(state_t *state) noexcept nogil
 cdef void client_in(state_t *state) noexcept nogil
 cdef void client_handed(state_t *state) noexcept nogil
 cdef void client_closing(state_t *state, int more) noexcept nogil
-cdef void client_out(state_t *state) noexcept nogil
 cdef void client_given(state_t *state) noexcept nogil
 cdef void client_refused(state_t *state) noexcept nogil
 cdef void client_turned_away(state_t *state, int reason) noexcept nogil
@@ -89,6 +93,20 @@ cdef dict counts_of(state_t *state)
 cdef dict tls_failures_of(state_t *state)
 cdef dict refused_for(state_t *state)
 cdef state_t *state_in(memory, Py_ssize_t offset, Py_buffer *buffer) except NULL
+
+
+cdef inline void state_release(state_t *state) noexcept nogil:
+    """Give one hold on the state back; the last one frees it and its waker."""
+    if port_add(&state.holders, -1) == 0:
+        state_free(state)
+
+
+cdef inline void client_out(state_t *state) noexcept nogil:
+    """Its connection was closed or taken over: tell who waits for that, and give its hold back."""
+    port_add(&state.handled, 1)
+    if port_get(&state.wake_on_close):  # asked after the count, so that whoever waits for it sees it
+        waker_wake(&state.waker)
+    state_release(state)
 
 
 cdef class Taker:

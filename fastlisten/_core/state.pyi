@@ -9,6 +9,8 @@ TLS_FAILURES: tuple[str, ...]
 REFUSALS: tuple[str, ...]
 STATE_BYTES: int
 
+def first_in_child(function: Callable[[], object]) -> Callable[[], object]: ...
+
 class Taker:
     activity: str
     def stop(self, drain: float | None) -> None: ...

@@ -109,12 +109,11 @@ cdef void state_hold(state_t *state) noexcept nogil:
     port_add(&state.holders, 1)
 
 
-cdef void state_release(state_t *state) noexcept nogil:
-    """Give one hold on the state back; the last one frees it and its waker."""
-    if port_add(&state.holders, -1) == 0:
-        waker_close(&state.waker)
-        if not state.shared:
-            free(state)
+cdef void state_free(state_t *state) noexcept nogil:
+    """Nobody holds it any more."""
+    waker_close(&state.waker)
+    if not state.shared:
+        free(state)
 
 
 cdef void client_in(state_t *state) noexcept nogil:
@@ -130,14 +129,6 @@ cdef void client_handed(state_t *state) noexcept nogil:
 cdef void client_closing(state_t *state, int more) noexcept nogil:
     """A thread goes into close() for a client that it counts out after it, or has come back."""
     port_add(&state.closing, more)
-
-
-cdef void client_out(state_t *state) noexcept nogil:
-    """Its connection was closed or taken over: tell who waits for that, and give its hold back."""
-    port_add(&state.handled, 1)
-    if port_get(&state.wake_on_close):  # asked after the count, so that whoever waits for it sees it
-        waker_wake(&state.waker)
-    state_release(state)
 
 
 cdef void client_given(state_t *state) noexcept nogil:
@@ -202,6 +193,11 @@ REFUSALS = (
     "no PROXY header",          # none came in time, or not all of it
     "invalid PROXY header",     # what came is none
     "untrusted",                # it is no proxy that is trusted, and only those may come
+    "denied",                   # by admission=: a list has its address
+    "not allowed",              # ... there is a list of others
+    "penalised",                # ... a handler wants nothing from there for a while
+    "concurrent",               # ... its source has too many connections
+    "rate",                     # ... or too many in too short a time
 )
 
 
@@ -546,6 +542,13 @@ cdef int give_back_all(Taker taker, tuple states) except -1:
 
 _states = set()  # a weak reference to each
 _forking = set()  # the threads that fork
+_first_in_child = []
+
+
+def first_in_child(function):
+    """Have this called in a forked child, before anybody there closes a client of the parent's."""
+    _first_in_child.append(function)
+    return function
 
 
 cdef list all_states():
@@ -572,6 +575,8 @@ def _after_fork_in_parent():
 
 def _after_fork_in_child():
     """The wakers are shared with the parent, whose takers must not hear ours; and only one thread is left."""
+    for function in _first_in_child:
+        function()
     _forking.clear()
     for state in all_states():
         state.after_fork()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import mmap
 import os
 import pickle
@@ -13,10 +14,12 @@ from collections.abc import Sequence
 from multiprocessing.spawn import get_preparation_data, prepare
 from typing import Any
 
+from fastlisten._admission import Admission
 from fastlisten._listener import Listener
 from fastlisten._notify import VARIABLES
+from fastlisten._shared_memory import shared_memory
 from fastlisten._workers.child import DRAIN, NOW, Target, Worker
-from fastlisten._workers.memory import Memory, Slot, map_memory, name_memory
+from fastlisten._workers.memory import Memory, Slot
 from fastlisten._workers.pool import Channel, Close
 from fastlisten._workers.process import Child, Handle
 from fastlisten._workers.sockets import Members
@@ -44,8 +47,9 @@ class Fresh:
 
     def __init__(self, target: Target, drain: float) -> None:
         self._drain = drain
+        self._shared: list[int] = []  # descriptors of memory
         try:
-            sent = pickle.dumps(target)
+            sent = _pickled(target, self._shared)
         except Exception as error:
             raise ValueError(
                 f"target {target!r} cannot be sent to a fresh interpreter, which workers need where the "
@@ -92,12 +96,12 @@ class Fresh:
             return sharing
         sent = [listener.fileno() for listener in listeners]
         described = description(theirs.fileno(), sent)
-        name = name_memory(len(described))
+        memory_map, name = shared_memory(len(described), named=True)
         assert isinstance(name, int)
         assert isinstance(self._memory.name, int)
+        memory_map[:] = described
         try:
-            map_memory(name, len(described))[:] = described
-            inherited = [name, theirs.fileno(), self._memory.name, *sent]
+            inherited = [name, theirs.fileno(), self._memory.name, *self._shared, *sent]
             return Child(spawn(_command((name, len(described))), _environment(), inherited))
         finally:
             os.close(name)
@@ -151,11 +155,10 @@ class _Sharing:
 
     def describe(self, description: bytes) -> None:
         """Tell it what it is to be.  Raises OSError when it has ended."""
-        name, length = name_memory(len(description)), len(description)
-        self._description = map_memory(name, length)
+        self._description, name = shared_memory(len(description), named=True)
         self._description[:] = description
         with self._process.stdin as stdin:  # type: ignore[union-attr]
-            stdin.write(pickle.dumps((name, length)))  # a pipe has room for that
+            stdin.write(pickle.dumps((name, len(description))))  # a pipe has room for that
 
     def stop(self, now: bool) -> None:
         """Ask it to end, with the drain or now."""
@@ -182,10 +185,10 @@ class _Sharing:
 def fresh(argument: Any) -> None:
     """What a fresh interpreter does: import the target and be the worker that the parent describes."""
     if argument == "check":
-        _target(sys.stdin.buffer.read())
+        _target(sys.stdin.buffer.read(), shares=False)
         return
     where, length = argument or pickle.loads(sys.stdin.buffer.read())
-    with map_memory(where, length) as described:
+    with shared_memory(length, name=where)[0] as described:
         end, sent, counts, memory_of, place, number, parent, drain, target = pickle.loads(described)
     if isinstance(where, int):
         os.close(where)
@@ -203,9 +206,51 @@ def fresh(argument: Any) -> None:
     os._exit(worker.become(endpoints, place, _target(target)))
 
 
-def _target(sent: bytes) -> Target:
-    """The target that was sent, after what its pickle needs: the path, and the main module."""
+def _target(sent: bytes, shares: bool = True) -> Target:
+    """The target that was sent, after what its pickle needs: the path, and the main module.
+
+    shares: this process has inherited the memory that the parent shares.
+    """
     preparation, pickled = pickle.loads(sent)
     prepare(preparation)
-    target: Target = pickle.loads(pickled)
+    target: Target = _Unpickler(pickled, shares).load()
     return target
+
+
+# --- an Admission in what is sent, which is one for all processes ----------------------------------------
+
+
+def _pickled(target: Target, descriptors: list[int]) -> bytes:
+    """The target's pickle; what is to be inherited for it is added to `descriptors`."""
+    buffer = io.BytesIO()
+    _Pickler(buffer, descriptors).dump(target)
+    return buffer.getvalue()
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, descriptors: list[int]) -> None:
+        super().__init__(file)
+        self._descriptors = descriptors
+
+    def persistent_id(self, obj: Any) -> Any:
+        if not isinstance(obj, Admission):
+            return None
+        what, name = obj.share()
+        if isinstance(name, int) and name not in self._descriptors:
+            self._descriptors.append(name)
+        return what, name
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, pickled: bytes, shares: bool) -> None:
+        super().__init__(io.BytesIO(pickled))
+        self._shares = shares
+        self._made: dict[int | str, Admission] = {}
+
+    def persistent_load(self, pid: Any) -> Any:
+        what, name = pid
+        if name not in self._made:
+            if isinstance(name, int) and self._shares:
+                os.set_inheritable(name, False)
+            self._made[name] = Admission.shared(what, name if self._shares else None)
+        return self._made[name]

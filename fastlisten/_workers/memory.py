@@ -7,12 +7,10 @@ import os
 
 from fastlisten._core.processes import Counters
 from fastlisten._core.state import STATE_BYTES
+from fastlisten._shared_memory import shared_memory
 
 # A state has pages of its own, so that a fork of a worker can have a copy of it.
 _STATE = mmap.PAGESIZE * -(-STATE_BYTES // mmap.PAGESIZE)
-
-# On Windows memory that processes share has a name, and no descriptor.
-_HAS_NAMES = not hasattr(mmap, "MAP_SHARED")
 
 # The numbers at the start of a slot: of the stop, how many clients finished and were cut, and then, for each
 # endpoint, whose queue this worker is to look into: that member's place and 1; 0 is nobody's.
@@ -33,9 +31,7 @@ class Memory:
         self.endpoints = endpoints
         self.slots = slots
         self._size = mmap.PAGESIZE + endpoints * _STATE
-        length = self._size * slots  # a page costs nothing before it is written to
-        self.name = name_memory(length) if named else name
-        self.map = map_memory(self.name, length)
+        self.map, self.name = shared_memory(self._size * slots, named, name)
         self._free = list(range(slots - 1, -1, -1))
 
     def take(self) -> Slot:
@@ -53,34 +49,6 @@ class Memory:
         """Close the descriptor; the memory stays while somebody uses it."""
         if isinstance(self.name, int):
             os.close(self.name)
-
-
-def name_memory(length: int) -> int | str:
-    """What stands for memory of so many bytes, for map_memory() here and in another process: a descriptor,
-    which that inherits and whoever has it closes, or on Windows a name.  Raises OSError."""
-    if _HAS_NAMES:
-        return f"fastlisten-{os.getpid()}-{os.urandom(16).hex()}"
-    name = _file()
-    os.ftruncate(name, length)
-    return name
-
-
-def map_memory(name: int | str | None, length: int) -> mmap.mmap:
-    """The memory of so many bytes for which this stands, which stays while somebody has it; None: nothing
-    stands for it.  Raises OSError."""
-    if isinstance(name, str):
-        return mmap.mmap(-1, length, tagname=name)  # type: ignore[call-arg,unused-ignore]
-    return mmap.mmap(-1 if name is None else name, length)
-
-
-def _file() -> int:
-    """A descriptor of memory, not inherited by programs, of no size yet."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("fastlisten", os.MFD_CLOEXEC)
-    import tempfile  # much to import
-
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 class Slot:

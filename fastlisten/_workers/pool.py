@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+from fastlisten._core.admission import process_ended
 from fastlisten._listener import ServeResult
 from fastlisten._options import Checked
 from fastlisten._workers.events import Events
@@ -208,6 +209,7 @@ class Pool:
         finished, cut = process.slot.numbers[FINISHED], process.slot.numbers[CUT]
         self.result = ServeResult(self.result.finished + finished, self.result.cut + cut)
         self._gone(process)
+        process_ended(process.pid)
         self._starter.ended(process.slot)
         if not process.counts:
             process.handle.kill()  # what it has started would hold the listeners

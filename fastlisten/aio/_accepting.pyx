@@ -19,7 +19,6 @@ from fastlisten._core.accept cimport (
     Shortage,
     accept_batch,
     client_t,
-    close_header,
     drop_handed,
     verdict,
     verdict_t,
@@ -38,13 +37,9 @@ cdef enum:
     ACCEPTS = 32
 
 
-cdef list begin_with(Connections connections, client_t *clients, int count, bint headers):
-    """A Transport for each of these clients, which were handed out.
-
-    headers: some may have come by a proxy, with a PROXY header.
-    """
+cdef list begin_with(Connections connections, client_t *clients, int count):
+    """A Transport for each of these clients, which were handed out."""
     cdef list arrived = []
-    cdef int begun
     cdef int i = 0
     try:
         while i < count:
@@ -52,13 +47,9 @@ cdef list begin_with(Connections connections, client_t *clients, int count, bint
                                          &clients[i].address, clients[i].length))
             i += 1
     finally:
-        begun = i
         while i < count:  # no memory
             drop_handed(&clients[i])
             i += 1
-        if headers:
-            for i in range(begun):
-                close_header(&clients[i])
     return arrived
 
 
@@ -98,7 +89,7 @@ cdef class ListenerWatch(Watched):
             taken = self.accepting.first.sift(clients, taken, most)
         for i in range(taken):
             client_handed(clients[i].state)
-        arrived = begin_with(self.accepting.connections, clients, taken, self.accepting.first is not None)
+        arrived = begin_with(self.accepting.connections, clients, taken)
         if self.accepting.full():
             self.accepting.arrange()
         self.answer(answer, self.taken)
@@ -170,6 +161,7 @@ cdef class FirstBytesWatch(Watched):
 
     cdef int begin(self) except -1:
         """Be ready for clients.  Raises OSError when they cannot be watched."""
+        self.first_bytes.tells_with(self.accepting.shortage)
         self.first_bytes.open()
         self.fd = self.first_bytes.poller
         return 0 if self.fd == PORT_NO_SOCKET else self.watch(POLLIN)
@@ -189,6 +181,7 @@ cdef class FirstBytesWatch(Watched):
         while kept < most and self.first_bytes.take(&clients[kept]):
             kept += 1
         self.set_timer()
+        self.tell()
         return kept
 
     cdef int ready(self, short events) except -1:
@@ -201,10 +194,11 @@ cdef class FirstBytesWatch(Watched):
         cdef int most = self.accepting.places(ACCEPTS)
         cdef list arrived
         self.first_bytes.look()
+        self.tell()
         while taken < most and self.first_bytes.take(&clients[taken]):
             client_handed(clients[taken].state)
             taken += 1
-        arrived = begin_with(self.accepting.connections, clients, taken, True)
+        arrived = begin_with(self.accepting.connections, clients, taken)
         if self.accepting.full():
             self.accepting.arrange()
         elif taken == ACCEPTS:
@@ -217,6 +211,14 @@ cdef class FirstBytesWatch(Watched):
         """Have it look on the loop's next turn, if somebody may begin."""
         if self.first_bytes.next_ready() is not NULL:
             self.ready_soon()
+
+    cdef void tell(self) noexcept:
+        """Tell the log what is due; a client is in hand, and what a logger raises does not lose it."""
+        if port_get(&self.accepting.shortage.to_tell):
+            try:
+                self.accepting.shortage.tell()
+            except Exception as error:
+                self.hub.loop.call_exception_handler({"message": "logging failed", "exception": error})
 
     cdef int set_timer(self) except -1:
         """Have the next look be in time."""
@@ -268,8 +270,7 @@ cdef class QueueWatch(Watched):
             taken += 1
         if taken == ACCEPTS:
             self.ready_soon()  # more may wait than one wake takes
-        arrived = begin_with(self.accepting.connections, clients, taken,
-                             self.overload.acceptor.first_bytes is not None)
+        arrived = begin_with(self.accepting.connections, clients, taken)
         self.look_up()
         if self.accepting.drained is not None:
             self.accepting.look_for_drained()

@@ -21,6 +21,7 @@ from fastlisten.aio._tls import TlsSettings, TlsTransport
 from fastlisten.aio._transport import Transport
 
 if TYPE_CHECKING:
+    from fastlisten._admission import Admission
     from fastlisten._proxy import Proxy
 
 # asyncio's own functions, from before anybody puts ours in their place.
@@ -307,6 +308,7 @@ async def create_server(
     handshake_threads: int = 0,
     first_bytes: float | None = None,
     proxy: Proxy | None = None,
+    admission: Admission | None = None,
 ) -> Server:
     """loop.create_server() of the running loop, with its arguments; returns a Server, the caller's to close.
 
@@ -314,8 +316,8 @@ async def create_server(
     connections, which asyncio always sets.  max_connections, pending, busy, exhausted: as Listener.serve();
     `busy` is answered while the event loop is blocked, too, and `pending` clients may then wait.
     handshake_threads: in how many threads TLS's handshakes run, without the GIL; 0: on the event loop.
-    first_bytes, proxy: as Listener.serve(): until then there is no protocol for a client.  A transport's
-    get_extra_info() says under "peername" who the client is, and has the ProxyHeader under "proxy".
+    first_bytes, proxy, admission: as Listener.serve(): until then there is no protocol for a client, whose
+    address is a transport's get_extra_info("peername"), and whose ProxyHeader its get_extra_info("proxy").
 
     Raises what asyncio's own raises for the same mistakes, ValueError for options this system lacks.
     """
@@ -327,6 +329,7 @@ async def create_server(
         exhausted=exhausted,
         first_bytes=first_bytes,
         proxy=proxy,
+        admission=admission,
     )
     options = _socket_options(
         defer_accept=defer_accept, fast_open=fast_open, no_delay=no_delay, keep_alive=keep_alive
@@ -368,12 +371,13 @@ async def create_unix_server(
     handshake_threads: int = 0,
     first_bytes: float | None = None,
     proxy: Proxy | None = None,
+    admission: Admission | None = None,
 ) -> Server:
     """loop.create_unix_server() of the running loop, with its arguments; returns a Server.
 
     cleanup_socket: unlink the path on close, if it is still the socket that was made; asyncio's default,
     which is True since Python 3.13.  mode: permission bits of the path, as fastlisten.bind().
-    max_connections, pending, busy, exhausted, handshake_threads, first_bytes, proxy: as create_server().
+    The others, from max_connections on: as create_server().
     """
     limits = checked_limits(
         handshake_threads,
@@ -383,6 +387,7 @@ async def create_unix_server(
         exhausted=exhausted,
         first_bytes=first_bytes,
         proxy=proxy,
+        admission=admission,
     )
     tls = _tls(ssl, ssl_handshake_timeout, ssl_shutdown_timeout)
     more = {"cleanup_socket": False} if _UNLINKS else {}  # what it unlinks, the Server does

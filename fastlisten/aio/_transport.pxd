@@ -1,7 +1,7 @@
 cimport cython
 from libc.stdint cimport int64_t
 
-from fastlisten._core.connection cimport SHORT_ADDRESS
+from fastlisten._core.connection cimport SHORT_ADDRESS, origin_t
 from fastlisten._core.port cimport port_address, port_socket
 from fastlisten._core.state cimport state_t
 from fastlisten.aio._hub cimport Hub, Watched
@@ -89,6 +89,7 @@ cdef class Transport(Watched):
     cdef state_t *state             # the listener's, in which it is counted until it is closed
     cdef short_address_t address    # the peer's, until somebody asks and gets `peer`
     cdef object peer, sockname
+    cdef origin_t *origin           # what was in place of an address; NULL: nothing
     cdef object sock                # the socket.socket that owns the descriptor, once somebody asked for one
     cdef object protocol
     cdef object context             # contextvars.Context in which the protocol is called

@@ -26,7 +26,15 @@ from cpython.weakref cimport PyWeakref_NewRef
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
-from fastlisten._core.connection cimport PROXIED, SHORT_ADDRESS, address_object, header_of
+from fastlisten._core.connection cimport (
+    ORIGIN,
+    SHORT_ADDRESS,
+    address_object,
+    header_of,
+    leave_table,
+    origin_of,
+    peer_of,
+)
 from fastlisten._core.port cimport *
 from fastlisten._core.standard import StandardSocket
 from fastlisten._core.state cimport (
@@ -252,12 +260,12 @@ cdef tuple write_limits(high, low, Py_ssize_t default):
 
 @cython.final
 cdef class Proxied:
-    """The peer of a client who came by a proxy: what the proxy's header says of it."""
+    """Who a client is: the peer, or whom a proxy's header names; header: None without one."""
 
     cdef object peer, header
 
-    def __cinit__(self, header_and_peer):
-        self.header, self.peer = header_and_peer
+    def __cinit__(self, header, peer):
+        self.header, self.peer = header, peer
 
 
 cdef Transport new_transport(
@@ -269,7 +277,12 @@ cdef Transport new_transport(
     transport.polled = connections.hub.poller != PORT_NO_SOCKET
     transport.due = BEGIN
     if length > SHORT_ADDRESS:
-        transport.peer = Proxied(header_of(address)) if length == PROXIED else address_object(address, length)
+        if length == ORIGIN:
+            header = header_of(origin_of(address))
+            transport.peer = Proxied(header, peer_of(origin_of(address), header))
+            transport.origin = origin_of(address)
+        else:
+            transport.peer = address_object(address, length)
     else:
         memcpy(transport.address.bytes, address, length)
         transport.address.length = length
@@ -1080,7 +1093,7 @@ cdef class Transport(Watched):
             return default if sock is None else TransportSocket(sock, self)
         if name == "sockname":
             return self.own_address()
-        if name == "proxy" and isinstance(self.peer, Proxied):
+        if name == "proxy" and isinstance(self.peer, Proxied) and (<Proxied>self.peer).header is not None:
             return (<Proxied>self.peer).header
         return default
 
@@ -1134,5 +1147,9 @@ cdef class Transport(Watched):
         else:
             port_close(fd)  # what a failed close could tell, nobody is left to do anything about
         self.state = NULL
+        if self.origin is not NULL:
+            leave_table(self.origin)
+            free(self.origin)
+            self.origin = NULL
         client_out(state)
         return 0
