@@ -12,10 +12,12 @@ Every name of the original is here and means the same.  What differs:
   and a threading one does it in the handler's thread.  In the original a client that says nothing keeps all
   others, and shutdown(), waiting.  Who does not get through is counted in `tls_failures`; as in the original
   nothing more is said of it.  With do_handshake_on_connect=False the handshake is the handler's own affair.
-- The class attributes `first_bytes_timeout` and `proxy_protocol` are serve()'s options first_bytes and proxy:
-  a client that says nothing costs no thread, and `client_address` is the one that a trusted proxy's header
-  names.  They are for serve_forever() with fastlisten's loop.  Elsewhere the first has no effect; with the
-  second, which must not be passed over, serve_forever() and handle_request() raise ValueError.
+- The class attributes `first_bytes_timeout`, `proxy_protocol` and `admission_control` are serve()'s options
+  first_bytes, proxy and admission: a client that says nothing costs no thread, `client_address` is the one
+  that a trusted proxy's header names, and who may not come in costs nothing; a client counts until its
+  request is handled.  They are for serve_forever() with fastlisten's loop.  Elsewhere the first has no
+  effect; with the others, which must not be passed over, serve_forever() and handle_request() raise
+  ValueError.
 
 A hook that a subclass overrides is called where the original calls it.  What of the loop cannot work with it
 is then the original's: all of it for get_request() and service_actions(), the threads for verify_request()
@@ -39,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastlisten._core.accept import Shortage
 from fastlisten._core.connection import Connection
-from fastlisten._core.hooks import RequestHooks
+from fastlisten._core.hooks import CountedUntilHandled, RequestHooks
 from fastlisten._core.loop import Loop
 from fastlisten._core.standard import StandardSocket
 from fastlisten._core.state import State
@@ -50,6 +52,7 @@ from fastlisten._tls import HANDSHAKE_TIMEOUT, failure_reason, handshake, log_fa
 if TYPE_CHECKING:
     from ssl import SSLSocket
 
+    from fastlisten._admission import Admission
     from fastlisten._proxy import Proxy
 
 # As many threads as clients, as in the original.
@@ -117,6 +120,9 @@ class AcceptMixIn:
     # Whose PROXY headers are read.
     proxy_protocol: Proxy | None = None
 
+    # Who may come in, and how many of one source.
+    admission_control: Admission | None = None
+
     # What the original's classes, later in the order of the bases, have.
     socket: _socket.socket
     block_on_close: bool
@@ -142,7 +148,7 @@ class AcceptMixIn:
 
         poll_interval: how often, in seconds, service_actions() is called, if a subclass has one.
         Raises what a hook or the listening socket raised, and KeyboardInterrupt; ValueError when the class
-        has a proxy_protocol and what else it asks for is not for fastlisten's loop.
+        has a proxy_protocol or an admission_control, and what else it asks for is not for fastlisten's loop.
         """
         began_open = self.socket.fileno() >= 0
         thread = threading.current_thread()
@@ -157,7 +163,7 @@ class AcceptMixIn:
                 self._BaseServer__shutdown_request = False
                 self._BaseServer__is_shut_down.set()
             elif not served:
-                self._refuse_proxy()
+                self._refuse_original()
                 with _states:
                     self._begin()
                 super().serve_forever(poll_interval)  # type: ignore[misc]
@@ -187,6 +193,8 @@ class AcceptMixIn:
         handle: Callable[[Connection], None] = hooks.in_thread if options.leave else hooks.in_line
         if _is_tls(self.socket):
             handle = _over_tls(self, hooks, options.leave)
+        if options.admission is not None:
+            handle = CountedUntilHandled(handle)
         loop = make_loop([listener], handle, options)
         with _states:
             if self._listener is not None:
@@ -225,7 +233,10 @@ class AcceptMixIn:
     def _hooks(self, listener: Listener) -> tuple[RequestHooks, Checked]:
         """What to do with a client, and the options of the loop that does it."""
         options = functools.partial(
-            serve_options, first_bytes=self.first_bytes_timeout, proxy=self.proxy_protocol
+            serve_options,
+            first_bytes=self.first_bytes_timeout,
+            proxy=self.proxy_protocol,
+            admission=self.admission_control,
         )
         plain = not _is_tls(self.socket)  # what RequestHooks does in fewer steps is not for an SSLSocket
         if not _untouched(self, _THREAD_HOOKS):
@@ -271,13 +282,15 @@ class AcceptMixIn:
             for loop in loops:
                 loop.join()
 
-    def _refuse_proxy(self) -> None:
-        if self.proxy_protocol is not None:
-            raise ValueError("proxy_protocol needs fastlisten's loop, and the original's would accept here")
+    def _refuse_original(self) -> None:
+        """ValueError for what the original's loop would pass over."""
+        for name in ("proxy_protocol", "admission_control"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} needs fastlisten's loop, and the original's would accept here")
 
     def handle_request(self) -> None:
         """Handle one request, waiting for it as long as `timeout` says."""
-        self._refuse_proxy()
+        self._refuse_original()
         self._steps = True
         super().handle_request()  # type: ignore[misc]
 

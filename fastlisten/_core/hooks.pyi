@@ -1,6 +1,12 @@
+from collections.abc import Callable
 from typing import Any, Self, final
 
 from fastlisten._core.connection import Connection
+
+@final
+class CountedUntilHandled:
+    def __new__(cls, handler: Callable[[Connection], object]) -> Self: ...
+    def __call__(self, connection: Connection) -> None: ...
 
 @final
 class RequestHooks:

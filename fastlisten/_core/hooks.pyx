@@ -7,7 +7,7 @@ import threading
 cimport cython
 from cpython.contextvars cimport PyContext_CopyCurrent, PyContext_Enter, PyContext_Exit, PyContext_New
 
-from fastlisten._core.connection cimport Connection
+from fastlisten._core.connection cimport ORIGIN, Connection, leave_table, origin_t
 from fastlisten._core.port cimport *
 
 cdef object _close = _socket.socket.close
@@ -26,6 +26,32 @@ cdef int shutdown_request(request) except -1:
     if request._io_refs <= 0:
         _close(request)
     return 0
+
+
+@cython.final
+cdef class CountedUntilHandled:
+    """Calls `handler`, and has a client count for admission until that returns.
+
+    A Connection counts until its descriptor is somebody else's: at once, where that is a socketserver's.
+    """
+
+    cdef object handler
+
+    def __cinit__(self, handler):
+        self.handler = handler
+
+    def __call__(self, Connection connection not None):
+        cdef origin_t counted
+        cdef origin_t *origin
+        counted.ticket = 0
+        if connection.address_length == ORIGIN:
+            origin = <origin_t *>connection.address.heap
+            counted.table, counted.ticket = origin.table, origin.ticket
+            origin.ticket = 0
+        try:
+            self.handler(connection)
+        finally:
+            leave_table(&counted)
 
 
 @cython.final
