@@ -28,6 +28,18 @@ DEFAULT_FIRST_BYTES = 10.0
 # The options of bind(), of serve() and of workers by name. One that has no argument here is never given.
 BIND_OPTIONS = tuple(declared(BindOptions))
 SERVE_OPTIONS = (*declared(ServeOptions), *declared(TLSOptions), *declared(FirstOptions))
+ADMISSION_OPTIONS = (
+    "allow",
+    "deny",
+    "exempt",
+    "concurrent",
+    "rate",
+    "burst",
+    "prefix4",
+    "prefix6",
+    "sources",
+    "dry_run",
+)
 WORKER_OPTIONS = tuple(declared(WorkerOptions))
 
 
@@ -62,6 +74,16 @@ def _seconds(text: str) -> float:
     if not 0 <= seconds <= threading.TIMEOUT_MAX:
         raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds")
     return seconds
+
+
+def _positive(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not number > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
 
 
 def _workers(text: str) -> int | str:
@@ -161,6 +183,7 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     _add_binding(serve)
     _add_serving(serve)
     _add_first(serve)
+    _add_admission(serve)
     _add_tls(serve)
 
 
@@ -286,6 +309,33 @@ def _add_first(serve: Parser) -> None:
         metavar="SECONDS",
         type=_seconds,
         help="how long a header may take (default 5)",
+    )
+
+
+def _add_admission(serve: Parser) -> None:
+    group = serve.add_argument_group(
+        "who may come in", "NETWORK is an address or a network, unix:, or unix: and a user's ID."
+    )
+    value = group.add_argument
+    several = functools.partial(value, metavar="NETWORK", action="append")
+    several("--allow", help="nobody else; may be given several times")
+    several("--deny", help="not these")
+    several("--exempt", help="these, whatever --allow and the limits say")
+    value("--concurrent", metavar="N", type=_number(1), help="connections of one source at a time")
+    value("--rate", metavar="N", type=_positive, help="connections of one source a second, on average")
+    value("--burst", metavar="N", type=_number(1), help="how many may come at once (default: --rate)")
+    value(
+        "--prefix4",
+        metavar="BITS",
+        type=_number(0),
+        help="how much of an IPv4 address is a source (default 32)",
+    )
+    value(
+        "--prefix6", metavar="BITS", type=_number(0), help="how much of an IPv6 address is one (default 64)"
+    )
+    value("--sources", metavar="N", type=_number(1), help="how many sources are remembered (default 65536)")
+    value(
+        "--dry-run", action="store_true", default=None, help="let everybody in, and tell who would be refused"
     )
 
 

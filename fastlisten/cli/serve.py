@@ -14,7 +14,13 @@ import fastlisten
 from fastlisten import Connection, Endpoint, Listener
 from fastlisten._bind import passed_connection
 from fastlisten._listener import serve_options
-from fastlisten.cli.arguments import BIND_OPTIONS, DEFAULT_ENDPOINT, SERVE_OPTIONS, given
+from fastlisten.cli.arguments import (
+    ADMISSION_OPTIONS,
+    BIND_OPTIONS,
+    DEFAULT_ENDPOINT,
+    SERVE_OPTIONS,
+    given,
+)
 from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
 from fastlisten.cli.failures import as_option, bind_failure, endpoint_hint
 from fastlisten.cli.handlers import BUILT_IN, load_handler
@@ -22,7 +28,7 @@ from fastlisten.cli.manager import notifier, ready, stopping
 from fastlisten.cli.report import LogLines, Report
 
 if TYPE_CHECKING:
-    from fastlisten import Notifier, Proxy
+    from fastlisten import Admission, Notifier, Proxy
 
 
 def serve_command(options: argparse.Namespace) -> int:
@@ -39,6 +45,8 @@ def serve_command(options: argparse.Namespace) -> int:
     serving["first_bytes"] = options.first_bytes or None
     if options.proxy is not None:
         serving["proxy"] = _proxy(endpoint, options)
+    if admission := given(options, ADMISSION_OPTIONS):
+        serving["admission"] = _admission(endpoint, admission)
     for name in ("proxy_optional", "proxy_timeout"):
         if options.proxy is None and getattr(options, name) is not None:
             raise CommandError(f"--{name.replace('_', '-')} needs --proxy", MISUSED)
@@ -72,11 +80,9 @@ def serve_command(options: argparse.Namespace) -> int:
     with listener, notifier() as manager:
         if isinstance(listener, Listener):
             return _serve(listener, handler, serving, options, manager)
-        for name in given(options, BIND_OPTIONS):
+        for name in given(options, (*BIND_OPTIONS, "proxy", *ADMISSION_OPTIONS)):
             text = f"--{name.replace('_', '-')} is for listening, and {endpoint} is a client's connection"
             raise CommandError(text, MISUSED)
-        if options.proxy is not None:
-            raise CommandError(f"--proxy is for listening, and {endpoint} is a client's connection", MISUSED)
         ready(manager, "serving one client")
         return _serve_client(listener, handler, serving)
 
@@ -90,6 +96,15 @@ def _proxy(endpoint: Endpoint, options: argparse.Namespace) -> Proxy:
     except ValueError as error:
         text = re.sub(r"^trusted\b", "--proxy", re.sub(r"^timeout\b", "--proxy-timeout", str(error)))
         raise CommandError(f"cannot serve {endpoint}: {text}", MISUSED) from error
+
+
+def _admission(endpoint: Endpoint, given: dict[str, Any]) -> Admission:
+    from fastlisten import Admission  # not at the top: for who asks for it
+
+    try:
+        return Admission(**given)
+    except ValueError as error:
+        raise CommandError(f"cannot serve {endpoint}: --{error}", MISUSED) from error
 
 
 def _serve_client(
