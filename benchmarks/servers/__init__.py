@@ -25,7 +25,9 @@ close."""
 
 
 GROUPS = {
-    **dict.fromkeys(("program", "accept_loop", "serve", "accept_many_loop", "iterate", "refuse"), "loop"),
+    **dict.fromkeys(
+        ("program", "accept_loop", "serve", "accept_many_loop", "iterate", "refuse", "admit"), "loop"
+    ),
     **dict.fromkeys(("tcp_server", "http_server"), "socketserver"),
     **dict.fromkeys(("streams", "stream_server", "serve_tcp", "iterate_async"), "task"),
 }
@@ -286,6 +288,15 @@ SERVERS: dict[str, Server] = {
             (),
             frozenset({"shed"}),
             "Listener.serve(handler, pending=0, busy='reset'), the handler busy all the time",
+            _F,
+        ),
+        Server(
+            "fastlisten-admission",
+            "fast",
+            "admit",
+            (),
+            frozenset({"shed"}),
+            "Listener.serve(handler, admission=Admission(rate=1, burst=1)): one source, limited",
             _F,
         ),
         Server(

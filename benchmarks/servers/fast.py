@@ -70,6 +70,11 @@ def refuse(_: str) -> None:
         listener.serve(handler, pending=0, busy="reset")
 
 
+def admit(_: str) -> None:
+    """Listener.serve with admission: of the clients, one source, hardly anybody may come in."""
+    _listen().serve(fastlisten.Connection.close, admission=fastlisten.Admission(rate=1, burst=1))
+
+
 def accept_many_loop(work: str, limit: int) -> None:
     """Listener.accept_many(limit) in a loop."""
     listener = _listen()
