@@ -17,7 +17,7 @@ from fastlisten._core.admission import Table, bytes_for, now, process_ended
 from helpers import needs, posix_only
 from helpers.admission_model import SECOND, Address, Model, events
 from helpers.fuzzing import Fuzz
-from helpers.programs import run
+from helpers.programs import python, run
 
 LIMITS = {"concurrent": 3, "rate": 20.0, "burst": 5}
 EVENTS = 20_000
@@ -381,6 +381,56 @@ assert admission.table.ask(_key("192.0.2.1"), 10**9)[0] == "concurrent"
 print(admission.stats().open)
 """
     assert run(program).stdout == "2\n"
+
+
+@needs("fork")
+def test_processes_that_are_killed_at_any_moment_leave_nothing_behind() -> None:
+    """Some have the lock then: nobody waits for that longer than until their end is heard of."""
+    program = """
+import json, os, random, signal, time
+from fastlisten import Admission
+from fastlisten._admission import _key
+from fastlisten._core.admission import process_ended
+
+admission = Admission(concurrent=1000000, sources=8)
+keys = [_key(f"192.0.2.{number}") for number in range(20)]
+
+def hammer():
+    tickets = []
+    while True:
+        for key in keys:
+            tickets.append(admission.table.ask(key, time.monotonic_ns())[1])
+        while len(tickets) > 40:
+            admission.table.leave(tickets.pop(0))
+
+def begin():
+    child = os.fork()
+    if child == 0:
+        try:
+            hammer()
+        finally:
+            os._exit(1)
+    return child
+
+chance = random.Random(8)
+children = [begin() for _ in range(3)]
+for _ in range(40):
+    before, end = admission.stats().admitted, time.monotonic() + 20
+    while admission.stats().admitted < before + 100 + chance.randrange(100) and time.monotonic() < end:
+        pass
+    victim = children.pop(chance.randrange(3))
+    os.kill(victim, signal.SIGKILL)
+    assert os.waitpid(victim, 0)[1] == signal.SIGKILL
+    process_ended(victim)
+    children.append(begin())
+for child in children:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    process_ended(child)
+assert admission.table.ask(keys[0], time.monotonic_ns())[1]
+print(json.dumps([admission.stats().open, admission.stats().admitted > 4000]))
+"""
+    assert python(program) == [1, True]
 
 
 def test_memory_that_lies_leads_nowhere_outside_it() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import fastlisten
-from fastlisten import Listener, aio, bind, socketserver
+from fastlisten import Admission, Listener, aio, bind, socketserver
 from helpers import LIMIT, LOOPBACK, connect, posix_only, read_all, reset, serving, wait_until
 from helpers.internals import is_served
 from helpers.serve import answer
@@ -161,8 +161,17 @@ MODES: dict[str, dict[str, Any]] = {
     "first bytes": {"first_bytes": LIMIT},
     "first bytes threads": {"first_bytes": LIMIT, "threads": (1, 4), "max_connections": 2},
     "first bytes busy": {"first_bytes": LIMIT, "threads": 2, "busy": BUSY, "pending": 1},
+    "admission": {"threads": (1, 4), "admission": Admission(concurrent=100)},
+    "admission busy": {"threads": 2, "busy": BUSY, "pending": 1, "admission": Admission(concurrent=2)},
+    "all": {"first_bytes": LIMIT, "busy": BUSY, "pending": 9, "admission": Admission(concurrent=3)},
 }
 modes = pytest.mark.parametrize("mode", MODES.values(), ids=MODES.keys())
+
+
+def assert_nobody_counts(mode: dict[str, Any]) -> None:
+    """Check that admission has let everybody go, too."""
+    if "admission" in mode:
+        assert mode["admission"].stats().open == 0
 
 
 class ServedAgain:
@@ -221,6 +230,7 @@ def test_serve(mode: dict[str, Any], acts: list[str], listener: Listener) -> Non
     totals = agree(clients, listener.stats())
     unseen = clients.told["left"] + clients.told["reset it"]  # before they sent anything, at the end
     assert totals["dropped"] <= (unseen if "first_bytes" in mode else 0)
+    assert_nobody_counts(mode)
     assert totals["handler_errors"] == (totals["handled"] if acts == MIXED else 0)
 
 
@@ -269,6 +279,7 @@ def test_serve_that_is_disturbed(how: str, mode: dict[str, Any], listener: Liste
         disturbing.result()
     stats = listener.stats()
     assert stats.active == 0
+    assert_nobody_counts(mode)
     told = clients.told
     assert sum(told.values()) == stats.accepted == clients.come
     assert told["refused"] == stats.refused

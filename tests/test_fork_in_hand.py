@@ -116,6 +116,8 @@ OPTIONS = {
     "first bytes": {"first_bytes": 10},
     "first bytes threads": {"first_bytes": 10, "threads": 3},
     "first bytes busy": {"first_bytes": 10, "busy": "reset", "pending": 1, "threads": 2},
+    "admission": {"threads": 3, "admission": fastlisten.Admission(concurrent=100)},
+    "admission busy": {"busy": b"busy", "pending": 1, "admission": fastlisten.Admission(concurrent=2)},
 }
 
 def iterate(listener):
@@ -137,6 +139,8 @@ with fastlisten.bind("127.0.0.1:0") as listener:
             fork_often(listener.stats, held)
             sys.stdin.readline()
             end(listener)
+            if "admission" in OPTIONS[way]:
+                wait_until(lambda: not OPTIONS[way]["admission"].stats().open)
 """
 
 AWAITS = """
@@ -259,6 +263,7 @@ PROGRAMS = dict.fromkeys(
         *["inline", "threads", "growing threads", "iteration"],
         *["busy", "busy text", "busy threads", "busy limit"],
         *["first bytes", "first bytes threads", "first bytes busy"],
+        *["admission", "admission busy"],
     ],
     SERVES,
 ) | dict.fromkeys(["asyncio", "asyncio text"], AWAITS)
