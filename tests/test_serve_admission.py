@@ -27,6 +27,7 @@ from helpers import (
     wait_until,
 )
 from helpers.certificates import Pair, client_context, server_context
+from helpers.faults import Faults
 from helpers.programs import python
 from helpers.proxy_headers import inet, unix, v1, v2
 from helpers.serve import answer, modes
@@ -172,6 +173,29 @@ def test_unix_users(unix_path: str) -> None:
             client.sendall(b"in")
             assert client.recv(2) == b"in"
             assert refusal(unix_path) == b""
+
+
+@needs("Linux", "a C compiler", "calls that go to libc")
+def test_a_unix_user_of_whom_the_system_does_not_tell(faults: Faults, unix_path: str) -> None:
+    """He is in no list but that of all who come by a unix socket, and one source with his like."""
+    program = f"""
+import os, fastlisten
+from helpers import exchange, refusal, serving
+from helpers.faults import FASTLISTENS, change_plan, meant_for
+from helpers.serve import answer
+meant_for(FASTLISTENS)
+with fastlisten.bind("unix:" + {unix_path!r}) as listener:
+    for network, told in [(f"unix:{{os.getuid()}}", b""), ("unix:", b"ping")]:
+        admission = fastlisten.Admission(allow=[network])
+        with serving(listener, answer, admission=admission):
+            change_plan(getsockopt=[("ENOBUFS", 1)])
+            assert (exchange if told else refusal)({unix_path!r}) == told
+            change_plan()
+            assert exchange({unix_path!r}) == b"ping"
+    assert listener.stats().refused_for == {{"not allowed": 1}}
+print("true")
+"""
+    assert faults.python(program) is True
 
 
 def test_on_several_listeners_it_is_one() -> None:

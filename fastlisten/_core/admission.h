@@ -110,6 +110,9 @@ typedef struct {
     int dry_run;
 } admission;
 
+typedef char admission_head_fits[sizeof(admission_head) <= ADMISSION_HEAD ? 1 : -1];
+typedef char admission_slot_is_a_line[sizeof(admission_slot) == 64 ? 1 : -1];
+
 /* How many bytes a table takes. */
 static inline int64_t admission_bytes(int64_t buckets, int64_t leases)
 {

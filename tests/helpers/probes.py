@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -118,6 +119,26 @@ def nginx() -> str | None:
     return shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
 
+def haproxy() -> str | None:
+    """Return HAProxy, which is in no ordinary user's path."""
+    return shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
+@functools.cache
+def nginx_stream() -> tuple[str, str] | None:
+    """Return nginx, and the line of a configuration that loads its stream module, "" where that is in it."""
+    program = nginx()
+    if program is None:
+        return None
+    built = subprocess.run([program, "-V"], capture_output=True, text=True, timeout=10, check=False).stderr
+    if "--with-stream " in built:
+        return program, ""
+    folders = re.findall(r"--modules-path=(\S+)", built)
+    modules = [os.path.join(folder, "ngx_stream_module.so") for folder in folders]
+    found = [module for module in modules if os.path.exists(module)]
+    return (program, f"load_module {found[0]};") if found else None
+
+
 # What a test may need of the system, by the name that its skip shows.
 PROBES: dict[str, Callable[[], bool]] = {
     "Linux": lambda: sys.platform == "linux",
@@ -135,6 +156,8 @@ PROBES: dict[str, Callable[[], bool]] = {
     "the curl command": lambda: shutil.which("curl") is not None,
     "the sslscan command": lambda: shutil.which("sslscan") is not None,
     "nginx": lambda: nginx() is not None,
+    "nginx with its stream module": lambda: nginx_stream() is not None,
+    "haproxy": lambda: haproxy() is not None,
     "a free-threaded interpreter": lambda: bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
     "2,500 descriptors": has_descriptors,
     "a backlog of 2,500": has_backlog,
