@@ -217,8 +217,10 @@ static bool end(long i, uint32_t events)
         }
         s->connecting = false;
         watch(EPOLL_CTL_MOD, i, interest());
-        if (error)
+        if (error) {
+            s->asked = requests; /* that was its answer */
             return true;
+        }
         ask(s);
         if (!(events & (EPOLLRDHUP | EPOLLERR)))
             return false;
