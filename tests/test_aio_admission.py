@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastlisten import Admission, Proxy, aio
-from helpers import LIMIT, connect, exchange, needs, read_all, refusal
+from helpers import CLOSED, LIMIT, connect, exchange, needs, read_all, refusal
 from helpers.aio import Echo, Run, in_thread, run, server
 from helpers.certificates import Pair, client_context, server_context
 from helpers.proxy_headers import inet, v2
@@ -42,7 +42,7 @@ def test_who_is_denied_has_no_protocol(run: Run, mode: dict[str, Any]) -> None:
     async def main() -> None:
         async with server(Echo, admission=Admission(deny=["127.0.0.1"]), **mode) as serving:
             for _ in range(3):
-                assert await in_thread(refusal, serving.address) == mode.get("busy", b"")
+                assert await in_thread(refusal, serving.address) == mode.get("busy", CLOSED)
             await until(lambda: serving.server.stats().refused == 3)
             assert serving.server.stats().refused_for == {"denied": 3}
             assert serving.made == []
@@ -60,7 +60,7 @@ def test_a_source_s_connections_at_a_time(run: Run, mode: dict[str, Any]) -> Non
             with contextlib.ExitStack() as clients:
                 inside = [clients.enter_context(connect(serving.address)) for _ in range(2)]
                 await until(lambda: len(serving.made) == 2)
-                assert await in_thread(refusal, serving.address) == mode.get("busy", b"")
+                assert await in_thread(refusal, serving.address) == mode.get("busy", CLOSED)
                 inside[0].close()
                 await until(lambda: admission.stats().open == 1)
                 assert await in_thread(answered, serving.address)
@@ -106,7 +106,7 @@ def test_who_waits_for_his_first_bytes_counts(run: Run) -> None:
         async with server(Echo, first_bytes=LIMIT, admission=admission) as serving:
             with connect(serving.address) as silent:
                 await until(lambda: serving.server.stats().waiting == 1)
-                assert await in_thread(refusal, serving.address) == b""
+                assert await in_thread(refusal, serving.address) == CLOSED
                 silent.sendall(b"now")
                 assert await in_thread(silent.recv, 3) == b"now"
                 assert admission.stats().open == 1
@@ -151,7 +151,7 @@ def test_for_a_framework_that_knows_nothing_of_it() -> None:
             with connect(address) as client:
                 await in_thread(client.sendall, b"in")
                 assert await in_thread(client.recv, 2) == b"in"
-                assert await in_thread(refusal, address) == b""
+                assert await in_thread(refusal, address) == CLOSED
             await until(lambda: admission.stats().open == 0)
             assert await in_thread(exchange, address) == b"ping"
 

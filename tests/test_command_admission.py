@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from helpers import connect, exchange, needs, refusal
+from helpers import CLOSED, connect, exchange, needs, refusal
 from helpers.command import COMMAND, is_one_line, run, serve, signals
 from helpers.workers import parent
 
@@ -16,7 +16,7 @@ ANYWHERE = "127.0.0.1:0"
 def test_who_is_denied_is_refused_counted_and_told() -> None:
     with serve(ANYWHERE, "--deny", "192.0.2.0/24", "--deny", "127.0.0.1", "--json") as server:
         for _ in range(3):
-            assert refusal(server.target) == b""
+            assert refusal(server.target) == CLOSED
         status, lines, errors = server.end(15)
     assert status == 0
     assert re.fullmatch(r"WARNING fastlisten: refused: denied (\d); most from 127.0.0.1 \(\1\)\n", errors)
@@ -28,7 +28,7 @@ def test_a_source_s_connections_at_a_time() -> None:
     with serve(ANYWHERE, *options) as server, connect(server.target) as client:
         client.sendall(b"in")
         assert client.recv(2) == b"in"
-        assert refusal(server.target) == b""
+        assert refusal(server.target) == CLOSED
 
 
 def test_everything_at_once() -> None:
@@ -57,7 +57,7 @@ def test_in_worker_processes() -> None:
             client.sendall(b"in")
             assert client.recv(2) == b"in"
             for _ in range(6):
-                assert refusal(server.address) == b""
+                assert refusal(server.address) == CLOSED
         server.end()
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fastlisten import Admission, socketserver
 from fastlisten.http.server import ThreadingHTTPServer
-from helpers import connect, exchange, refusal, wait_until
+from helpers import CLOSED, connect, exchange, refusal, wait_until
 from helpers.internals import listener_of
 from helpers.proxy_headers import inet, v2
 from test_dropin_first import KINDS, LOCAL, Hello, Peer, running
@@ -17,7 +17,7 @@ from test_dropin_first import KINDS, LOCAL, Hello, Peer, running
 def test_who_is_denied_is_refused_and_counted(kind: Any) -> None:
     with running(kind, admission_control=Admission(deny=["127.0.0.1"])) as server:
         for _ in range(3):
-            assert refusal(server.server_address) == b""
+            assert refusal(server.server_address) == CLOSED
         wait_until(lambda: listener_of(server).stats().refused_for == {"denied": 3})
 
 
@@ -27,7 +27,7 @@ def test_a_source_s_connections_at_a_time() -> None:
         for _ in range(2):
             with connect(server.server_address) as client:
                 wait_until(lambda: admission.stats().open == 1)
-                assert refusal(server.server_address) == b""
+                assert refusal(server.server_address) == CLOSED
                 client.sendall(b"hello")
                 assert b"hello" in client.recv(100)
             wait_until(lambda: admission.stats().open == 0)

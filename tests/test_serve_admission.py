@@ -15,6 +15,7 @@ import pytest
 import fastlisten
 from fastlisten import Admission, Listener, ListenerStats, Proxy, bind
 from helpers import (
+    CLOSED,
     LIMIT,
     LOOPBACK,
     connect,
@@ -64,7 +65,7 @@ def balanced(stats: ListenerStats) -> bool:
 
 def told(mode: dict[str, Any]) -> bytes | str:
     """Return what somebody who is refused is told."""
-    busy: bytes | str = mode.get("busy", b"")
+    busy: bytes | str = mode.get("busy", CLOSED)
     return busy
 
 
@@ -148,7 +149,7 @@ def test_each_source_for_itself(listener: Listener, inside: Inside) -> None:
         with connect(listener, source=("127.0.0.2", 0)) as other:
             other.sendall(b"other")
             assert other.recv(5) == b"other"
-            assert refusal(listener) == b""
+            assert refusal(listener) == CLOSED
         listener.stop(drain=0)
 
 
@@ -157,7 +158,7 @@ def test_ipv4_clients_of_a_listener_for_both_families() -> None:
     with bind("[::]:0", dualstack_ipv6=True) as listener:
         address = ("127.0.0.1", listener.getsockname()[1])
         with serving(listener, answer, admission=Admission(deny=["127.0.0.1"])):
-            assert refusal(address) == b""
+            assert refusal(address) == CLOSED
             assert exchange(("::1", address[1])) == b"ping"
 
 
@@ -167,12 +168,12 @@ def test_unix_users(unix_path: str) -> None:
         with serving(listener, answer, admission=Admission(allow=[f"unix:{os.getuid()}"])):
             assert exchange(unix_path) == b"ping"
         with serving(listener, answer, admission=Admission(allow=[f"unix:{os.getuid() + 1}"])):
-            assert refusal(unix_path) == b""
+            assert refusal(unix_path) == CLOSED
         each = Admission(concurrent=1)
         with serving(listener, echo, threads=2, admission=each), connect(unix_path) as client:
             client.sendall(b"in")
             assert client.recv(2) == b"in"
-            assert refusal(unix_path) == b""
+            assert refusal(unix_path) == CLOSED
 
 
 @needs("Linux", "a C compiler", "calls that go to libc")
@@ -199,15 +200,18 @@ print("true")
 
 
 def test_on_several_listeners_it_is_one() -> None:
+    admission = Admission(concurrent=1)
     with bind(LOOPBACK) as one, bind(LOOPBACK) as other, ThreadPoolExecutor(1) as pool:
-        served = pool.submit(fastlisten.serve, echo, one, other, threads=4, admission=Admission(concurrent=1))
-        with connect(one) as client:
-            client.sendall(b"in")
-            assert client.recv(2) == b"in"
-            assert refusal(other) == b""
-        wait_until(lambda: one.stats().active == 0)
-        assert exchange(other) == b"ping"
-        one.stop()
+        served = pool.submit(fastlisten.serve, echo, one, other, threads=4, admission=admission)
+        try:
+            with connect(one) as client:
+                client.sendall(b"in")
+                assert client.recv(2) == b"in"
+                assert refusal(other) == CLOSED
+            wait_until(lambda: admission.stats().open == 0)
+            assert exchange(other) == b"ping"
+        finally:
+            one.stop()
         served.result(LIMIT)
         assert (one.stats().refused, other.stats().refused) == (0, 1)
 
@@ -271,7 +275,7 @@ def test_who_waits_for_his_first_bytes_counts(listener: Listener) -> None:
         connect(listener),
     ):
         wait_until(lambda: listener.stats().waiting == 2)
-        assert refusal(listener) == b""
+        assert refusal(listener) == CLOSED
         first.sendall(b"now")
         assert read_all(first) == b"now"
         wait_until(lambda: admission.stats().open == 1)
@@ -376,7 +380,7 @@ def test_who_is_no_proxy_is_asked_about_by_his_own_address(listener: Listener) -
     proxy = Proxy(ELSEWHERE, required=False)
     with serving(listener, answer, proxy=proxy, admission=Admission(rate=0.001, burst=1)):
         assert exchange(listener) == b"ping"
-        assert refusal(listener) == b""
+        assert refusal(listener) == CLOSED
 
 
 def test_a_connection_by_a_proxy_counts_for_its_client(listener: Listener) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import needs, refusal, wait_until
+from helpers import CLOSED, needs, refusal, wait_until
 from helpers.workers import FORKS, HANDLER, Running, gone, main, parent
 
 linux = needs("Linux")
@@ -51,7 +51,7 @@ def check(server: Running) -> None:
             for _ in range(3):
                 stay(server, clients)
             for _ in range(8):
-                assert refusal(server.address) == b""
+                assert refusal(server.address) == CLOSED
         wait_until(lambda: let_in(server))
         wait_until(lambda: all(let_in(server) for _ in range(4)))
 
@@ -83,7 +83,7 @@ def test_a_worker_that_dies_leaves_no_place_taken(way: str) -> None:
     with parent(PROGRAM) as server, contextlib.ExitStack() as clients:
         server.workers(COUNT)
         held = [stay(server, clients) for _ in range(3)]
-        assert refusal(server.address) == b""
+        assert refusal(server.address) == CLOSED
         if way == "killed":
             os.kill(held[0], signal.SIGKILL)
         else:
@@ -96,7 +96,7 @@ def test_a_worker_that_dies_leaves_no_place_taken(way: str) -> None:
         with contextlib.ExitStack() as more:
             for _ in range(3 - left):
                 stay(server, more)
-            assert refusal(server.address) == b""
+            assert refusal(server.address) == CLOSED
         server.end()
 
 
@@ -113,7 +113,7 @@ fastlisten.serve(handler, '127.0.0.1:0', workers=2, threads=4, drain=30.0, admis
         for _ in range(2):
             server.line_with("serves after")
         stay(server, clients)
-        assert refusal(server.address) == b""
+        assert refusal(server.address) == CLOSED
         clients.close()
         wait_until(lambda: let_in(server))
         server.end()

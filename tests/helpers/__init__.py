@@ -15,10 +15,11 @@ from helpers.probes import (
     under_wine,
 )
 from helpers.server_threads import Serving, echo, serving
-from helpers.sockets import connect, exchange, read_all, refusal, reset
+from helpers.sockets import CLOSED, connect, exchange, read_all, refusal, reset
 from helpers.waiting import LIMIT, alarms, wait_until
 
 __all__ = [
+    "CLOSED",
     "LIMIT",
     "LOOPBACK",
     "NOBODYS",

@@ -65,6 +65,10 @@ def exchange(target: Any, data: bytes = b"ping", timeout: float = LIMIT) -> byte
         return read_all(client)
 
 
+# What refusal() returns for a close without a word: see there.
+CLOSED: bytes | str = "reset" if under_wine() else b""
+
+
 def refusal(target: Any) -> bytes | str:
     """Connect and return what the server tells a client that it refuses: bytes, or "reset"."""
     try:
