@@ -25,6 +25,7 @@ from helpers import (
     refusal,
     reset,
     serving,
+    under_wine,
     wait_until,
 )
 from helpers.descriptors import out_of_descriptors
@@ -189,8 +190,8 @@ def test_who_waits_has_no_place_in_the_queue(listener: Listener, silent: Silent,
         clients[most].sendall(b"pending")
         wait_until(lambda: listener.stats().waiting == 4)
         clients[most + 1].sendall(b"too many")
-        with pytest.raises(ConnectionResetError):
-            clients[most + 1].recv(1)
+        with pytest.raises(ConnectionResetError) if not under_wine() else contextlib.nullcontext():
+            assert clients[most + 1].recv(1) == b""  # as Wine reads a reset
         assert listener.stats().refused_for == {"busy": 1}
         for client in clients:
             client.close()
