@@ -1,6 +1,7 @@
 """serve(admission=): who may come in, in every way of serving, before any of Python's code runs for him."""
 
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -14,6 +15,7 @@ import pytest
 
 import fastlisten
 from fastlisten import Admission, Listener, ListenerStats, Proxy, bind
+from fastlisten._listener import make_loop, serve_options
 from helpers import (
     CLOSED,
     LIMIT,
@@ -264,6 +266,28 @@ def test_a_connection_may_outlive_its_admission(listener: Listener) -> None:
         pool.submit(take).result(LIMIT)
     assert kept[0].peer[0] == "127.0.0.1"
     assert kept.pop().proxy is None
+
+
+def circle(listener: Listener) -> Admission:
+    """Return the Admission of a loop that refers to itself, and that nobody else does."""
+    admission = Admission(concurrent=1)
+
+    def pause(error: OSError, attempt: int) -> float:
+        return float(attempt)
+
+    options = serve_options(echo, admission=admission, exhausted=pause)
+    pause.loop = make_loop([listener], echo, options)  # type: ignore[attr-defined]
+    return admission
+
+
+def test_a_loop_in_a_circle_lets_its_admission_go(listener: Listener) -> None:
+    """The collector clears what is in a circle before it is freed."""
+    admissions = [circle(listener) for _ in range(50)]
+    gc.collect()
+    for admission in admissions:
+        admission.share()  # which is refused while anybody serves with it
+    with serving(listener, answer, admission=admissions[0]):
+        assert exchange(listener) == b"ping"
 
 
 def test_who_waits_for_his_first_bytes_counts(listener: Listener) -> None:
