@@ -323,7 +323,10 @@ def test_server_close_comes_at_whatever_moment_of_serving(threading_: bool) -> N
             if clients % 2 and clients % 6:
                 assert at_work.acquire(timeout=LIMIT)
             server.server_close()
-            assert served.wait() is None
+            error = served.wait()
+            if not (clients % 2 and clients % 6) and isinstance(error, ValueError):
+                continue  # it came before serve_forever(), which says so then, as the original's
+            assert error is None
 
 
 @needs("Linux")
