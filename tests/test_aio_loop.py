@@ -538,7 +538,7 @@ class NoSelector(asyncio.AbstractEventLoop):
 @pytest.mark.parametrize(
     ("base", "options", "error", "words"),
     [
-        (None, {"max_conections": 3}, TypeError, "no option of a loop: max_conections; there are: backlog"),
+        (None, {"max_conections": 3}, TypeError, "no option of a loop: max_conections; there are: admission"),
         (None, {"sock": None}, TypeError, "no option of a loop: sock"),
         (None, {"max_connections": 0}, ValueError, "max_connections must be at least 1"),
         (None, {"busy": 5}, TypeError, "busy must be 'reset' or bytes"),
