@@ -155,6 +155,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "inetd (Debian's package openbsd-inetd), and root for it": lambda: inetd() is not None,
     "the curl command": lambda: shutil.which("curl") is not None,
     "the sslscan command": lambda: shutil.which("sslscan") is not None,
+    "the slowhttptest command": lambda: shutil.which("slowhttptest") is not None,
     "nginx": lambda: nginx() is not None,
     "nginx with its stream module": lambda: nginx_stream() is not None,
     "haproxy": lambda: haproxy() is not None,
