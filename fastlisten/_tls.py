@@ -335,7 +335,9 @@ class TLSConnection:
         """End one direction or both: socket.SHUT_RD, SHUT_WR, SHUT_RDWR; what comes can still be received.
 
         The end of ours is said with close_notify; with SHUT_WR only if the client has sent nothing that is
-        still to be received, for OpenSSL would drop that.  Raises OSError (ENOTCONN) when the client is gone.
+        still to be received, for OpenSSL would drop that, as it drops what comes in that moment: Python's
+        module has it look for the client's close_notify at once.  Raises OSError (ENOTCONN) when the client
+        is gone.
         """
         if how == socket.SHUT_RDWR or (how == socket.SHUT_WR and not self._borrowed.waits()):
             self._borrowed.say_end()

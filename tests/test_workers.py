@@ -349,7 +349,8 @@ def test_one_worker_more_and_one_less() -> None:
         wait_until(lambda: gone(workers[1]))
         for _ in range(20):
             assert server.ask().number == 0
-        server.send(signal.SIGTTOU)  # the last one stays
+        server.send(signal.SIGTTOU)
+        server.line_with("the last worker stays")  # of two signals that wait the lower number is seen first
         server.send(signal.SIGTTIN)
         server.line_with("serves after")
         assert server.workers(2)[0] == workers[0]

@@ -181,7 +181,10 @@ class Parent:
 
     def _take_away(self) -> None:
         """SIGTTOU: one worker less."""
-        if self.pool.ending or len(self.pool.places) == 1:
+        if self.pool.ending:
+            return
+        if len(self.pool.places) == 1:
+            self._tell("failed", "SIGTTOU: the last worker stays", warning=True)
             return
         place = self.pool.places.pop()
         self._steering.changed()
