@@ -22,9 +22,9 @@ class Proxy:
 
     Raises ValueError for what is no network, TypeError for another type.
 
-    >>> proxy = Proxy(["10.0.0.0/8", "unix:"])
+    >>> proxy = Proxy(["10.0.0.0/8", "2001:db8::7"])
     >>> proxy
-    Proxy(['10.0.0.0/8', 'unix:'], required=True, timeout=5.0)
+    Proxy(['10.0.0.0/8', '2001:db8::7'], required=True, timeout=5.0)
     """
 
     def __init__(

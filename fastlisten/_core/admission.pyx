@@ -9,7 +9,8 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
-from fastlisten._core.state import REFUSALS, first_in_child
+from fastlisten._core.state import REFUSALS as _REFUSALS
+from fastlisten._core.state import first_in_child
 
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport REFUSED_DENIED, log
@@ -21,7 +22,7 @@ cdef int64_t REPORT_EVERY = 60_000_000_000  # nanoseconds
 cdef enum:
     NAMED = 3
 
-REASONS = REFUSALS[REFUSED_DENIED:REFUSED_DENIED + ADMISSION_REASONS]
+REASONS = _REFUSALS[REFUSED_DENIED:REFUSED_DENIED + ADMISSION_REASONS]
 
 WAYS = ADMISSION_WAYS
 
