@@ -250,6 +250,7 @@ class Encounter:
             self.sent += self.client.send(piece(self.sent, length))
         except OSError as error:
             self.tell(type(error).__name__)
+            self.cut = self.cut or isinstance(error, ConnectionResetError)  # told here, and not by read()
 
     def read(self, most: int) -> None:
         while most > 0:
