@@ -6,7 +6,13 @@ import errno
 import re
 
 from fastlisten import Endpoint
-from fastlisten.cli.arguments import BIND_OPTIONS, DEFAULT_ENDPOINT, SERVE_OPTIONS, WORKER_OPTIONS
+from fastlisten.cli.arguments import (
+    ADMISSION_OPTIONS,
+    BIND_OPTIONS,
+    DEFAULT_ENDPOINT,
+    SERVE_OPTIONS,
+    WORKER_OPTIONS,
+)
 from fastlisten.cli.port_holder import holder_of, what_stands_at
 
 
@@ -21,10 +27,15 @@ def endpoint_hint(text: str) -> str:
     return f"; is {meant} meant?"
 
 
-def as_option(error: Exception) -> str:
-    """Return the words of an error that begin with a parameter's name with the option's in its place."""
-    names = "|".join((*BIND_OPTIONS, *SERVE_OPTIONS, *WORKER_OPTIONS))
-    return re.sub(rf"^({names})\b", lambda name: "--" + name[0].replace("_", "-"), str(error))
+def as_option(error: Exception, **others: str) -> str:
+    """Return the words of an error that begin with a parameter's name with the option's in its place.
+
+    others: by the parameter the option, for those that are called otherwise.
+    """
+    same = (*BIND_OPTIONS, *SERVE_OPTIONS, *WORKER_OPTIONS, *ADMISSION_OPTIONS)
+    names = {name: name for name in same} | others
+    pattern = rf"^({'|'.join(names)})\b"
+    return re.sub(pattern, lambda found: "--" + names[found[0]].replace("_", "-"), str(error))
 
 
 def bind_failure(endpoint: Endpoint, error: OSError) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import re
 import signal
 import socket
 from collections.abc import Callable
@@ -94,7 +93,7 @@ def _proxy(endpoint: Endpoint, options: argparse.Namespace) -> Proxy:
     try:
         return Proxy(options.proxy, required=not options.proxy_optional, **timeout)
     except ValueError as error:
-        text = re.sub(r"^trusted\b", "--proxy", re.sub(r"^timeout\b", "--proxy-timeout", str(error)))
+        text = as_option(error, trusted="proxy", timeout="proxy_timeout")
         raise CommandError(f"cannot serve {endpoint}: {text}", MISUSED) from error
 
 
@@ -104,7 +103,7 @@ def _admission(endpoint: Endpoint, given: dict[str, Any]) -> Admission:
     try:
         return Admission(**given)
     except ValueError as error:
-        raise CommandError(f"cannot serve {endpoint}: --{error}", MISUSED) from error
+        raise CommandError(f"cannot serve {endpoint}: {as_option(error)}", MISUSED) from error
 
 
 def _serve_client(

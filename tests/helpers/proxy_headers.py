@@ -5,7 +5,9 @@ import os
 import re
 import socket
 import struct
-from typing import Any, NamedTuple
+from typing import Any
+
+from fastlisten import ProxyHeader
 
 SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 MOST = 4096
@@ -61,17 +63,6 @@ def v1(source: str = "192.0.2.1", port: int = 1000) -> bytes:
 # --- the second reader -------------------------------------------------------------------------------------
 
 
-class Read(NamedTuple):
-    """What a header says."""
-
-    version: int
-    local: bool
-    source: Any
-    destination: Any
-    tlvs: tuple[tuple[int, bytes], ...]
-    length: int
-
-
 class Invalid(Exception):  # noqa: N818
     """It is none."""
 
@@ -80,7 +71,7 @@ class More(Exception):  # noqa: N818
     """It is not whole."""
 
 
-def read(data: bytes) -> Read:
+def read(data: bytes) -> ProxyHeader:
     """Read the header that `data` begins with; raises Invalid or More."""
     for signature, reader in ((b"PROXY ", _read_v1), (SIGNATURE, _read_v2)):
         if data[: len(signature)] == signature:
@@ -94,7 +85,7 @@ NUMBER = r"(0|[1-9][0-9]*)"
 ADDRESSES = re.compile(rf"PROXY TCP([46]) ([0-9a-fA-F:.]+) ([0-9a-fA-F:.]+) {NUMBER} {NUMBER}")
 
 
-def _read_v1(data: bytes) -> Read:
+def _read_v1(data: bytes) -> ProxyHeader:
     line, end, _ = data[:107].partition(b"\r\n")
     if not end:
         if len(data) < 107:
@@ -102,7 +93,7 @@ def _read_v1(data: bytes) -> Read:
         raise Invalid
     length = len(line) + 2
     if line == b"PROXY UNKNOWN" or line.startswith(b"PROXY UNKNOWN "):
-        return Read(1, False, None, None, (), length)
+        return ProxyHeader(1, False, None, None, (), length)
     found = ADDRESSES.fullmatch(line.decode("latin-1"))
     if found is None:
         raise Invalid
@@ -115,7 +106,7 @@ def _read_v1(data: bytes) -> Read:
     if max(ports) > 65535:
         raise Invalid
     source, destination = (_address(host, port) for host, port in zip(hosts, ports, strict=True))
-    return Read(1, False, source, destination, (), length)
+    return ProxyHeader(1, False, source, destination, (), length)
 
 
 def _address(host: bytes, port: int) -> Any:
@@ -133,7 +124,7 @@ def _path(name: bytes) -> Any:
 SIZES = {0: 0, 1: 4, 2: 16, 3: 108}
 
 
-def _read_v2(data: bytes) -> Read:
+def _read_v2(data: bytes) -> ProxyHeader:
     fixed = data[12:16]
     if fixed and fixed[0] not in (0x20, 0x21):
         raise Invalid
@@ -151,7 +142,7 @@ def _read_v2(data: bytes) -> Read:
     if len(data) < length:
         raise More
     if not proxied:
-        return Read(2, True, None, None, (), length)
+        return ProxyHeader(2, True, None, None, (), length)
     tlvs = _tlvs(data[16 + addresses : length])
     if tlvs is None:
         if family:
@@ -166,7 +157,7 @@ def _read_v2(data: bytes) -> Read:
         else:
             ports = struct.unpack("!HH", data[16 + 2 * size : 16 + addresses])
             source, destination = map(_address, hosts, ports)
-    return Read(2, False, source, destination, tlvs, length)
+    return ProxyHeader(2, False, source, destination, tlvs, length)
 
 
 def _tlvs(block: bytes) -> tuple[tuple[int, bytes], ...] | None:
