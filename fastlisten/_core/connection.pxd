@@ -52,5 +52,6 @@ cdef origin_t *origin_of(const port_address *address) noexcept nogil
 cdef object header_of(const origin_t *origin)
 cdef object peer_of(const origin_t *origin, header)
 cdef void leave_table(origin_t *origin) noexcept nogil
+cdef void free_origin(origin_t *origin) noexcept nogil
 cdef void forget_origin(port_address *address, int length) noexcept nogil
 cdef int wait_ready(port_socket fd, short events, int64_t deadline) except -1

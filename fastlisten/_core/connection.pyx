@@ -166,13 +166,16 @@ cdef void leave_table(origin_t *origin) noexcept nogil:
             free(origin.table)
 
 
+cdef void free_origin(origin_t *origin) noexcept nogil:
+    """Its client has ended."""
+    leave_table(origin)
+    free(origin)
+
+
 cdef void forget_origin(port_address *address, int length) noexcept nogil:
     """Free what is in place of an address, if there is such; no Connection gets it."""
-    cdef origin_t *origin
     if length == ORIGIN:
-        origin = origin_of(address)
-        leave_table(origin)
-        free(origin)
+        free_origin(origin_of(address))
 
 
 cdef Connection new_connection(

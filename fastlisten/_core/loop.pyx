@@ -38,7 +38,7 @@ cdef class Loop(Dispatcher):
 
     listeners: (descriptor, State) of each; the caller keeps them open.  handler: called with each Connection;
     None when the caller takes them with next().  options: threads, max_connections, pending, busy, exhausted,
-    on_error, leave, daemon, tick, watchdog, first_bytes and proxy, checked.
+    on_error, leave, daemon, tick, watchdog, first_bytes, proxy and admission, checked.
     """
 
     activity = "serve() runs already on"

@@ -30,8 +30,8 @@ from fastlisten._core.connection cimport (
     ORIGIN,
     SHORT_ADDRESS,
     address_object,
+    free_origin,
     header_of,
-    leave_table,
     origin_of,
     peer_of,
 )
@@ -1148,8 +1148,7 @@ cdef class Transport(Watched):
             port_close(fd)  # what a failed close could tell, nobody is left to do anything about
         self.state = NULL
         if self.origin is not NULL:
-            leave_table(self.origin)
-            free(self.origin)
+            free_origin(self.origin)
             self.origin = NULL
         client_out(state)
         return 0
