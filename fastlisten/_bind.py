@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, TypeVar
 
 from fastlisten._core import standard
@@ -11,7 +11,7 @@ from fastlisten._core.accept import REUSE_ADDRESS
 from fastlisten._endpoint import INETD, SYSTEMD, Endpoint, endpoint_of, resolve
 from fastlisten._listener import Listener
 from fastlisten._options import BindOptions, Checked, checked, socket_options
-from fastlisten._unix_path import OwnPath, permissions
+from fastlisten._unix_path import OwnPath, permissions, replacing
 
 PASSED = (SYSTEMD, INETD)  # endpoints of sockets that another program has opened
 
@@ -35,6 +35,7 @@ def bind(
     no_delay: bool = False,
     keep_alive: bool = False,
     mode: int | None = None,
+    replace_stale: bool = False,
 ) -> Listener:
     """Bind to an endpoint and listen; returns the Listener, the caller's to close.
 
@@ -49,6 +50,8 @@ def bind(
     fast_open: how many TCP Fast Open requests may be pending; RFC 7413.
     no_delay, keep_alive: TCP_NODELAY and SO_KEEPALIVE on the accepted connections.
     mode: permission bits of a unix path, in force from the moment it exists.
+    replace_stale: take over a unix path whose socket nobody listens on any more, as a server leaves it that
+    was killed; anything else there is EADDRINUSE still.
 
     Raises ValueError for text that is no endpoint, for an option that this system or this kind of endpoint
     lacks, and where systemd has passed several sockets of that name; TypeError and OverflowError for an
@@ -73,6 +76,7 @@ def bind(
         no_delay=no_delay,
         keep_alive=keep_alive,
         mode=mode,
+        replace_stale=replace_stale,
     )
     return bind_checked(endpoint_of(endpoint), options)
 
@@ -93,8 +97,10 @@ def bind_checked(where: Endpoint, options: Checked) -> Listener:
     settings = socket_options(options, not_tcp=None if unix_path is None else where)
     if options.reuse_port and where.port == 0 and unix_path is None:
         raise ValueError("reuse_port with port 0 could share a stranger's port")
-    if options.mode is not None and (unix_path is None or unix_path.startswith("@")):
-        raise ValueError(f"mode is for unix paths, not for {where}")
+    path = None if unix_path is None or unix_path.startswith("@") else unix_path
+    if path is None and (options.mode is not None or options.replace_stale):
+        name = "replace_stale" if options.mode is None else "mode"
+        raise ValueError(f"{name} is for unix paths, not for {where}")
     if where.host.startswith("fd:"):
         if options.reuse_port or options.exclusive or options.dualstack_ipv6:
             raise ValueError(f"{where} is bound already")
@@ -116,12 +122,13 @@ def bind_checked(where: Endpoint, options: Checked) -> Listener:
         if where.family == socket.AF_INET6 and hasattr(socket, "IPV6_V6ONLY"):
             only = 0 if options.dualstack_ipv6 else 1
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, only)
-        with permissions(options.mode):
-            address: Any = where.sockaddr
-            listener.bind(address)
-        if unix_path is not None and not unix_path.startswith("@"):
-            listener._path = OwnPath(unix_path)
-        listener.listen(DEFAULT_BACKLOG if options.backlog is None else options.backlog)
+        address: Any = where.sockaddr
+        with replacing(path) if path is not None and options.replace_stale else nullcontext():
+            with permissions(options.mode):
+                listener.bind(address)
+            if path is not None:
+                listener._path = OwnPath(path)
+            listener.listen(DEFAULT_BACKLOG if options.backlog is None else options.backlog)
     except BaseException:
         listener.close()
         raise

@@ -187,6 +187,7 @@ class BindOptions(TypedDict, total=False):
     no_delay: Annotated[bool, Option(False, _flag, "TCP_NODELAY", "IPPROTO_TCP")]
     keep_alive: Annotated[bool, Option(False, _flag, "SO_KEEPALIVE", "SOL_SOCKET")]
     mode: Annotated[int | None, Option(None, _any)]
+    replace_stale: Annotated[bool, Option(False, _flag)]
 
 
 class ServeOptions(TypedDict, total=False):

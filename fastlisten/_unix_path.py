@@ -7,11 +7,15 @@ import os
 import socket
 import stat
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 _umask = threading.Lock()
+
+# How long another start in the same directory is waited for: its check, bind() and listen().
+START = 1.0  # seconds
 
 
 @contextmanager
@@ -27,6 +31,63 @@ def permissions(mode: int | None) -> Iterator[None]:
             yield
         finally:
             os.umask(before)
+
+
+def is_stale(path: str) -> bool:
+    """Whether a unix socket is there on which nobody listens any more.
+
+    False for what cannot be looked at, a link, and a socket of another type; unix(7).
+    """
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            client.connect(path)
+    except ConnectionRefusedError:
+        return True
+    except OSError:  # its queue is full, or it is not ours to ask
+        return False
+    return False
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[None]:
+    """Unlink a socket that is stale; inside it is made and listens.
+
+    Between bind() and listen() a socket looks stale, so starts in one directory are one at a time: flock(2)
+    on the directory.  Who may not read that, or meets somebody who holds it for long, goes on without.
+    Raises OSError as os.unlink().
+    """
+    directory = _locked(os.path.dirname(path) or ".")
+    try:
+        if is_stale(path):
+            os.unlink(path)
+        yield
+    finally:
+        if directory is not None:
+            os.close(directory)
+
+
+def _locked(directory: str) -> int | None:
+    """The directory's descriptor, locked, the caller's to close; None where it cannot be opened."""
+    import fcntl  # not on Windows, where Python has no unix sockets
+
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    deadline = time.monotonic() + START
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() < deadline:
+                time.sleep(0.005)
+                continue
+        except OSError:  # a file system without locks
+            pass
+        return descriptor
 
 
 def refuse_taken(path: Any) -> None:

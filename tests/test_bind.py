@@ -5,6 +5,7 @@ import os
 import socket
 import stat
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import fastlisten
 from fastlisten import Endpoint, Listener, bind, create_server
 from helpers import (
+    LIMIT,
     LOOPBACK,
     NOBODYS,
     NOWHERE,
@@ -369,6 +371,76 @@ def test_a_stale_path_is_in_use(unix_path: str) -> None:
         assert_same_error(lambda: bind(f"unix:{unix_path}"), lambda: plain.bind(unix_path))
     assert error_of(lambda: bind(f"unix:{unix_path}")).errno == errno.EADDRINUSE
     assert os.path.exists(unix_path)
+
+
+@needs("unix sockets")
+def test_a_path_that_nobody_listens_on_is_replaced_for_who_asks(unix_path: str) -> None:
+    """A server that is killed leaves its path, and a supervisor starts it again and again."""
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(unix_path)
+    with bind(f"unix:{unix_path}", replace_stale=True) as listener, serving(listener, echo):
+        assert exchange(unix_path, b"hello") == b"hello"
+    assert not os.path.exists(unix_path)
+    bind(f"unix:{unix_path}", replace_stale=True).close()  # nothing is there
+
+
+@needs("unix sockets")
+@pytest.mark.parametrize("what", ["a listener", "its queue is full", "a datagram socket", "a file", "a link"])
+def test_nothing_else_is_replaced(unix_path: str, what: str) -> None:
+    kind = socket.SOCK_DGRAM if what == "a datagram socket" else socket.SOCK_STREAM
+    with socket.socket(socket.AF_UNIX, kind) as other, socket.socket(socket.AF_UNIX) as client:
+        if what == "a file":
+            Path(unix_path).touch()
+        elif what == "a link":
+            other.bind(f"{unix_path}.stale")
+            os.symlink(f"{unix_path}.stale", unix_path)
+        else:
+            other.bind(unix_path)
+            if kind == socket.SOCK_STREAM:
+                other.listen(0)
+            if what == "its queue is full":
+                client.connect(unix_path)
+        before = os.lstat(unix_path).st_ino
+        assert error_of(lambda: bind(f"unix:{unix_path}", replace_stale=True)).errno == errno.EADDRINUSE
+        assert os.lstat(unix_path).st_ino == before
+
+
+@needs("unix sockets")
+def test_two_that_start_at_once_do_not_replace_each_other(unix_path: str) -> None:
+    """Between bind() and listen() a socket looks like one that nobody listens on."""
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(unix_path)
+    start = threading.Barrier(4)
+    made: list[Listener] = []
+    errors: list[int | None] = []
+
+    def run() -> None:
+        start.wait(LIMIT)
+        try:
+            made.append(bind(f"unix:{unix_path}", replace_stale=True))
+        except OSError as error:
+            errors.append(error.errno)
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    (listener,) = made
+    assert errors == [errno.EADDRINUSE] * 3
+    with listener, serving(listener, echo):
+        assert exchange(unix_path, b"hello") == b"hello"
+
+
+@needs("unix sockets")
+def test_who_holds_the_directory_s_lock_keeps_no_server_down(unix_path: str) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    directory = os.open(os.path.dirname(unix_path), os.O_RDONLY)
+    try:
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        bind(f"unix:{unix_path}", replace_stale=True).close()
+    finally:
+        os.close(directory)
 
 
 @needs("unix sockets")

@@ -54,7 +54,7 @@ def test_help_names_every_option_of_bind_and_serve(told: Told) -> None:
         *inspect.signature(fastlisten.Listener.serve).parameters,
     ]
     options = set(names) - {"endpoint", "self", "handler", "on_error", "ssl", "watchdog", "admission"}
-    assert len(options) == 17
+    assert len(options) == 18
     for name in options:
         assert f"--{name.replace('_', '-')} " in text.replace("\n", " ").replace("]", " ")
 
@@ -239,7 +239,7 @@ def test_a_unix_path_in_use_names_the_process_that_holds_it(
     if sys.platform == "linux":
         assert f"in use by {own_name()} (process {os.getpid()})" in done.stderr
     # A path that nobody holds any more is in use all the same, and no process is named.
-    text = "a socket is there on which nobody listens any more: remove it"
+    text = "a socket is there on which nobody listens any more: remove it, or use --replace-stale"
     is_one_line(run("serve", f"unix:{path}"), 1, f"cannot listen on unix:{path}: {text}\n")
 
 

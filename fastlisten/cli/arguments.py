@@ -252,6 +252,7 @@ def _add_binding(serve: Parser) -> None:
     flag("--no-delay", help="send small pieces at once (TCP_NODELAY)")
     flag("--keep-alive", help="ask silent clients whether they are there (SO_KEEPALIVE)")
     value("--mode", metavar="OCTAL", type=_mode, help="the unix socket's file mode, such as 600")
+    flag("--replace-stale", help="take over a unix path whose socket nobody listens on any more")
 
 
 def _add_serving(serve: Parser) -> None:

@@ -6,12 +6,12 @@ import contextlib
 import glob
 import ipaddress
 import os
-import socket
 import stat
 import struct
 
 from fastlisten import Endpoint
 from fastlisten._endpoint import resolve
+from fastlisten._unix_path import is_stale
 
 PROC_LISTENING = "0A"  # TCP_LISTEN in include/net/tcp_states.h, as /proc/net/tcp writes it
 
@@ -78,11 +78,8 @@ def what_stands_at(path: str) -> str | None:
             return "a directory is there"
         if not stat.S_ISSOCK(mode):
             return "a file that is no socket is there"
-        with socket.socket(socket.AF_UNIX) as client:
-            client.setblocking(False)
-            client.connect(path)
-    except ConnectionRefusedError:
-        return "a socket is there on which nobody listens any more: remove it"
-    except OSError:  # it is not ours to look at, it listens and its queue is full, or it has gone
+    except OSError:  # it is not ours to look at, or has gone
         return None
+    if is_stale(path):
+        return "a socket is there on which nobody listens any more: remove it, or use --replace-stale"
     return None
