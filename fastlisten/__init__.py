@@ -2,11 +2,21 @@
 
 import typing
 
-from fastlisten._bind import bind, create_server
-from fastlisten._core.connection import Connection
-from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
-from fastlisten._listener import Listener, ListenerStats, ServeResult
-from fastlisten._serve import serve
+try:
+    from fastlisten._bind import bind, create_server
+    from fastlisten._core.connection import Connection
+    from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
+    from fastlisten._listener import Listener, ListenerStats, ServeResult
+    from fastlisten._serve import serve
+except ModuleNotFoundError as error:
+    if not (error.name or "").startswith("fastlisten._core"):
+        raise
+    raise ImportError(
+        f"{__path__[0]} is fastlisten's source, without the extension modules of this Python. Leave that "
+        "directory to import the fastlisten that is installed, or build them there: pip install -e .",
+        name=error.name,
+        path=error.path,
+    ) from error
 
 if typing.TYPE_CHECKING:
     from fastlisten._admission import Admission, AdmissionStats

@@ -4,6 +4,7 @@ import errno
 import functools
 import inspect
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,8 +16,8 @@ import pytest
 import fastlisten
 from fastlisten import Endpoint
 from fastlisten.cli import main
-from helpers import NOBODYS, NOWHERE, needs, under_wine
-from helpers.command import is_one_line, run
+from helpers import LIMIT, LOOPBACK, NOBODYS, NOWHERE, connect, needs, posix_only, under_wine
+from helpers.command import COMMAND, is_one_line, run
 
 Told = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -62,7 +63,6 @@ def test_help_names_every_option_of_bind_and_serve(told: Told) -> None:
 @pytest.mark.parametrize(
     ("arguments", "status", "text"),
     [
-        ([], 2, "required: COMMAND"),
         (["walk"], 2, "invalid choice: 'walk'"),
         (["serve", "127.0.0.1"], 2, "'127.0.0.1' is not an endpoint: the port is missing"),
         (["serve", "127.0.0.1:99999"], 2, "port must be 0-65535"),
@@ -76,6 +76,9 @@ def test_help_names_every_option_of_bind_and_serve(told: Told) -> None:
         (["serve", "127.0.0.1:0", "wrong:f"], 2, "SyntaxError"),
         (["serve", "--nonsense"], 2, "unrecognized arguments: --nonsense"),
         (["serve", "--backlog", "many"], 2, "--backlog: 'many' is not a number from 0 on"),
+        (["serve", "--backlog", "9" * 11], 2, f"--backlog: '{'9' * 11}' is too large: the most is 999999999"),
+        (["serve", ":0", "os:getpid"], 2, "handler 'os:getpid' cannot be called with a connection and no"),
+        (["serve", ":0", "own:two"], 2, "nothing else: missing a required argument: 'address'"),
         (["serve", "--max-connections", "0"], 2, "'0' is not a number from 1 on"),
         (["serve", "--workers", "x"], 2, "'x' is not a number from 1 on, nor auto"),
         (["serve", "--threads", "9,2"], 2, "'9,2' has its minimum above its maximum"),
@@ -107,7 +110,29 @@ def test_a_mistake_is_one_clear_line(
 ) -> None:
     (tmp_path / "broken.py").write_text("1 / 0\n")
     (tmp_path / "wrong.py").write_text("def f(\n")
+    (tmp_path / "own.py").write_text("def two(connection, address): pass\n")
     is_one_line(told(*arguments), status, text)
+
+
+def test_without_arguments_there_is_help(told: Told) -> None:
+    done = told()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "serve     listen at an endpoint" in done.stderr
+
+
+def test_help_of_serve_has_examples(told: Told) -> None:
+    assert "\n  fastlisten serve :8080 http --workers auto " in told("serve", "--help").stdout
+
+
+@needs("Linux")
+@pytest.mark.parametrize("arguments", [["--version"], ["serve", "--help"], ["hosts", "127.0.0.1"]])
+def test_what_cannot_be_written_is_no_success(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT
+        )
+    line = "fastlisten: cannot write to stdout: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, line)
 
 
 def test_the_process_passes_line_and_status_on() -> None:
@@ -121,6 +146,11 @@ def test_the_process_passes_line_and_status_on() -> None:
         (["serve", "11000"], "the port is missing; "),
         (["serve", "11000"], "; is :11000 meant?"),
         (["serve", "127.0.0.1"], "; is 127.0.0.1:11000 meant?"),
+        (["serve", "fe80::1:80"], "; is [fe80::1]:80 meant?"),
+        (["serve", "::1"], "; is [::1]:11000 meant?"),
+        (["serve", "ech"], "; is the handler echo meant? it follows an endpoint: 127.0.0.1:11000 echo"),
+        (["serve", "unix:"], "systemd:name or inetd:\n"),
+        (["serve", ":0", "--busy", "reset"], "--busy needs --pending"),
         (["serve", "--port", "80"], "unrecognized arguments: --port (see fastlisten serve --help)"),
         (["hosts", "a", "b"], "unrecognized arguments: b (see fastlisten hosts --help)"),
         (["serve", ":0", "--threads", "0,3"], "'0,3' has a minimum below 1"),
@@ -253,3 +283,28 @@ def test_an_ipv6_port_in_use_names_the_process_that_holds_it() -> None:
 
 def own_name() -> str:
     return Path("/proc/self/comm").read_text().strip()
+
+
+@needs("Linux")
+@needs("the IPv6 loopback address")
+def test_a_link_local_address_without_its_interface_is_told(told: Told) -> None:
+    text = r"a link-local address needs its interface, as in \[fe80::1%\w+\]:80\n"
+    done = told("serve", "[fe80::1]:80")
+    assert done.returncode == 1
+    assert re.fullmatch(rf"fastlisten: cannot listen on \[fe80::1\]:80: {text}", done.stderr)
+
+
+@posix_only("descriptors that are inherited")
+def test_a_descriptor_of_a_connection_is_told() -> None:
+    with socket.create_server(LOOPBACK) as listener, connect(listener.getsockname()):
+        accepted = listener.accept()[0]
+        with accepted:
+            text = f"cannot listen on fd:{accepted.fileno()}: it is a connection, not a listening socket"
+            done = run("serve", f"fd:{accepted.fileno()}", pass_fds=[accepted.fileno()])
+            is_one_line(done, 1, text)
+
+
+@needs("unix sockets")
+def test_a_path_that_is_too_long_is_told_with_the_limit(told: Told) -> None:
+    most = 107 if sys.platform == "linux" else 103
+    is_one_line(told("serve", f"unix:/{'x' * 199}"), 1, f": 200 bytes, of at most {most}\n")

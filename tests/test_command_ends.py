@@ -18,16 +18,16 @@ from helpers.command import COMMAND, Server, is_one_line, serve, signals
 
 
 @signals
-@pytest.mark.parametrize("threads", ["0", "4"])
-def test_sigterm_lets_the_client_finish_and_tells_so(threads: str) -> None:
+@pytest.mark.parametrize(("name", "threads"), [("SIGTERM", "0"), ("SIGTERM", "4"), ("SIGHUP", "4")])
+def test_a_signal_lets_the_client_finish_and_tells_so(name: str, threads: str) -> None:
     with (
         serve("127.0.0.1:0", "--threads", threads) as server,
         connect(server.target) as client,
     ):
         client.sendall(b"a")
         assert client.recv(1) == b"a"
-        server.process.send_signal(signal.SIGTERM)
-        server.line_with("SIGTERM: draining for at most 5 s")
+        server.process.send_signal(getattr(signal, name))
+        server.line_with(f"{name}: draining for at most 5 s")
         client.sendall(b"b")
         assert client.recv(1) == b"b"
         client.shutdown(socket.SHUT_WR)
@@ -35,8 +35,18 @@ def test_sigterm_lets_the_client_finish_and_tells_so(threads: str) -> None:
         output, errors = server.process.communicate(timeout=LIMIT)
     assert (server.process.returncode, errors) == (0, "")
     assert output.splitlines()[-1] == (
-        "stopped by SIGTERM: 1 connection finished, 0 cut; 1 accepted, 1 handled"
+        f"stopped by {name}: 1 connection finished, 0 cut; 1 accepted, 1 handled"
     )
+
+
+@signals
+def test_nohup_keeps_a_hangup_from_it() -> None:
+    nohup = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *COMMAND, "serve", "127.0.0.1:0"]
+    with subprocess.Popen(nohup, stdout=subprocess.PIPE, text=True) as process:
+        server = Server(process, as_json=False)
+        process.send_signal(signal.SIGHUP)
+        assert exchange(server.target) == b"ping"
+        assert server.end(signal.SIGTERM)[0] == 0
 
 
 @signals

@@ -11,7 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+
 from fastlisten import Endpoint
+from fastlisten.cli.report import Saturation
 from helpers import LIMIT, connect, exchange, posix_only
 from helpers.command import COMMAND, serve, signals
 
@@ -209,3 +212,44 @@ class Screen:
             line = self.rows[self._row].ljust(self._column)
             self.rows[self._row] = line[: self._column] + part + line[self._column + len(part) :]
             self._column += len(part)
+
+
+@posix_only("pseudo-terminals")
+def test_a_terminal_that_cannot_go_back_gets_lines() -> None:
+    """TERM=dumb: an editor's shell, or a log that looks like a terminal."""
+    primary, secondary = os.openpty()
+    try:
+        with subprocess.Popen(
+            [*COMMAND, "serve", "127.0.0.1:0"], stdout=secondary, env={**os.environ, "TERM": "dumb"}
+        ) as process:
+            os.close(secondary)
+            first = os.read(primary, 1000)
+            assert exchange(Endpoint.parse(first.decode().split()[2]).sockaddr) == b"ping"
+            line = os.read(primary, 1000)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(LIMIT) == 0
+    finally:
+        os.close(primary)
+    assert line.endswith(b"\n")
+    assert b"accepted 1" in line
+
+
+@pytest.mark.parametrize(("threads", "warns"), [(0, False), (2, True), ((1, 2), True)])
+def test_threads_that_are_all_taken_for_long_are_told_of_once(
+    threads: int | tuple[int, int], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    saturation = Saturation(threads)
+    for now, active in enumerate([2, 2, 2, 1, *[2] * 5]):
+        saturation.look(active, now)
+    assert not caplog.records  # never for 5 s at a stretch
+    for now in range(9, 20):
+        saturation.look(3, now)
+    texts = [record.getMessage() for record in caplog.records]
+    assert (
+        texts
+        == [
+            "all 2 threads have had clients for 5 s, and others wait: --threads 1,4 would serve more, and "
+            "connection.settimeout() in the handler ends who says nothing"
+        ]
+        * warns
+    )

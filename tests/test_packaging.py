@@ -6,12 +6,17 @@ import importlib.metadata
 import importlib.util
 import inspect
 import pkgutil
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 import fastlisten
-from helpers.programs import run
+from helpers import LIMIT
+from helpers.programs import plain_environment, run
 
 # Those that cannot be imported without a package that is no dependency.
 OPTIONAL = {"fastlisten.aio._uvloop": "uvloop", "fastlisten.aio._uvloop_transports": "uvloop"}
@@ -95,3 +100,21 @@ def test_importing_it_starts_and_opens_nothing() -> None:
     )
     done = run(code)
     assert (done.stdout, done.stderr) == ("\n", "")
+
+
+def test_a_source_tree_that_is_not_built_says_so(tmp_path: Path) -> None:
+    """After `pip install .` Python finds the clone before what is installed, in its directory."""
+    built = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(fastlisten.__path__[0], tmp_path / "fastlisten", ignore=built)
+    for command in (["-c", "import fastlisten"], ["-m", "fastlisten", "hosts"]):
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=plain_environment(),
+            capture_output=True,
+            text=True,
+            timeout=LIMIT,
+        )
+        assert done.returncode == 1
+        assert "is fastlisten's source, without the extension modules of this Python. " in done.stderr
+        assert "build them there: pip install -e .\n" in done.stderr

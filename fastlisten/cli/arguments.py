@@ -17,6 +17,7 @@ from fastlisten._options import (
     WorkerOptions,
     declared,
 )
+from fastlisten.cli import output
 from fastlisten.cli.errors import MISUSED, CommandError
 
 DEFAULT_ENDPOINT = "127.0.0.1:11000"
@@ -24,6 +25,15 @@ DEFAULT_ENDPOINT = "127.0.0.1:11000"
 DEFAULT_THREADS = (1, 64)
 DEFAULT_DRAIN = 5.0
 DEFAULT_FIRST_BYTES = 10.0
+MOST = 999_999_999  # of whatever is counted: fits in a C int
+
+EXAMPLES = f"""\
+examples:
+  fastlisten serve                                    echo, at {DEFAULT_ENDPOINT}
+  fastlisten serve :8080 http --workers auto          a small web server, a process a core
+  fastlisten serve :8080 service:handle --drain 30    handle(connection) of service.py
+  fastlisten serve unix:/run/service.sock service:handle --mode 660 --replace-stale
+"""
 
 # The options of bind(), of serve() and of workers by name. One that has no argument here is never given.
 BIND_OPTIONS = tuple(declared(BindOptions))
@@ -43,11 +53,22 @@ ADMISSION_OPTIONS = (
 WORKER_OPTIONS = tuple(declared(WorkerOptions))
 
 
+class Formatter(argparse.HelpFormatter):
+    """Leaves a text of several lines, such as examples, as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that tells a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message} (see {self.prog} --help)", MISUSED)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help and version; argparse's own passes over what cannot be written."""
+        output.write_or_fail(message)
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """Parse, and tell of what is unknown here: the parser of all commands would name its own help."""
@@ -59,7 +80,10 @@ class Parser(argparse.ArgumentParser):
 
 def _number(least: int) -> Callable[[str], int]:
     def read(text: str) -> int:
-        if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) < least:
+        digits = text.isascii() and text.isdigit()
+        if digits and len(text) > len(str(MOST)):
+            raise argparse.ArgumentTypeError(f"{text!r} is too large: the most is {MOST}")
+        if not digits or int(text) < least:
             raise argparse.ArgumentTypeError(f"{text!r} is not a number from {least} on")
         return int(text)
 
@@ -144,8 +168,11 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
         "serve",
         help="listen at an endpoint and hand each client to a handler",
         description="Listen at an endpoint and hand each client to a handler. SIGTERM drains: it "
-        "lets the clients that are here finish. Ctrl-C ends at once. A service manager that has started "
-        "it (NOTIFY_SOCKET) is told when it listens and when it drains, and its watchdog is fed.",
+        "lets the clients that are here finish, and so does SIGHUP without --workers. Ctrl-C ends at once. A "
+        "service manager that has started it (NOTIFY_SOCKET) is told when it listens and when it drains, and "
+        "its watchdog is fed.",
+        epilog=EXAMPLES,
+        formatter_class=Formatter,
     )
     serve.add_argument(
         "endpoint",

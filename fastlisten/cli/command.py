@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from fastlisten.cli import output
 from fastlisten.cli.arguments import parser
-from fastlisten.cli.errors import INTERRUPTED, CommandError
+from fastlisten.cli.errors import INTERRUPTED, MISUSED, CommandError
 from fastlisten.cli.hosts import hosts_command
 from fastlisten.cli.run import run_command, split
 from fastlisten.cli.serve import serve_command
@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # odd paths
     try:
         own, program = split(list(sys.argv[1:] if arguments is None else arguments))
+        if not own:
+            print(parser().format_help(), end="", file=sys.stderr)
+            return MISUSED
         options = parser().parse_args(own)
         options.arguments = program
         return COMMANDS[options.command](options)

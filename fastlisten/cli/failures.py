@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
+import ipaddress
+import os
 import re
+import socket
+import sys
 
 from fastlisten import Endpoint
+from fastlisten._endpoint import DESCRIPTOR, NO_IP, UNIX
 from fastlisten.cli.arguments import (
     ADMISSION_OPTIONS,
     BIND_OPTIONS,
@@ -13,18 +19,28 @@ from fastlisten.cli.arguments import (
     SERVE_OPTIONS,
     WORKER_OPTIONS,
 )
+from fastlisten.cli.handlers import BUILT_IN
 from fastlisten.cli.port_holder import holder_of, what_stands_at
+
+# What a path may have in sockaddr_un, without the null at its end: unix(7), and BSD's unix(4).
+PATH_LENGTH = 107 if sys.platform == "linux" else 103  # bytes
 
 
 def endpoint_hint(text: str) -> str:
     """Return what a text that is no endpoint was probably meant to be, as a question, or ""."""
-    port = DEFAULT_ENDPOINT.rpartition(":")[2]
-    meant = f":{text}" if text.isdecimal() else f"{text}:{port}"
-    try:
-        Endpoint.parse(meant)
-    except ValueError:
+    if text.startswith(NO_IP):
         return ""
-    return f"; is {meant} meant?"
+    if handler := difflib.get_close_matches(text, BUILT_IN, 1):
+        return f"; is the handler {handler[0]} meant? it follows an endpoint: {DEFAULT_ENDPOINT} {handler[0]}"
+    port = DEFAULT_ENDPOINT.rpartition(":")[2]
+    host, _, last = text.rpartition(":")
+    for meant in (f":{text}", f"{text}:{port}", f"[{host}]:{last}", f"[{text}]:{port}"):
+        try:
+            Endpoint.parse(meant)
+        except ValueError:
+            continue
+        return f"; is {meant} meant?"
+    return ""
 
 
 def as_option(error: Exception, **others: str) -> str:
@@ -41,11 +57,44 @@ def as_option(error: Exception, **others: str) -> str:
 def bind_failure(endpoint: Endpoint, error: OSError) -> str:
     """Return why nothing can listen on endpoint, and who is there when somebody is."""
     text = f"{error.strerror or error}"
+    path = endpoint.host.removeprefix(UNIX) if endpoint.host.startswith(UNIX) else ""
     if error.errno == errno.EADDRINUSE:
         if holder := holder_of(endpoint):
             text += f" by {holder}"
-        elif endpoint.host.startswith("unix:/"):
-            text = what_stands_at(endpoint.host.removeprefix("unix:")) or text
+        elif path.startswith("/"):
+            text = what_stands_at(path) or text
     elif error.errno == errno.EACCES and 0 < endpoint.port < 1024:
         text += ": ports below 1024 need privileges"
+    elif error.errno == errno.EINVAL:
+        text = _not_a_listener(endpoint) or _interface_missing(endpoint) or text
+    elif error.errno is None and len(os.fsencode(path)) > PATH_LENGTH:  # Python's own, without a number
+        text += f": {len(os.fsencode(path))} bytes, of at most {PATH_LENGTH}"
     return f"cannot listen on {endpoint}: {text}"
+
+
+def _not_a_listener(endpoint: Endpoint) -> str | None:
+    """Say that a descriptor is a client's connection, if it is one."""
+    if not endpoint.host.startswith(DESCRIPTOR):
+        return None
+    try:
+        with socket.socket(fileno=os.dup(int(endpoint.host.removeprefix(DESCRIPTOR)))) as passed:
+            passed.getpeername()
+    except OSError:
+        return None
+    return (
+        "it is a connection, not a listening socket, which systemd passes with Accept=no and inetd with "
+        "wait; systemd: and inetd: take either"
+    )
+
+
+def _interface_missing(endpoint: Endpoint) -> str | None:
+    """Say that an address is one on each interface (RFC 4007, section 11), if it names none."""
+    try:
+        address = ipaddress.IPv6Address(endpoint.host)
+    except ValueError:
+        return None
+    if not address.is_link_local or address.scope_id is not None:
+        return None
+    names = [name for _, name in socket.if_nameindex() if name != "lo"] or ["eth0"]
+    meant = Endpoint(f"{address}%{names[0]}", endpoint.port)
+    return f"a link-local address needs its interface, as in {meant}"

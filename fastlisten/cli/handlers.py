@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import operator
 import os
 import sys
@@ -41,6 +42,13 @@ def load_handler(name: str) -> Callable[[Connection], object]:
         raise CommandError(f"handler {name!r}: {error}", MISUSED) from error
     if not callable(handler):
         raise CommandError(f"handler {name!r} is not callable but {type(handler).__name__}", MISUSED)
+    try:
+        inspect.signature(handler).bind(None)
+    except TypeError as error:
+        text = f"handler {name!r} cannot be called with a connection and nothing else"
+        raise CommandError(f"{text}: {error}", MISUSED) from error
+    except ValueError:  # it tells nothing, as some of C do
+        pass
     return handler  # type: ignore[no-any-return]
 
 

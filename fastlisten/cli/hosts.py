@@ -23,10 +23,7 @@ def hosts_command(options: argparse.Namespace) -> int:
         if isinstance(error, socket.herror) and error.errno in NO_NAME:
             text = "no name is known for this address"
         raise CommandError(f"cannot look up {name!r}: {text}", FAILED) from error
-    try:
-        output.write(_as_json(entry) if options.json else _as_rows(entry))
-    except OSError as error:
-        raise CommandError(f"cannot write to stdout: {error.strerror}", FAILED) from error
+    output.write_or_fail(_as_json(entry) if options.json else _as_rows(entry))
     return 0
 
 

@@ -6,6 +6,8 @@ import contextlib
 import os
 import sys
 
+from fastlisten.cli.errors import FAILED, CommandError
+
 
 def write(text: str) -> None:
     """Write to stdout at once, and carry on without it when its reader has gone.
@@ -16,6 +18,19 @@ def write(text: str) -> None:
         print(text, end="", flush=True)
     except BrokenPipeError:  # "| head -1" has read enough
         discard()
+
+
+def write_or_fail(text: str) -> None:
+    """Write what the command was asked for.  Raises CommandError when that is not possible."""
+    try:
+        write(text)
+    except OSError as error:
+        raise CommandError(f"cannot write to stdout: {error.strerror}", FAILED) from error
+
+
+def is_live() -> bool:
+    """Whether stdout is a terminal on which a line can be written over."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 class Log:

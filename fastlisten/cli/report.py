@@ -8,7 +8,6 @@ import logging
 import os
 import queue
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +18,33 @@ from fastlisten.cli import output
 
 LIVE_INTERVAL = 0.5  # seconds between two states of the live line: readable, and seen to move
 LINE_INTERVAL = 2.0  # seconds between two lines of a log, at least
+SATURATED = 5.0  # seconds
+
+
+class Saturation:
+    """Warns once when all threads have had clients for long.
+
+    threads: serve()'s; 0, one client at a time, is asked for by who wants that.
+    """
+
+    def __init__(self, threads: int | tuple[int, int]) -> None:
+        self._most = threads if isinstance(threads, int) else threads[1]
+        self._told = self._most == 0
+        self._since: float | None = None
+
+    def look(self, active: int, now: float) -> None:
+        """active: clients of the process that has fewest.  now: of the monotonic clock, in seconds."""
+        if active < self._most:
+            self._since = None
+        elif self._since is None:
+            self._since = now
+        elif now - self._since >= SATURATED and not self._told:
+            self._told = True
+            logging.getLogger("fastlisten").warning(
+                "all %d threads have had clients for %g s, and others wait: --threads 1,%d would serve more, "
+                "and connection.settimeout() in the handler ends who says nothing",
+                *(self._most, SATURATED, self._most * 2),
+            )
 
 
 class Report:
@@ -27,10 +53,11 @@ class Report:
     Used with `with`: the counters are told by a thread until the block ends.
     """
 
-    def __init__(self, listener: Listener, as_json: bool) -> None:
+    def __init__(self, listener: Listener, as_json: bool, threads: int | tuple[int, int]) -> None:
         self._listener = listener
+        self._saturation = Saturation(threads)
         self._json = as_json
-        self._live = sys.stdout.isatty() and not as_json
+        self._live = output.is_live() and not as_json
         # What the thread is to tell now, None to end. A SimpleQueue and no Event, as a signal
         # handler puts here too: its put() is reentrant.
         self._news: queue.SimpleQueue[tuple[str, float] | None] = queue.SimpleQueue()
@@ -102,6 +129,7 @@ class Report:
                 news = self._news.get(timeout=max(then + interval - time.monotonic(), 0))
             except queue.Empty:
                 stats, now = self._listener.stats(), time.monotonic()
+                self._saturation.look(stats.active, now)
                 rate = (stats.accepted - before.accepted) / (now - then)
                 before, then = stats, now
                 if self._live:

@@ -52,6 +52,9 @@ def serve_command(options: argparse.Namespace) -> int:
     if "pending" in serving and "busy" not in serving:
         text = "--pending needs --busy, which says what clients beyond it get"
         raise CommandError(f"cannot serve {endpoint}: {text}", MISUSED)
+    if "busy" in serving and "pending" not in serving and "admission" not in serving:
+        text = "--busy needs --pending, which says how many wait before others are told: 0 for nobody"
+        raise CommandError(f"cannot serve {endpoint}: {text}", MISUSED)
     if options.tls_cert is not None:
         from fastlisten.cli.tls import tls_context  # not at the top: ssl is much to import
 
@@ -124,7 +127,7 @@ def _serve(
     options: argparse.Namespace,
     manager: Notifier | None,
 ) -> int:
-    report = Report(listener, options.json)
+    report = Report(listener, options.json, options.threads)
     signals = _drain_on_signals(listener, options.drain, report, manager)
     # Without effect when the handler's module has set logging up for itself.
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[LogLines(report)])
@@ -146,7 +149,10 @@ def _serve(
 def _drain_on_signals(
     listener: Listener, seconds: float, report: Report, manager: Notifier | None
 ) -> list[str]:
-    """Let SIGTERM, and Ctrl-Break on Windows, drain; the names that came are in the result."""
+    """Let SIGTERM, SIGHUP and Ctrl-Break on Windows drain; the names that came are in the result.
+
+    A SIGHUP that was ignored from the start is ignored still: nohup(1).
+    """
     names: list[str] = []
 
     def stop(number: int, _: object) -> None:
@@ -156,7 +162,8 @@ def _drain_on_signals(
         names.append(name)
         stopping(manager, f"draining for at most {drain:g} s")
 
-    for name in ("SIGTERM", "SIGBREAK"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), stop)
+    for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        if number is not None and (name == "SIGTERM" or signal.getsignal(number) != signal.SIG_IGN):
+            signal.signal(number, stop)
     return names

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from fastlisten.cli import output
 from fastlisten.cli.arguments import BIND_OPTIONS, WORKER_OPTIONS, given
 from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
 from fastlisten.cli.failures import as_option, bind_failure, endpoint_hint
-from fastlisten.cli.report import LINE_INTERVAL, LIVE_INTERVAL, counters, plain
+from fastlisten.cli.report import LINE_INTERVAL, LIVE_INTERVAL, Saturation, counters, plain
 
 
 def serve_with_workers(
@@ -33,7 +32,9 @@ def serve_with_workers(
         """Workers that tell."""
 
     target = serve_target(handler, serving)
-    return _run(lambda: Told(target, endpoint, **_options(options)), [endpoint], options, counts=True)
+    return _run(
+        lambda: Told(target, endpoint, **_options(options)), [endpoint], options, Saturation(options.threads)
+    )
 
 
 def workers_command(options: argparse.Namespace) -> int:
@@ -51,7 +52,7 @@ def workers_command(options: argparse.Namespace) -> int:
         """Programs whose parent tells."""
 
     command = options.arguments
-    return _run(lambda: Told(command, *endpoints, **_options(options)), endpoints, options, counts=False)
+    return _run(lambda: Told(command, *endpoints, **_options(options)), endpoints, options)
 
 
 def _options(options: argparse.Namespace) -> dict[str, Any]:
@@ -59,12 +60,15 @@ def _options(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(
-    make: Callable[[], Any], endpoints: list[Endpoint], options: argparse.Namespace, counts: bool
+    make: Callable[[], Any],
+    endpoints: list[Endpoint],
+    options: argparse.Namespace,
+    saturation: Saturation | None = None,
 ) -> int:
     where = ", ".join(map(str, endpoints))
     try:
         workers = make()
-        workers.reports(options.json, counts)
+        workers.reports(options.json, saturation)
         result = workers.run()
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise CommandError(f"cannot serve {where}: {as_option(error)}", MISUSED) from error
@@ -86,14 +90,15 @@ class WorkersReport(Supervised):
     _json = _live = False
     _drawn = 0  # lines of the counters that are on the screen
 
-    def reports(self, as_json: bool, counts: bool) -> None:
-        """Say how to tell.  counts: the workers write their counters."""
+    def reports(self, as_json: bool, saturation: Saturation | None) -> None:
+        """Say how to tell.  saturation: None for programs, which write no counters."""
+        self._saturation = saturation
         self._json = as_json
         self._log = output.Log()
-        self._live = sys.stdout.isatty() and not as_json
+        self._live = output.is_live() and not as_json
         self._before: tuple[ListenerStats, ...] = ()
         self._then = time.monotonic()
-        if counts:
+        if saturation is not None:
             self._ticks.append((LIVE_INTERVAL if self._live else LINE_INTERVAL, self._tick))
         logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
 
@@ -127,6 +132,8 @@ class WorkersReport(Supervised):
         """Tell the counters, if they have changed or are seen live."""
         total, rows = self.stats()
         now = time.monotonic()
+        if self._saturation is not None:
+            self._saturation.look(min((row.active for row in rows), default=0), now)
         all_rows = (total, *rows)
         known = self._before if len(self._before) == len(all_rows) else all_rows
         rates = [
