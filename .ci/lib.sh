@@ -10,6 +10,10 @@ mkdir -p "$CACHE"
 # A download that fails for the network's sake is tried again.
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_RETRIES=8 PIP_TIMEOUT=30
 
+# What was compiled once is not compiled again, in whichever copy of the tree.
+export CCACHE_DIR=$CACHE/ccache CCACHE_NOHASHDIR=1 CCACHE_MAXSIZE=1G
+if [ -d /usr/lib/ccache ]; then PATH=/usr/lib/ccache:$PATH; fi
+
 # Root may check a tree that belongs to somebody else.
 export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=$REPO
 

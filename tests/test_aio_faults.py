@@ -80,13 +80,13 @@ def faulty_plans(chance: random.Random, again: bool) -> dict[str, Any]:
 
 @needs("Linux", "a C compiler")
 @pytest.mark.parametrize(("loop", "polled"), WAYS)
-def test_10000_connections_with_faults_in_recv_and_send(faults: Faults, loop: str, polled: bool) -> None:
+def test_3000_connections_with_faults_in_recv_and_send(faults: Faults, loop: str, polled: bool) -> None:
     chance = random.Random(f"{loop} {polled}")
     # libuv tells of POLLERR once and then watches the descriptor no more.  No kernel says EAGAIN after that,
     # but a fault does, and nobody would ask again.
     again = polled or loop != "uvloop"
     environment = faults.environment(**faulty_plans(chance, again))
-    count, answered = 10_000, 0
+    count, answered = 3_000, 0
     with running(FAULTY_SERVER, loop, str(polled), environment=environment) as process:
         address = ("127.0.0.1", int(line_of(process)))
         open_now: list[tuple[socket.socket, bytes]] = []

@@ -220,7 +220,8 @@ class Encounter:
             self.cut = True
         if self.written >= HUGE and self.resuming and act[:2] == ("ask", "set_write_buffer_limits"):
             return True  # whether it pauses again is how much is left, which is the kernel's to know, too
-        if self.written >= HUGE and self.scenario.holds and self.calls["resume_writing"] and act == ("size",):
+        joined = self.scenario.holds or self.uvloop
+        if self.written >= HUGE and joined and self.calls["resume_writing"] and act == ("size",):
             # asyncio's own has 13,156 left of 10 + 900,000 + 900,000 bytes, of 900,010 + 900,000 none
             return True
         if self.written >= HUGE and act[0] in ("write", "writelines") and self.transport.is_closing():
@@ -462,7 +463,7 @@ def known(encounter: Encounter, entry: Entry) -> Entry | None:
         own_words = "connection_lost" in entry[1] or entry[1].startswith("Exception in callback")
         return ("report", entry[2]) if own_words or encounter.uvloop else entry
     if encounter.scenario.holds and entry == ("client", "BrokenPipeError"):
-        return ("client", "ConnectionResetError")  # the same reset, after the end of the stream: see next
+        entry = ("client", "ConnectionResetError")  # the same reset, after the end of the stream: see below
     if encounter.uvloop and encounter.cut and encounter.written >= HUGE and entry[0] == "client":
         # After write_eof() and abort(): whether libuv had the end still to send is how much the kernel took.
         return None if entry[1] in ("end", "ConnectionResetError") else entry

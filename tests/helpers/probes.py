@@ -1,18 +1,15 @@
 """What a test may need of the system, and the marks that skip it where that is missing.
 
-What a program of a test imports lies here too, so pytest, which takes long, is imported where it is used.
+What a program of a test imports lies here too, and there are thousands of those: what takes long to import
+is imported where it is used.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import re
-import shutil
 import socket
-import subprocess
 import sys
-import sysconfig
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -23,6 +20,25 @@ if TYPE_CHECKING:
 
 # Descriptors, and places in a listener's queue, for a test with two thousand clients.
 THOUSANDS = 2500
+
+
+def which(command: str, path: str | None = None) -> str | None:
+    import shutil
+
+    return shutil.which(command, path=path)
+
+
+def has_free_threads() -> bool:
+    import sysconfig
+
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+
+def errors_of(*command: str) -> str:
+    """Return what a command that is asked about itself writes on standard error."""
+    import subprocess
+
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=False).stderr
 
 
 def has_ipv6() -> bool:
@@ -107,21 +123,20 @@ def inetd() -> str | None:
     """Return OpenBSD's inetd, if this process may run it; others have other options."""
     if os.name != "posix" or os.geteuid() != 0:
         return None
-    found = shutil.which("inetd", path="/usr/sbin:/usr/local/sbin")  # it is in no ordinary user's path
+    found = which("inetd", path="/usr/sbin:/usr/local/sbin")  # it is in no ordinary user's path
     if found is None:
         return None
-    usage = subprocess.run([found, "-?"], capture_output=True, text=True, timeout=10, check=False)
-    return found if "[-dEil]" in usage.stderr else None
+    return found if "[-dEil]" in errors_of(found, "-?") else None
 
 
 def nginx() -> str | None:
     """Return nginx, which is in no ordinary user's path."""
-    return shutil.which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    return which("nginx", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
 
 def haproxy() -> str | None:
     """Return HAProxy, which is in no ordinary user's path."""
-    return shutil.which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+    return which("haproxy", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 
 
 @functools.cache
@@ -130,10 +145,11 @@ def nginx_stream() -> tuple[str, str] | None:
     program = nginx()
     if program is None:
         return None
-    built = subprocess.run([program, "-V"], capture_output=True, text=True, timeout=10, check=False).stderr
+    built = errors_of(program, "-V")
     if "--with-stream " in built:
         return program, ""
-    folders = re.findall(r"--modules-path=(\S+)", built)
+    words = [word.partition("=") for word in built.split()]
+    folders = [folder for name, _, folder in words if name == "--modules-path"]
     modules = [os.path.join(folder, "ngx_stream_module.so") for folder in folders]
     found = [module for module in modules if os.path.exists(module)]
     return (program, f"load_module {found[0]};") if found else None
@@ -148,24 +164,22 @@ PROBES: dict[str, Callable[[], bool]] = {
     "signals between processes": lambda: os.name == "posix",
     "SO_REUSEPORT": lambda: hasattr(socket, "SO_REUSEPORT"),
     "TCP_INFO of a listener": tells_the_queue,
-    "the openssl command": lambda: shutil.which("openssl") is not None,
-    "systemd-socket-activate (Debian's package systemd)": lambda: bool(
-        shutil.which("systemd-socket-activate")
-    ),
+    "the openssl command": lambda: which("openssl") is not None,
+    "systemd-socket-activate (Debian's package systemd)": lambda: bool(which("systemd-socket-activate")),
     "inetd (Debian's package openbsd-inetd), and root for it": lambda: inetd() is not None,
-    "the curl command": lambda: shutil.which("curl") is not None,
-    "the sslscan command": lambda: shutil.which("sslscan") is not None,
-    "the slowhttptest command": lambda: shutil.which("slowhttptest") is not None,
+    "the curl command": lambda: which("curl") is not None,
+    "the sslscan command": lambda: which("sslscan") is not None,
+    "the slowhttptest command": lambda: which("slowhttptest") is not None,
     "nginx": lambda: nginx() is not None,
     "nginx with its stream module": lambda: nginx_stream() is not None,
     "haproxy": lambda: haproxy() is not None,
-    "a free-threaded interpreter": lambda: bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    "a free-threaded interpreter": has_free_threads,
     "2,500 descriptors": has_descriptors,
     "a backlog of 2,500": has_backlog,
     "addresses of others that cannot be bound": nobodys_fails,
     "names of services": knows_services,
     "calls that go to libc": lambda: not sanitized(),
-    "a C compiler": lambda: shutil.which(compiler()) is not None,
+    "a C compiler": lambda: which(compiler()) is not None,
 }
 
 
