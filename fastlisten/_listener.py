@@ -179,7 +179,8 @@ class Listener(StandardSocket):
         first_bytes: for how long a client may send nothing, in seconds; None lets it for as long as the
         handler does.  It waits without a thread, and is closed then (ListenerStats.refused_for); so is who
         leaves without a byte, and, when descriptors run out, who has waited longest.  For `max_connections`,
-        `pending` and `busy` a client counts once it has sent something.  Who waits when serve() ends is
+        `pending` and `busy` a client counts once it has sent something.  Who has spoken when stop() is called
+        is handled, and a drain lets all who are here speak, in its time and theirs; who waits after that is
         closed.  Not for protocols in which the server speaks first.
         proxy: a Proxy: whose clients have to send a PROXY header first, before TLS.  connection.peer is what
         that says then, and connection.proxy the whole of it.  Headers are waited for as first bytes are; with
@@ -242,7 +243,8 @@ class Listener(StandardSocket):
 
         drain: None takes nobody more from the kernel's queue and lets handlers end in their own time; who
         waits for one, with `busy=`, is handled first.  With seconds, clients that the kernel had queued are
-        still handled, and connections whose handlers take longer than that are cut.  0 cuts at once.
+        still handled, who has yet to speak (`first_bytes=`, `proxy=`) is waited for, and connections whose
+        handlers take longer than that are cut.  0 cuts at once.
 
         Without a serve() that runs, the next one returns at once, after such a drain.
 

@@ -166,22 +166,50 @@ def test_a_close_drops_who_waits(run: Run, mode: dict[str, Any]) -> None:
     run(main())
 
 
+def test_a_close_serves_who_has_spoken(run: Run) -> None:
+    async def main() -> None:
+        async with server(Echo, first_bytes=LIMIT) as serving:
+            with connect(serving.address) as client:
+                await until(lambda: serving.server.stats().waiting == 1)
+                client.sendall(b"spoken")  # and the loop has not yet looked
+                serving.server.close()
+                assert await in_thread(client.recv, 9) == b"spoken"
+            await until(lambda: serving.server.stats().handled == 1)
+            assert serving.server.stats().dropped == 0
+
+    run(main())
+
+
 @modes
-def test_a_drain_serves_who_was_queued(run: Run, mode: dict[str, Any]) -> None:
+def test_a_drain_lets_everybody_speak_who_is_here(run: Run, mode: dict[str, Any]) -> None:
     async def main() -> None:
         async with server(Echo, first_bytes=LIMIT, **mode) as serving:
-            with connect(serving.address) as silent:
+            with connect(serving.address) as waiting:
                 await until(lambda: serving.server.stats().waiting == 1)
                 serving.server.pause()
                 with connect(serving.address) as queued:
                     serving.server.close(drain=LIMIT)
-                    await until(lambda: serving.made)
-                    queued.sendall(b"queued")
-                    assert await in_thread(queued.recv, 9) == b"queued"
+                    for client in (queued, waiting):
+                        client.sendall(b"heard")
+                        assert await in_thread(client.recv, 9) == b"heard"
+            await serving.server.wait_closed()
+            stats = serving.server.stats()
+            assert (stats.handled, stats.dropped) == (2, 0)
+
+    run(main())
+
+
+@modes
+def test_the_end_of_a_drain_drops_the_silent(run: Run, mode: dict[str, Any]) -> None:
+    async def main() -> None:
+        async with server(Echo, first_bytes=LIMIT, **mode) as serving:
+            with connect(serving.address) as silent:
+                await until(lambda: serving.server.stats().waiting == 1)
+                serving.server.close(drain=0.2)
                 assert await in_thread(read_all, silent) == b""
             await serving.server.wait_closed()
             stats = serving.server.stats()
-            assert (stats.handled, stats.dropped) == (1, 1)
+            assert (stats.handled, stats.dropped) == (0, 1)
 
     run(main())
 

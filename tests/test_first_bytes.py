@@ -230,20 +230,61 @@ def test_a_stop_drops_who_waits(listener: Listener, silent: Silent, mode: dict[s
 
 
 @modes
-def test_a_drain_handles_who_was_queued(listener: Listener, silent: Silent, mode: dict[str, Any]) -> None:
-    """Nobody waits for first bytes any more then: who was queued is handled, who waited is dropped."""
+def test_a_stop_handles_who_has_spoken(listener: Listener, silent: Silent, mode: dict[str, Any]) -> None:
+    with serving(listener, answer, first_bytes=LIMIT, **mode) as served:
+        (client,) = silent(listener)
+        listener.pause()
+        client.sendall(b"spoken")
+        wait_until(lambda: listener.stats().waiting == 0)
+        listener.stop()
+        assert read_all(client) == b"spoken"
+        served.wait()
+        assert balanced(listener.stats())
+        assert (listener.stats().handled, listener.stats().dropped) == (1, 0)
+
+
+@modes
+def test_a_drain_lets_everybody_speak_who_is_here(
+    listener: Listener, silent: Silent, mode: dict[str, Any]
+) -> None:
+    """What a client has sent may be on its way: a restart would lose it."""
     with serving(listener, answer, first_bytes=LIMIT, **mode) as served:
         (waiting,) = silent(listener)
         listener.pause()
-        with connect(listener) as queued:
-            wait_until(lambda: listener.stats().queue_depth != 0)
+        with connect(listener) as queued, connect(listener) as late:
+            wait_until(lambda: listener.stats().queue_depth in (2, None))
             listener.stop(drain=LIMIT)
-            queued.sendall(b"queued")
-            assert read_all(queued) == b"queued"
+            for client in (queued, waiting, late):
+                client.sendall(b"heard")
+                assert read_all(client) == b"heard"
             served.wait()
-        assert read_all(waiting) == b""
         assert balanced(listener.stats())
-        assert (listener.stats().handled, listener.stats().dropped) == (1, 1)
+        assert (listener.stats().handled, listener.stats().dropped) == (3, 0)
+
+
+@modes
+def test_a_drain_waits_for_the_silent_as_long_as_they_have(
+    listener: Listener, silent: Silent, mode: dict[str, Any]
+) -> None:
+    with serving(listener, answer, first_bytes=0.3, **mode) as served:
+        (client,) = silent(listener)
+        listener.stop(drain=LIMIT)
+        served.wait()
+        assert read_all(client) == b""
+        assert listener.stats().refused_for == {"silent": 1}
+
+
+@modes
+def test_the_end_of_a_drain_drops_the_silent(
+    listener: Listener, silent: Silent, mode: dict[str, Any]
+) -> None:
+    with serving(listener, answer, first_bytes=LIMIT, **mode) as served:
+        (client,) = silent(listener)
+        listener.stop(drain=0.2)
+        served.wait()
+        assert read_all(client) == b""
+        assert balanced(listener.stats())
+        assert listener.stats().dropped == 1
 
 
 @modes

@@ -286,20 +286,34 @@ def test_a_stop_drops_who_has_half_a_header(listener: Listener, seen: Seen, mode
 
 
 @modes
-def test_a_drain_handles_whose_header_is_there(listener: Listener, seen: Seen, mode: dict[str, Any]) -> None:
-    with serving(listener, seen, proxy=LOCAL, **mode) as served:
+def test_a_drain_waits_for_headers(listener: Listener, seen: Seen, mode: dict[str, Any]) -> None:
+    """A proxy connects and sends its header a moment later: a restart between the two loses nobody."""
+    with serving(listener, seen, proxy=LOCAL, **mode) as served, connect(listener) as accepted:
+        wait_until(lambda: listener.stats().waiting == 1)
         listener.pause()
-        with connect(listener) as client, connect(listener) as mute:
-            client.sendall(v1())
+        with connect(listener) as queued, connect(listener) as late:
+            queued.sendall(v1())
             wait_until(lambda: listener.stats().queue_depth in (2, None))
             listener.stop(drain=LIMIT)
-            client.sendall(b"queued")
-            client.shutdown(socket.SHUT_WR)
-            assert read_all(client) == b"queued"
-            assert read_all(mute) == b""
+            for client, header in ((queued, b""), (late, v1()), (accepted, v1())):
+                client.sendall(header + b"heard")
+                client.shutdown(socket.SHUT_WR)
+                assert read_all(client) == b"heard"
         served.wait()
     stats = listener.stats()
-    assert (stats.handled, stats.dropped) == (1, 1)
+    assert (stats.handled, stats.dropped) == (3, 0)
+
+
+@modes
+def test_the_end_of_a_drain_drops_who_has_sent_no_header(
+    listener: Listener, seen: Seen, mode: dict[str, Any]
+) -> None:
+    with serving(listener, seen, proxy=LOCAL, **mode) as served, connect(listener) as mute:
+        wait_until(lambda: listener.stats().waiting == 1)
+        listener.stop(drain=0.2)
+        served.wait()
+        assert read_all(mute) == b""
+    assert (listener.stats().handled, listener.stats().dropped) == (0, 1)
 
 
 # --- with other options

@@ -73,6 +73,7 @@ cdef class Acceptor:
     cdef state_t *asked_to_stop(self) noexcept nogil
     cdef bint overdue(self) noexcept nogil
     cdef bint ending(self) noexcept nogil
+    cdef bint shut(self) noexcept nogil
     cdef void set_modes(self) noexcept nogil
     cdef int64_t until_deadline(self, int64_t patience) noexcept nogil
     cdef int queued(self) noexcept nogil

@@ -242,7 +242,7 @@ cdef class Acceptor:
                     return outcome
                 self.in_vain = self.polls_first = min(2 * self.in_vain + 1, IN_VAIN_MOST)
                 closed_for = self.closed_for()
-                if self.stopping and closed_for == 0:
+                if self.stopping and self.ending():
                     return ENDED
             port_swap(&self.touching, WAITING)
             outcome = self.wait(closed_for)
@@ -256,8 +256,6 @@ cdef class Acceptor:
                 outcome = ENDED if self.ending() else TAKEN if self.first_bytes.take(client) else NOBODY
             if outcome != NOBODY:
                 return outcome
-            if self.stopping and closed_for == 0:
-                return ENDED
         return ENDED
 
     cdef bint likely(self) noexcept nogil:
@@ -275,8 +273,9 @@ cdef class Acceptor:
         cdef verdict_t answer
         cdef int taken
         cdef bint recovered = False
+        cdef bint somebody = False
         self.shortage.retake_spare()
-        for _ in range(self.count):
+        for _ in range(self.count if not self.shut() else 0):
             source = &self.sources[self.turn]
             self.turn = (self.turn + 1) % self.count
             if port_get(&source.gone) or (port_get(&source.state.paused) and not self.stopping):
@@ -287,6 +286,7 @@ cdef class Acceptor:
             if answer == ACCEPTED:
                 if not self.inspects or self.inspect(source, client):
                     return TAKEN
+                somebody = True
                 continue
             if answer == INTERRUPTED or answer == LOST:
                 return LOOK
@@ -301,11 +301,11 @@ cdef class Acceptor:
                         source.code == PORT_EINVAL and source.proven)):
                     return ENDED
                 return FAILED
+        if self.stopping and not somebody:
+            self.drain.left = 0
         if self.first_bytes is not None:
             self.first_bytes.look()
             if self.first_bytes.take(client):
-                if self.drain.left > 0:
-                    self.drain.left -= 1
                 return TAKEN
             if port_get(&self.shortage.to_tell):
                 return LOOK
@@ -325,7 +325,7 @@ cdef class Acceptor:
                 self.drain.left -= 1
             if self.first_bytes is None:
                 return True
-            if self.first_bytes.passes(client, self.stopping):
+            if self.first_bytes.passes(client):
                 self.first_bytes.look()
                 if self.first_bytes.next_ready() is not NULL:
                     self.polls_first = 1  # and then that client has its turn
@@ -333,7 +333,7 @@ cdef class Acceptor:
             if self.first_bytes.take(client):
                 return True
             more -= 1
-            if more == 0 or self.stopping or not self.likely():
+            if more == 0 or self.shut() or not self.likely():
                 return False
             if accept_batch(source, client, 1, &taken) != ACCEPTED:
                 return False  # why, the next look says once more
@@ -396,12 +396,12 @@ cdef class Acceptor:
             source = &self.sources[i]
             self.polls[i].fd = source.state.waker.reader
             self.polls[i].events = POLLIN
-            if closed_for == 0 and not port_get(&source.gone) and (
+            if closed_for == 0 and not port_get(&source.gone) and not self.shut() and (
                     self.stopping or not port_get(&source.state.paused)):
                 self.polls[n].fd = source.fd
                 self.polls[n].events = POLLIN
                 n += 1
-        if self.stopping and closed_for == 0:
+        if self.stopping and closed_for == 0 and not self.shut():
             patience = 0  # a drain takes who is there, and nobody who may yet come
         if self.drain.deadline:
             patience = self.until_deadline(patience)
@@ -523,8 +523,13 @@ cdef class Acceptor:
         return deadline != 0 and port_now() >= deadline
 
     cdef bint ending(self) noexcept nogil:
-        """Whether a stop is to be answered now; a drain first takes what the kernel had queued."""
+        """Whether a stop is to be answered now.
+
+        A drain first takes what the kernel had queued, and lets those speak who have to; without one, those
+        who have spoken have their turn.
+        """
         cdef state_t *state
+        cdef bint draining
         if port_get(&self.over):
             return True
         state = self.asked_to_stop()
@@ -532,13 +537,18 @@ cdef class Acceptor:
             return False
         self.stopping = True
         self.drain.deadline = port_get(&state.deadline)
-        if not port_get(&state.draining) or port_now() >= self.drain.deadline:
+        if self.drain.deadline and port_now() >= self.drain.deadline:
             return True
         self.set_modes()  # nobody may come any more who would end a sleep in accept()
+        draining = port_get(&state.draining)
         if self.drain.left < 0:
-            self.drain.left = self.queued()
+            self.drain.left = self.queued() if draining else 0
             self.inspects = True
-        return self.drain.left == 0
+        return self.shut() and (self.first_bytes is None or not self.first_bytes.lets_in(draining))
+
+    cdef bint shut(self) noexcept nogil:
+        """Whether nobody more is taken from the kernel's queue."""
+        return self.stopping and self.drain.left == 0
 
     cdef void set_modes(self) noexcept nogil:
         """Once more: another process may have made them blocking."""
@@ -552,10 +562,9 @@ cdef class Acceptor:
         return left if patience < 0 else min(patience, left)
 
     cdef int queued(self) noexcept nogil:
-        """How many clients the kernel has queued, and have spoken; where it does not tell, as many as are
-        found."""
+        """How many clients the kernel has queued; where it does not tell, as many as are found."""
         cdef int depth, limit, i
-        cdef int total = 0 if self.first_bytes is None else self.first_bytes.count_ready()
+        cdef int total = 0
         for i in range(self.count):
             if port_queue(self.sources[i].fd, &depth, &limit) != 0:
                 return INT_MAX

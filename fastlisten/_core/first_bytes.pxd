@@ -36,7 +36,6 @@ cdef class FirstBytes:
     cdef int networks                   # so many
     cdef bint required                  # nobody else may come
     cdef Admitting admitting            # who may come in at all; None: anybody
-    cdef bint at_once                   # nobody is to be waited for any more
     cdef waiting_t *first[LISTS]        # each list, in the order of coming and so of deadlines
     cdef waiting_t *last[LISTS]
     cdef port_socket poller             # without one all are polled every now and then
@@ -48,13 +47,13 @@ cdef class FirstBytes:
     cdef int open(self) except -1
     cdef void close(self) noexcept nogil
     cdef void after_fork(self, bint polls) noexcept
-    cdef bint passes(self, client_t *client, bint at_once) noexcept nogil
+    cdef bint passes(self, client_t *client) noexcept nogil
     cdef bint take(self, client_t *client) noexcept nogil
     cdef bint give_way(self) noexcept nogil
     cdef void look(self) noexcept nogil
     cdef int64_t left(self) noexcept nogil
     cdef waiting_t *next_ready(self) noexcept nogil
-    cdef int64_t count_ready(self) noexcept nogil
+    cdef bint lets_in(self, bint later) noexcept nogil
     cdef void open_poller(self) noexcept nogil
     cdef void close_poller(self) noexcept nogil
     cdef bint trusts(self, const client_t *client) noexcept nogil

@@ -119,22 +119,20 @@ cdef class FirstBytes:
 
     # --- coming and going -----------------------------------------------------------------------------
 
-    cdef bint passes(self, client_t *client, bint at_once) noexcept nogil:
+    cdef bint passes(self, client_t *client) noexcept nogil:
         """Whether a client that was just accepted may be handed out now; if not it waits here, or is closed.
 
-        at_once: nobody is to wait for a client's own bytes any more.  One with a PROXY header may be taken at
-        once.
+        One with a PROXY header may be taken at once.
         """
         cdef char first
         cdef Py_ssize_t got
-        self.at_once = at_once
         if self.networks and self.trusts(client):
             self.wait(client, HEADER)
         elif self.required:
             turn_away(client, REFUSED_UNTRUSTED)
         elif self.admitting is not None and not self.admitting.admits(client):
             pass  # and it is closed
-        elif self.patience[SILENT] == 0 or at_once:
+        elif self.patience[SILENT] == 0:
             return True
         else:
             got = port_peek(client.fd, &first, 1)
@@ -181,14 +179,13 @@ cdef class FirstBytes:
             waiting = waiting.after
         return waiting
 
-    cdef int64_t count_ready(self) noexcept nogil:
-        """How many may be handed out."""
-        cdef int64_t count = 0
-        cdef waiting_t *waiting = self.first[READY]
-        while waiting is not NULL:
-            count += 1
-            waiting = waiting.after
-        return count
+    cdef bint lets_in(self, bint later) noexcept nogil:
+        """Whether a client may be handed out now, or, if `later`, when it has spoken."""
+        if later and (self.first[HEADER] is not NULL or self.first[SILENT] is not NULL):
+            return True
+        if self.next_ready() is NULL:
+            self.look()
+        return self.next_ready() is not NULL
 
     cdef bint give_way(self) noexcept nogil:
         """Close who has waited longest without a byte, for want of descriptors; False if there is nobody."""
@@ -438,7 +435,7 @@ cdef class FirstBytes:
             self.remove(waiting, &client)
             self.admitting.shut_out(&client, answer)
             return
-        if self.patience[SILENT] == 0 or self.at_once or length > header.length:
+        if self.patience[SILENT] == 0 or length > header.length:
             self.move(waiting, READY)
         else:
             self.move(waiting, SILENT)

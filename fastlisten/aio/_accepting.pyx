@@ -174,7 +174,7 @@ cdef class FirstBytesWatch(Watched):
         cdef int i
         cdef int kept = 0
         for i in range(count):
-            if self.first_bytes.passes(&clients[i], self.accepting.drained is not None):
+            if self.first_bytes.passes(&clients[i]):
                 if kept != i:
                     clients[kept] = clients[i]
                 kept += 1
@@ -205,6 +205,8 @@ cdef class FirstBytesWatch(Watched):
             self.look_soon()
         self.set_timer()
         self.hub.give_turns(arrived)
+        if self.accepting.drained is not None:
+            self.accepting.look_for_drained()
         return 0
 
     def look_soon(self):
@@ -371,7 +373,10 @@ cdef class Accepting(Owner):
         self.arrange()
 
     def stop(self):
-        """Accept nobody any more; the listening sockets may be closed then."""
+        """Accept nobody any more; the listening sockets may be closed then.  Who has spoken has his turn."""
+        if self.first is not None and self.drained is None and self.serving and not (
+                self.connections.hub.loop.is_closed()):
+            self.first.look()
         self.serving = False
         if self.retry is not None:
             self.retry.cancel()
@@ -444,11 +449,13 @@ cdef class Accepting(Owner):
         return 0
 
     cdef int look_for_drained(self) except -1:
-        """In a drain: tell that it is over when all who were queued are taken."""
+        """In a drain: tell that it is over when all who were queued are taken, and have spoken."""
         cdef ListenerWatch listener
         for listener in self.listeners:
             if listener.to_drain:
                 return 0
+        if self.first is not None and self.first.first_bytes.lets_in(True):
+            return 0
         if self.drained is not None and (self.queue is None or self.queue.empty()):
             self.drained()
         return 0

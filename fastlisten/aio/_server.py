@@ -179,6 +179,8 @@ class Server(asyncio.AbstractServer):
         if self._loop.is_closed():
             drain = None  # nobody can be served any more
         if drain and self._serving:
+            for state in self._states:
+                state.paused = False  # a drain takes its clients all the same
             self._accepting.drain(drain, self._close_sockets)
             self._serving = False
         elif not drain or not self._draining():
