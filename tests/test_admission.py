@@ -5,6 +5,7 @@ import mmap
 import os
 import random
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from fastlisten._admission import _key
 from fastlisten._core.admission import Table, bytes_for, now, process_ended
 from helpers import needs, posix_only
 from helpers.admission_model import SECOND, Address, Model, events
+from helpers.fuzz_targets import try_examples
 from helpers.fuzzing import Fuzz
 from helpers.programs import python, run
 
@@ -120,6 +122,12 @@ def test_random_seeds_and_limits(fuzz: Fuzz) -> None:
         one()
 
     fuzz.run(test, examples=20)
+
+
+@needs("a C compiler")
+def test_the_table_is_whole_after_each_operation(tmp_path: Path) -> None:
+    """Also by processes of which some are killed; and whatever one has written leads nowhere outside it."""
+    try_examples("admission_fuzz", "admission.h", 500, tmp_path)
 
 
 # --- lists

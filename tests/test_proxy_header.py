@@ -1,8 +1,5 @@
 """PROXY headers: what each of a table means, and the parser against a second reader of them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,8 @@ from hypothesis import strategies as st
 
 from fastlisten._core.proxy import parse
 from fastlisten._core.proxy_header import ProxyHeader, ProxySSL
-from helpers import compiler, needs
+from helpers import needs
+from helpers.fuzz_targets import try_examples
 from helpers.proxy_headers import (
     ALPN,
     AUTHORITY,
@@ -297,24 +295,5 @@ def test_both_readers_agree_on_the_table(header: bytes) -> None:
 
 
 @needs("a C compiler")
-@pytest.mark.skipif(sys.platform == "win32", reason="its compiler has other options")
 def test_nothing_is_read_past_the_end(tmp_path: Path) -> None:
-    source = Path(__file__).parent / "helpers" / "proxy_fuzz.c"
-    root = Path(__file__).parent.parent
-    if not (root / "fastlisten" / "_core" / "proxy.h").exists():
-        pytest.skip("needs the sources, and the package is installed")
-    program = tmp_path / "fuzz"
-    checks = "-fsanitize=address,undefined"
-    build = [compiler(), "-O1", "-g", "-Wall", "-Wextra", "-Werror", checks, "-fno-sanitize-recover=all"]
-    done = subprocess.run(
-        [*build, f"-I{root}", source, "-o", program], capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0 and "sanitize" in done.stderr:
-        pytest.skip("needs a compiler with sanitizers")
-    assert done.returncode == 0, done.stderr
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    for seed in range(2):
-        ran = subprocess.run(
-            [program, str(seed), "5000"], capture_output=True, text=True, env=environment, check=False
-        )
-        assert (ran.returncode, ran.stdout) == (0, "5000 inputs\n"), ran.stderr
+    try_examples("proxy_fuzz", "proxy.h", 5000, tmp_path)

@@ -1,56 +1,47 @@
-/* Random bytes and damaged headers for proxy.h, to be built with the sanitizers.
+/* Damaged PROXY headers for proxy.h.
  *
- * proxy_fuzz SEED COUNT: each input lies in memory of its very size, so that a byte read past its end is seen.
- * Checked is what proxy.h promises: the answers of its beginnings, one byte longer each time, are PROXY_MORE up to
- * one that stays.
+ * What lies behind an input is poisoned, so that AddressSanitizer sees a byte that is read past its end.  Checked is
+ * what proxy.h promises: the answers of its beginnings, one byte longer each time, are PROXY_MORE up to one that
+ * stays.  So no matter how a header comes in pieces, its answer is one.
  */
-#include <stdio.h>
-#include <stdlib.h>
+#include "fuzz.h"
+#include <sanitizer/asan_interface.h>
 #include "fastlisten/_core/proxy.h"
 
-#define LONGEST 700
-
-static uint64_t state;
-
-static unsigned random_below(unsigned most)
+/* data: of `size` bytes, of which `length` have come. */
+static int parse_beginning(const char *data, int size, int length, proxy_header *header)
 {
-    state ^= state << 13;
-    state ^= state >> 7;
-    state ^= state << 17;
-    return (unsigned)(state >> 33) % most;
-}
-
-static int parse_beginning(const char *data, int length, proxy_header *header)
-{
-    char *exact = malloc(length ? (size_t)length : 1);
     int answer;
-    if (exact == NULL)
-        abort();
-    memcpy(exact, data, (size_t)length);
-    answer = proxy_parse(exact, length, header);
-    free(exact);
+    ASAN_POISON_MEMORY_REGION(data + length, (size_t)(size - length));
+    answer = proxy_parse(data, length, header);
+    ASAN_UNPOISON_MEMORY_REGION(data + length, (size_t)(size - length));
     return answer;
 }
 
-static void check(const char *data, int length)
+int LLVMFuzzerTestOneInput(const uint8_t *input, size_t size)
 {
     proxy_header whole, part;
-    int i, first = PROXY_MORE, last = parse_beginning(data, length, &whole);
-    if (last == PROXY_DONE && (whole.length > length || whole.tlvs > whole.length || whole.length > PROXY_MOST))
-        abort();
+    int i, length = (int)size, first = PROXY_MORE, last;
+    char *data = malloc(size + 1);              /* of ours: libFuzzer's may be anywhere in a larger one */
+    REQUIRE(data != NULL);
+    memcpy(data, input, size);
+    last = parse_beginning(data, length + 1, length, &whole);
+    REQUIRE(last != PROXY_DONE || (whole.length <= length && whole.tlvs <= whole.length));
+    REQUIRE(last != PROXY_DONE || whole.length <= PROXY_MOST);
     for (i = 0; i <= length; i++) {
-        int answer = parse_beginning(data, i, &part);
-        if (first != PROXY_MORE && answer != first)
-            abort();
-        if (answer == PROXY_DONE && memcmp(&part, &whole, sizeof part) != 0)
-            abort();
-        if (answer == PROXY_INVALID && part.reason != whole.reason)
-            abort();
+        int answer = parse_beginning(data, length + 1, i, &part);
+        REQUIRE(first == PROXY_MORE || answer == first);
+        REQUIRE(answer != PROXY_DONE || memcmp(&part, &whole, sizeof part) == 0);
+        REQUIRE(answer != PROXY_MORE || last != PROXY_DONE || part.length == 0 || part.length == whole.length);
+        REQUIRE(answer != PROXY_INVALID || part.reason == whole.reason);
         first = answer;
     }
-    if (first != last)
-        abort();
+    REQUIRE(first == last);
+    free(data);
+    return 0;
 }
+
+#ifndef LIBFUZZER
 
 static const char *const LINES[] = {
     "PROXY TCP4 192.168.0.1 192.168.0.11 56324 443\r\nGET / HTTP/1.1\r\n\r\n",
@@ -65,7 +56,7 @@ static int binary(char *to)
 {
     static const unsigned char families[] = {0x00, 0x11, 0x12, 0x21, 0x31, 0x10, 0x01, 0x41};
     static const unsigned char types[] = {1, 2, 3, 4, 5, 0x20, 0x30, 0xe0, 0xea, 0xff};
-    int i, size, at = 16, end, count = (int)random_below(4);
+    int i, size, sum = 0, at = 16, end, count = (int)random_below(4);
     memcpy(to, "\r\n\r\n\0\r\nQUIT\n", 12);
     to[12] = (char)(0x20 | (random_below(8) != 0));
     to[13] = (char)families[random_below(sizeof families)];
@@ -77,6 +68,7 @@ static int binary(char *to)
         size = to[at] == 3 ? 4 : (int)random_below(40);
         to[at + 1] = 0;
         to[at + 2] = (char)size;
+        sum = to[at] == PROXY_CRC32C ? at + 3 : sum;
         for (i = 0; i < size; i++)
             to[at + 3 + i] = (char)(random_below(4) ? random_below(4) : random_below(256));
         at += 3 + size;
@@ -84,29 +76,29 @@ static int binary(char *to)
     end = at - 16 + (random_below(16) ? 0 : (int)random_below(5) - 2);
     to[14] = (char)(end >> 8);
     to[15] = (char)end;
+    if (sum > 0 && random_below(4)) {
+        uint32_t right = proxy_crc32c(to, at, sum);
+        for (i = 0; i < 4; i++)
+            to[sum + i] = (char)(right >> (24 - 8 * i));
+    }
     return at + (int)random_below(4);
 }
 
-int main(int count, char **arguments)
+static int example(char *data)
 {
-    char data[LONGEST] = {0};
-    long i, number = count > 2 ? atol(arguments[2]) : 100000;
-    state = 0x9e3779b97f4a7c15u ^ (uint64_t)(count > 1 ? atol(arguments[1]) : 1);
-    for (i = 0; i < number; i++) {
-        int length, damages = (int)random_below(4);
-        if (random_below(3) == 0) {
-            const char *line = LINES[random_below(sizeof LINES / sizeof *LINES)];
-            length = (int)strlen(line);
-            memcpy(data, line, (size_t)length);
-        } else
-            length = binary(data);
-        while (damages--) {
-            static const char likely[] = " :.0f9\r\n";
-            data[random_below((unsigned)length)] =
-                random_below(2) ? likely[random_below(sizeof likely)] : (char)random_below(256);
-        }
-        check(data, random_below(4) ? length : (int)random_below((unsigned)length + 1));
+    static const char likely[] = " :.0f9\r\n";
+    int length, damages = (int)random_below(4);
+    if (random_below(3) == 0) {
+        const char *line = LINES[random_below(sizeof LINES / sizeof *LINES)];
+        length = (int)strlen(line);
+        memcpy(data, line, (size_t)length);
+    } else {
+        length = binary(data);
     }
-    printf("%ld inputs\n", number);
-    return 0;
+    while (damages--)
+        data[random_below((unsigned)length)] =
+            random_below(2) ? likely[random_below(sizeof likely)] : (char)random_below(256);
+    return random_below(4) ? length : (int)random_below((unsigned)length + 1);
 }
+
+#endif
