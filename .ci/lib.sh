@@ -34,9 +34,23 @@ debian_packages() {
     if dpkg -s "$@" > /dev/null 2>&1; then return; fi
     [ "$(id -u)" = 0 ] || die "root is needed to install: $*"
     quietly apt-get -q -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 update
-    DEBIAN_FRONTEND=noninteractive quietly \
+    DEBIAN_FRONTEND=noninteractive quietly without_services \
         apt-get -yq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=300 install --no-install-recommends "$@"
 }
+
+# without_services COMMAND...: an installation that starts no service of what it brings: invoke-rc.d(8) asks
+# policy-rc.d, which says here that it is forbidden.  Many would serve every interface.
+without_services() (
+    policy=/usr/sbin/policy-rc.d
+    exec 5< "${policy%/*}"
+    flock 5  # another of these may be about to take the file away
+    if ! [ -e "$policy" ]; then
+        trap 'rm -f "$policy"' EXIT
+        printf '#!/bin/sh\nexit 101\n' > "$policy"
+        chmod 755 "$policy"
+    fi
+    "$@" 5<&-
+)
 
 # host_python X.Y: prints an interpreter of this machine of that version, with its headers.
 # A pyenv shim may stand in PATH and yet run nothing, so each candidate is tried.
