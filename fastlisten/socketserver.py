@@ -167,6 +167,12 @@ class AcceptMixIn:
                 with _states:
                     self._begin()
                 super().serve_forever(poll_interval)  # type: ignore[misc]
+        except BaseException:
+            with _states:
+                if self._listener is None:  # it may have failed before there was an end to wait for
+                    self._BaseServer__shutdown_request = False
+                    self._BaseServer__is_shut_down.set()
+            raise
         finally:
             with _states:
                 left = list(self._serving)

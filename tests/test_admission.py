@@ -17,6 +17,7 @@ from fastlisten._admission import _key
 from fastlisten._core.admission import Table, bytes_for, now, process_ended
 from helpers import needs, posix_only
 from helpers.admission_model import SECOND, Address, Model, events
+from helpers.faults import Faults
 from helpers.fuzz_targets import try_examples
 from helpers.fuzzing import Fuzz
 from helpers.programs import python, run
@@ -315,6 +316,56 @@ def test_more_connections_than_can_be_counted_come_in() -> None:
     assert tickets == [(None, 1), (None, 2), (None, 0), (None, 0)]
     table.leave(2)
     assert table.ask(key("192.0.2.1"), SECOND) == (None, 2)
+
+
+@needs("Linux")
+def test_no_memory_for_a_table_is_an_error_and_no_more() -> None:
+    program = """
+import errno, os, resource
+from fastlisten import Admission
+small = Admission(concurrent=1)
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGESIZE") + 2**24,) * 2)
+for _ in range(3):
+    try:
+        Admission(sources=2**22)
+    except OSError as error:
+        assert error.errno == errno.ENOMEM
+    else:
+        raise AssertionError("there was memory")
+Admission(sources=8)
+free = os.open("/dev/null", os.O_RDONLY)
+os.close(free)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+for _ in range(2):
+    try:
+        small.share()  # with workers
+    except OSError as error:
+        assert error.errno == errno.EMFILE
+    else:
+        raise AssertionError("there was a descriptor")
+resource.setrlimit(resource.RLIMIT_NOFILE, (free + 9, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+what, name = small.share()
+print(isinstance(name, int), small.stats())
+"""
+    assert run(program).stdout.startswith("True AdmissionStats(admitted=0")
+
+
+@needs("Linux", "a C compiler", "calls that go to libc")
+def test_no_memory_for_an_admission_is_an_error_and_no_more(faults: Faults) -> None:
+    program = """
+import json
+from fastlisten import Admission
+from helpers.faults import FASTLISTENS, change_plan, given, meant_for
+meant_for(FASTLISTENS)
+Admission()
+change_plan(malloc=[("ENOMEM", 1)])
+try:
+    Admission()
+except MemoryError:
+    print(json.dumps([given("malloc"), Admission().stats().sources]))
+"""
+    assert faults.python(program) == [1, 0]
 
 
 def test_threads_share_it() -> None:

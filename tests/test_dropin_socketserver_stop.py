@@ -47,6 +47,21 @@ def test_shutdown_before_serve_forever(module: Any, threading_: bool) -> None:
 
 
 @THREADING
+def test_shutdown_after_a_serve_forever_that_could_not_begin(threading_: bool) -> None:
+    """As in the original, whose loop has an end whatever comes out of it."""
+    with server_class(dropin, threading_)(LOOPBACK, Echo) as server:
+        server.first_bytes_timeout = "soon"
+        assert isinstance(Served(server).wait(), TypeError)
+        server.shutdown()  # else it waited for ever
+        server.first_bytes_timeout = None
+        assert Served(server).wait() is None  # that was asked to end
+        served = Served(server)
+        assert exchange(server.server_address, b"x\n") == b"x\n"
+        server.shutdown()
+        assert served.wait() is None
+
+
+@THREADING
 @pytest.mark.parametrize("plain", [True, False], ids=["our loop", "a class with a hook"])
 def test_shutdown_ends_although_it_is_served_again_before_it_waits(threading_: bool, plain: bool) -> None:
     """Whoever serves in a loop can be so quick; the original's shutdown() waits for ever then."""

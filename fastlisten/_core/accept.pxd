@@ -53,6 +53,9 @@ cdef class Shortage:
     cdef object ask                 # called for how long to pause; None: the delays below
     cdef bint shed                  # refuse clients through a descriptor kept for that
     cdef object also                # has tell(): what the log is told with it; None: nothing
+    cdef int64_t drop_code          # why a client was dropped that was in; 0: nothing is to be told of that
+    cdef int64_t drops_told         # port_now(); 0: nothing was told of that yet
+    cdef int64_t poller_code        # why a poller was given up; 0: nothing is to be told of that
     cdef bytes busy                 # what they are told; b"": a reset
     cdef const char *text
     cdef Py_ssize_t length
@@ -72,6 +75,8 @@ cdef class Shortage:
     cdef int open(self) except -1
     cdef void close(self) noexcept nogil
     cdef void failed(self, int code) noexcept nogil
+    cdef void dropped(self, int code) noexcept nogil
+    cdef void poller_failed(self, int code) noexcept nogil
     cdef void pause(self) noexcept nogil
     cdef bint worked(self, int accepted, bint caught_up) noexcept nogil
     cdef int64_t left(self) noexcept nogil

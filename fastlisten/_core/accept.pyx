@@ -53,6 +53,9 @@ cdef int64_t FIRST_DELAY = 10_000_000  # nanoseconds
 cdef int64_t LAST_DELAY = 100_000_000
 cdef double LONGEST_DELAY = 1e9  # seconds; more do not fit
 
+# How often the log is told at most that clients were dropped for want of memory, who were accepted.
+cdef int64_t DROPS_EVERY = 60_000_000_000  # nanoseconds
+
 # Whether SO_REUSEADDR means what it does on POSIX (a port in TIME_WAIT may be bound again); on Windows it
 # would let another process steal the port.
 REUSE_ADDRESS = bool(PORT_REUSE_ADDRESS)
@@ -223,6 +226,14 @@ cdef double default_timeout() except? -2:
     return -1 if timeout is None else timeout
 
 
+cdef object error_of(int code):
+    """The OSError of a code, for the log."""
+    try:
+        port_raise(code)
+    except OSError as error:
+        return error
+
+
 # --- No descriptors or memory -------------------------------------------------------------------------------
 
 @cython.final
@@ -273,6 +284,19 @@ cdef class Shortage:
             self.delay = FIRST_DELAY
         self.failures += 1
         self.eased = 0
+        port_swap(&self.to_tell, 1)
+
+    cdef void dropped(self, int code) noexcept nogil:
+        """A client that was accepted could not be kept, and was dropped: that does not pause the others."""
+        cdef int64_t now = port_now()
+        if self.drops_told == 0 or now - self.drops_told >= DROPS_EVERY:
+            self.drops_told = now
+            port_swap(&self.drop_code, code)
+            port_swap(&self.to_tell, 1)
+
+    cdef void poller_failed(self, int code) noexcept nogil:
+        """Those who were watched by a poller are polled from now on."""
+        port_swap(&self.poller_code, code)
         port_swap(&self.to_tell, 1)
 
     cdef void pause(self) noexcept nogil:
@@ -340,17 +364,22 @@ cdef class Shortage:
 
     cdef int tell(self) except -1:
         """Log the beginning and the end; ask `exhausted` how long to pause."""
-        cdef int64_t asked, retry_at
+        cdef int64_t asked, retry_at, code
         if not port_swap(&self.to_tell, 0):
             return 0
         if self.also is not None:
             self.also.tell()
-        if not port_get(&self.code):
+        code = port_swap(&self.drop_code, 0)
+        if code:
+            log().warning("a client was dropped before a handler had it: %s", error_of(<int>code))
+        code = port_swap(&self.poller_code, 0)
+        if code:
+            log().warning("the poller failed, clients that have to speak first are polled every 10 ms: %s",
+                          error_of(<int>code))
+        code = port_get(&self.code)
+        if code == 0:
             return 0  # there was no shortage yet
-        try:
-            port_raise(<int>port_get(&self.code))
-        except OSError as trouble:
-            error = trouble
+        error = error_of(<int>code)
         if port_swap(&self.to_tell_beginning, 0):
             log().warning("accepting pauses: %s", error)
         asked = port_get(&self.retry_at)

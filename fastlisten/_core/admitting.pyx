@@ -65,6 +65,7 @@ cdef class Admitting:
             if origin is NULL:
                 admission_leave(self.table.at, ticket)  # not the last hold: ours is another
                 drop(client)
+                self.shortage.dropped(PORT_ENOMEM)
                 return False
             origin.address, origin.length = client.address, client.length
             origin.size = 0

@@ -36,9 +36,11 @@ cdef class FirstBytes:
     cdef int networks                   # so many
     cdef bint required                  # nobody else may come
     cdef Admitting admitting            # who may come in at all; None: anybody
+    cdef Shortage shortage              # is told of clients who could not be kept
     cdef waiting_t *first[LISTS]        # each list, in the order of coming and so of deadlines
     cdef waiting_t *last[LISTS]
     cdef port_socket poller             # without one all are polled every now and then
+    cdef port_socket failed_poller      # one that does not tell any more; open, as somebody may watch it
     cdef waiting_t **by_fd              # who is watched, by the descriptor
     cdef int64_t room                   # in by_fd
     cdef int64_t poll_at                # ... when next (port_now())
@@ -66,9 +68,11 @@ cdef class FirstBytes:
     cdef void append(self, waiting_t *waiting, int list) noexcept nogil
     cdef void unlink(self, waiting_t *waiting) noexcept nogil
     cdef void remove(self, waiting_t *waiting, client_t *client) noexcept nogil
+    cdef void lose(self, waiting_t *waiting, int code) noexcept nogil
     cdef void refuse(self, waiting_t *waiting, int reason) noexcept nogil
-    cdef bint watch(self, waiting_t *waiting) noexcept nogil
+    cdef int watch(self, waiting_t *waiting) noexcept nogil
     cdef void watch_no_more(self, waiting_t *waiting) noexcept nogil
     cdef void ask_poller(self) noexcept nogil
+    cdef void give_poller_up(self, int code) noexcept nogil
     cdef void poll_list(self, int list) noexcept nogil
     cdef bint still_waits(self, waiting_t *waiting) noexcept nogil

@@ -57,7 +57,7 @@ cdef class FirstBytes:
     def __cinit__(self, seconds, timeout=None, networks=(), bint required=False, Admitting admitting=None):
         cdef bytes address
         cdef int i
-        self.poller = PORT_NO_SOCKET
+        self.poller = self.failed_poller = PORT_NO_SOCKET
         self.patience[SILENT] = <int64_t>(seconds * 1e9) if seconds is not None else 0
         self.patience[HEADER] = <int64_t>(timeout * 1e9) if timeout is not None else 0
         self.required = required
@@ -78,6 +78,7 @@ cdef class FirstBytes:
 
     cdef int tells_with(self, Shortage shortage) except -1:
         """Have what the log is to know be told with this."""
+        self.shortage = shortage
         return 0 if self.admitting is None else self.admitting.tells_with(shortage)
 
     cdef int open(self) except -1:
@@ -101,6 +102,9 @@ cdef class FirstBytes:
             self.poller = port_poller()
 
     cdef void close_poller(self) noexcept nogil:
+        if self.failed_poller != PORT_NO_SOCKET:
+            port_close(self.failed_poller)
+            self.failed_poller = PORT_NO_SOCKET
         if self.poller != PORT_NO_SOCKET:
             port_close(self.poller)
             self.poller = PORT_NO_SOCKET
@@ -196,9 +200,11 @@ cdef class FirstBytes:
 
     cdef void wait(self, client_t *client, int list) noexcept nogil:
         """Have a client wait; it is dropped where that cannot be done."""
+        cdef int code
         cdef waiting_t *waiting = <waiting_t *>malloc(sizeof(waiting_t))
         if waiting is NULL:
             drop(client)
+            self.shortage.dropped(PORT_ENOMEM)
             return
         waiting.client = client[0]
         waiting.watched = False
@@ -208,9 +214,9 @@ cdef class FirstBytes:
         self.append(waiting, list)
         if list == HEADER and not self.read_header(waiting):
             return  # most often it came with the connection
-        if not self.watch(waiting):
-            self.remove(waiting, client)
-            drop(client)
+        code = self.watch(waiting)
+        if code != 0:
+            self.lose(waiting, code)
 
     cdef void append(self, waiting_t *waiting, int list) noexcept nogil:
         waiting.list = list
@@ -243,17 +249,25 @@ cdef class FirstBytes:
         free(waiting.header)
         free(waiting)
 
+    cdef void lose(self, waiting_t *waiting, int code) noexcept nogil:
+        """Drop it: there is no memory for it, or it cannot be watched."""
+        cdef client_t client
+        self.remove(waiting, &client)
+        drop(&client)
+        self.shortage.dropped(code)
+
     cdef void move(self, waiting_t *waiting, int list) noexcept nogil:
         """Have it wait in another list, in which its time begins anew."""
-        cdef client_t client
+        cdef int code = 0
         self.unlink(waiting)
         self.append(waiting, list)
         if list == READY:
             client_waits(waiting.client.state, -1)
             self.watch_no_more(waiting)
-        elif not waiting.watched and not self.watch(waiting):
-            self.remove(waiting, &client)
-            drop(&client)
+        elif not waiting.watched:
+            code = self.watch(waiting)
+        if code != 0:
+            self.lose(waiting, code)
 
     cdef void refuse(self, waiting_t *waiting, int reason) noexcept nogil:
         """Close it, and say why."""
@@ -263,25 +277,25 @@ cdef class FirstBytes:
 
     # --- watching -------------------------------------------------------------------------------------
 
-    cdef bint watch(self, waiting_t *waiting) noexcept nogil:
-        """Have it be heard; False where that cannot be done."""
+    cdef int watch(self, waiting_t *waiting) noexcept nogil:
+        """Have it be heard; returns 0, or a code where that cannot be done."""
         cdef int64_t fd = waiting.client.fd
         cdef int64_t room
         cdef waiting_t **more
         if self.poller == PORT_NO_SOCKET:
-            return True
+            return 0
         if fd >= self.room:
             room = max(2 * self.room, fd + 1)
             more = <waiting_t **>realloc(self.by_fd, room * sizeof(waiting_t *))
             if more is NULL:
-                return False
+                return PORT_ENOMEM
             memset(more + self.room, 0, (room - self.room) * sizeof(waiting_t *))
             self.by_fd, self.room = more, room
         if port_poller_set(self.poller, waiting.client.fd, 0, POLLIN) != 0:
-            return False
+            return port_error()
         self.by_fd[fd] = waiting
         waiting.watched = True
-        return True
+        return 0
 
     cdef void watch_no_more(self, waiting_t *waiting) noexcept nogil:
         """Not left to the close: a forked child may have the description, which the poller watches, too."""
@@ -327,9 +341,23 @@ cdef class FirstBytes:
         cdef port_pollfd ready[LOOK_MOST]
         cdef int i
         cdef int found = port_poller_ready(self.poller, ready, LOOK_MOST)
+        if found < 0 and port_error() != PORT_EINTR:
+            self.give_poller_up(port_error())
         for i in range(found):
             if ready[i].fd < self.room and self.by_fd[ready[i].fd] is not NULL:
                 self.still_waits(self.by_fd[ready[i].fd])
+
+    cdef void give_poller_up(self, int code) noexcept nogil:
+        """It does not tell who has spoken any more: go without."""
+        cdef waiting_t *waiting
+        cdef int i
+        self.shortage.poller_failed(code)
+        self.failed_poller, self.poller = self.poller, PORT_NO_SOCKET
+        for i in range(READY):
+            waiting = self.first[i]
+            while waiting is not NULL:
+                waiting.watched = False
+                waiting = waiting.after
 
     cdef void poll_list(self, int list) noexcept nogil:
         """Ask the kernel of all in a list, some at a time."""
@@ -396,16 +424,16 @@ cdef class FirstBytes:
 
     cdef bint keep(self, waiting_t *waiting, int more) noexcept nogil:
         """Take out what has come of a header that is not whole; False when the client is closed for it."""
-        cdef client_t client
         cdef char *kept = <char *>realloc(waiting.header, waiting.length + more)
-        if kept is not NULL:
-            waiting.header = kept
-            if port_recv(waiting.client.fd, kept + waiting.length, more, 0) == more:
-                waiting.length += more
-                return True
-        self.remove(waiting, &client)
-        drop(&client)
-        return False
+        if kept is NULL:
+            self.lose(waiting, PORT_ENOMEM)
+            return False
+        waiting.header = kept
+        if port_recv(waiting.client.fd, kept + waiting.length, more, 0) != more:
+            self.refuse(waiting, REFUSED_LEFT)
+            return False
+        waiting.length += more
+        return True
 
     cdef void end_header(
             self, waiting_t *waiting, char *data, int length, proxy_header *header) noexcept nogil:
@@ -417,10 +445,12 @@ cdef class FirstBytes:
         cdef int answer = ADMISSION_ADMITTED
         cdef int last = header.length - waiting.length
         cdef origin_t *origin = <origin_t *>malloc(sizeof(origin_t) + header.length)
-        if origin is NULL or port_recv(waiting.client.fd, data + waiting.length, last, 0) != last:
+        if origin is NULL:
+            self.lose(waiting, PORT_ENOMEM)
+            return
+        if port_recv(waiting.client.fd, data + waiting.length, last, 0) != last:
             free(origin)
-            self.remove(waiting, &client)
-            drop(&client)
+            self.refuse(waiting, REFUSED_LEFT)
             return
         origin.address, origin.length = waiting.client.address, waiting.client.length
         origin.size = header.length

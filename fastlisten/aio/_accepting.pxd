@@ -35,6 +35,7 @@ cdef class FirstBytesWatch(Watched):
     cdef int begin(self) except -1
     cdef int sift(self, client_t *clients, int count, int most) except -1
     cdef int look(self) except -1
+    cdef int unwatch_failed(self) except -1
     cdef void tell(self) noexcept
     cdef int set_timer(self) except -1
     cdef int close(self) except -1

@@ -180,6 +180,7 @@ cdef class FirstBytesWatch(Watched):
                 kept += 1
         while kept < most and self.first_bytes.take(&clients[kept]):
             kept += 1
+        self.unwatch_failed()
         self.set_timer()
         self.tell()
         return kept
@@ -194,6 +195,7 @@ cdef class FirstBytesWatch(Watched):
         cdef int most = self.accepting.places(ACCEPTS)
         cdef list arrived
         self.first_bytes.look()
+        self.unwatch_failed()
         self.tell()
         while taken < most and self.first_bytes.take(&clients[taken]):
             client_handed(clients[taken].state)
@@ -207,6 +209,13 @@ cdef class FirstBytesWatch(Watched):
         self.hub.give_turns(arrived)
         if self.accepting.drained is not None:
             self.accepting.look_for_drained()
+        return 0
+
+    cdef int unwatch_failed(self) except -1:
+        """Watch the poller no more when it was given up."""
+        if self.fd != PORT_NO_SOCKET and self.first_bytes.poller == PORT_NO_SOCKET:
+            self.watch(0)
+            self.fd = PORT_NO_SOCKET
         return 0
 
     def look_soon(self):

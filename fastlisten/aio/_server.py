@@ -54,7 +54,7 @@ class Server(asyncio.AbstractServer):
         tls: TlsSettings | None = None,
     ) -> None:
         self._loop = loop
-        self._sockets: list[socket.socket] | None = sockets
+        self._sockets: list[socket.socket] | None = None  # they are the caller's yet
         self._backlog = backlog
         self._limits = limits
         self._connections = Connections(Hub(loop), factory)
@@ -73,6 +73,7 @@ class Server(asyncio.AbstractServer):
         self._waiters: list[asyncio.Future[None]] | None = []
         self._deadline: asyncio.TimerHandle | None = None  # of a drain
         self._attached = 0
+        self._sockets = sockets
 
     def __del__(self, warn: Any = warnings.warn) -> None:
         if self.__dict__.get("_sockets") is None:

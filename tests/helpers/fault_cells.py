@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Iterator
 from typing import Any, TypedDict
 
 from helpers.fault_modes import BIG, MODES, OnServer, Served
@@ -41,6 +42,7 @@ CALLS = {
     "change": "ENOMEM",
     "unwatch": "ENOMEM",
     "ready": "ENOMEM",
+    "malloc": "ENOMEM",
 }
 # And those of asyncio's own selector.
 LOOPS_CALLS = {
@@ -50,6 +52,9 @@ LOOPS_CALLS = {
 }
 # CPython does not start where this goes on failing.
 ONCE_ONLY = {"clock_gettime"}
+# Several are made for one client, and each of them is to fail: so many, at most.
+EACH_IN_TURN = {"malloc"}
+MOST_IN_TURN = 8
 # When the call begins to fail: before the server is there, while it serves, or as it is told to stop.
 BEGIN, SERVE, END = MOMENTS = "begin", "serve", "end"
 
@@ -66,6 +71,7 @@ WORDS = {
     "accepting pauses": "paused",
     "a wake-up failed": "mended",
     "the poller failed": "given up",
+    "a client was dropped before a handler had it": "dropped",
     "Fatal error: the connection cannot be watched": "told",
     "accept() failed, the server takes no more clients from this socket": "told",
 }
@@ -80,21 +86,29 @@ class Cell(TypedDict):
 
 
 class Client:
-    """A client that says something once, and what it was told: "" as long as it has to wait."""
+    """A client that says something once, and what it was told: "" as long as it has to wait.
 
-    def __init__(self, address: Any, says: bytes = b"hello") -> None:
+    greeting: comes before that, half of it at once.
+    """
+
+    def __init__(self, address: Any, says: bytes = b"hello", greeting: bytes = b"") -> None:
         self.answer = ""
-        self._says = says
+        half = len(greeting) // 2
+        self._says = greeting[half:] + says
+        self._much = says == b"big"
         self._got, self._wanted = 0, 5
         try:
             self.socket = connect(address)
         except OSError as error:  # refused already
             self.socket = socket.socket()
             self.answer = type(error).__name__
+            return
+        with contextlib.suppress(OSError):  # it is told when it speaks
+            self.socket.sendall(greeting[:half])
 
     def speak(self) -> None:
         says, self._says = self._says, b""
-        self._wanted = len(BIG) if says == b"big" else 5
+        self._wanted = len(BIG) if self._much else 5
         try:
             self.socket.sendall(says)
         except OSError as error:
@@ -136,7 +150,7 @@ def come_while_it_fails(served: Served, busy: bool, seconds: float) -> list[Clie
 
     def come(says: bytes = b"hello") -> Client:
         before = served.stats().accepted
-        clients.append(Client(served.address, says))
+        clients.append(Client(served.address, says, served.greeting))
         with contextlib.suppress(AssertionError):  # nobody is accepted now
             wait_until(lambda: served.ended() or served.stats().accepted > before, min(seconds, PATIENCE))
         return clients[-1]
@@ -161,15 +175,15 @@ def come_while_it_fails(served: Served, busy: bool, seconds: float) -> list[Clie
     return clients
 
 
-def fail(call: str, always: bool) -> None:
-    """From now on the call fails, once or always."""
+def fail(call: str, always: bool, after: int) -> None:
+    """From now on the call fails, once or always, after so many that work."""
     meant_for(OTHERS if call in LOOPS_CALLS else FASTLISTENS)
     code = {**CALLS, **LOOPS_CALLS}[call]
-    change_plan(**{call.removeprefix("loop's "): [(code, 1 << 30 if always else 1)]})
+    change_plan(**{call.removeprefix("loop's "): [(0, after), (code, 1 << 30 if always else 1)]})
 
 
 def ask(served: Served) -> Client:
-    client = Client(served.address)
+    client = Client(served.address, greeting=served.greeting)
     client.speak()
     client.listen(LIMIT)
     return client
@@ -181,18 +195,28 @@ def open_now() -> tuple[int, int]:
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
-def experience(mode: str, call: str, moment: str, always: bool, known: dict[str, Any]) -> None:
+def ways_to_fail(call: str) -> Iterator[tuple[str, bool, int]]:
+    """Give names of them, and what fail() wants to know."""
+    yield "once", False, 0
+    if call not in ONCE_ONLY:
+        yield "always", True, 0
+    if call in EACH_IN_TURN:
+        for after in range(1, MOST_IN_TURN):
+            yield f"once after {after}", False, after
+
+
+def experience(mode: str, call: str, moment: str, always: bool, after: int, known: dict[str, Any]) -> None:
     """Serve in this mode and have the call fail; what happened is written into `known`."""
     served = MODES[mode]()
     clients: list[Client] = []
     if moment == BEGIN:
-        served.at_beginning = lambda: fail(call, always)
+        served.at_beginning = lambda: fail(call, always, after)
     served.start()
     try:
         if moment != BEGIN:
             assert ask(served).answer == "all"
             wait_until(lambda: served.stats().active == 0)
-            fail(call, always)
+            fail(call, always, after)
         if moment != END and served.address is not None:
             clients = come_while_it_fails(served, "busy" in mode, PATIENCE if always else LIMIT)
             known["answers"] = [client.answer for client in clients]
@@ -204,6 +228,7 @@ def experience(mode: str, call: str, moment: str, always: bool, known: dict[str,
             if not served.ended():
                 clients.append(ask(served))
             known["recovered"] = time.monotonic() - over
+            known["dropped"] = served.stats().dropped
         known["ended by itself"] = served.ended()
         served.stop()
         known["ends"] = served.join()
@@ -216,10 +241,16 @@ def experience(mode: str, call: str, moment: str, always: bool, known: dict[str,
     if served.address is not None:
         stats = served.stats()
         known["active"], known["refused"] = stats.active, stats.refused
-    known["raised"] = [
-        errno.errorcode.get(getattr(error, "errno", 0), repr(error)) for error in served.raised
-    ]
+        known["left"] = stats.refused_for.get("left", 0)
+    known["raised"] = [code_of(error) for error in served.raised]
     known["reported"] = served.reported
+
+
+def code_of(error: BaseException) -> str:
+    """Return the name of an error's code."""
+    if isinstance(error, MemoryError):
+        return "ENOMEM"
+    return errno.errorcode.get(getattr(error, "errno", 0), repr(error))
 
 
 def outcomes(known: dict[str, Any]) -> list[str]:
@@ -228,8 +259,10 @@ def outcomes(known: dict[str, Any]) -> list[str]:
     words = {WORDS.get(text.partition(",")[0].partition(":")[0], WORDS.get(text, text)) for text in told}
     if known["raised"]:
         words.add("raised")
+    if known.get("left"):
+        words.add("refused")
     unanswered = [answer for answer in known["in the end"] if answer != "all"]
-    if not known["ended by itself"] and len(unanswered) > known["refused"]:
+    if not known["ended by itself"] and len(unanswered) > known["refused"] + known.get("dropped", 0):
         words.add("lost")
     return sorted(words)
 
@@ -255,6 +288,8 @@ def wrong(known: dict[str, Any], code: str, always: bool, before: tuple[int, int
     logged = [text for level, text in known["log"] if level == "WARNING"]
     if not always and len([*known["raised"], *known["reported"], *logged]) > 1:
         found.append("it is told more than once")
+    if known.get("dropped") and not [*known["raised"], *known["reported"], *logged]:
+        found.append("a client is dropped, and nobody is told")
     if len(logged) > MOST_WARNINGS:
         found.append("the log gets it again and again")
     try:
@@ -277,11 +312,11 @@ def main(mode: str, *calls: str) -> None:
             continue
         name = call.removeprefix("loop's ")
         for moment in MOMENTS:
-            for always in (False, True)[: 1 if call in ONCE_ONLY else 2]:
+            for way, always, after in ways_to_fail(call):
                 records.kept.clear()
                 before, failed = open_now(), given(name)
                 known: dict[str, Any] = {}
-                experience(mode, call, moment, always, known)
+                experience(mode, call, moment, always, after, known)
                 known["log"] = [tuple(entry) for entry in records.kept]
                 if given(name) == failed:
                     break  # it is not called
@@ -290,5 +325,5 @@ def main(mode: str, *calls: str) -> None:
                     wrong=wrong(known, code, always, before),
                     known=known,
                 )
-                cells[f"{call}, {moment}, {'always' if always else 'once'}"] = cell
+                cells[f"{call}, {moment}, {way}"] = cell
     print(json.dumps(cells))

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import fastlisten
-from fastlisten import aio, socketserver
+from fastlisten import Admission, Proxy, aio, socketserver
 from helpers.internals import set_polling
+from helpers.proxy_headers import inet, v2
 from helpers.waiting import LIMIT
 
 BIG = b"x" * (8 << 20)  # more than the kernel takes at once
@@ -37,10 +38,12 @@ class Served:
 
     `at_beginning` is called just before it begins to serve.  `raised` is what came out of the calls that a
     user makes, `reported` what an event loop's exception handler was told.  After stop() and join(), close()
-    closes what the server left open.  `listener` has the counters and can be paused.
+    closes what the server left open.  `listener` has the counters and can be paused.  `greeting` is what a
+    client sends before all else.
     """
 
     listener: Any
+    greeting = b""
 
     def __init__(self) -> None:
         self.raised: list[BaseException] = []
@@ -300,6 +303,22 @@ class DropIn(Served):
 BUSY: dict[str, Any] = {"busy": b"full", "pending": 0, "max_connections": 1}
 RESETS: dict[str, Any] = {"busy": "reset", "pending": 0, "max_connections": 1}
 
+FOREVER = 60.0  # nobody's time is over
+
+
+def speaking_first() -> dict[str, Any]:
+    return {"first_bytes": FOREVER, "admission": Admission(concurrent=1000)}
+
+
+def proxied() -> dict[str, Any]:
+    return {**speaking_first(), "proxy": Proxy(["127.0.0.1"], timeout=FOREVER)}
+
+
+def greeted(served: Served) -> Served:
+    served.greeting = v2(inet())
+    return served
+
+
 MODES: dict[str, Callable[[], Served]] = {
     "accept()": lambda: OnListener(by_accept),
     "for": lambda: OnListener(by_iteration),
@@ -317,4 +336,9 @@ MODES: dict[str, Callable[[], Served]] = {
     "start_server()": lambda: OnServer(aio.start_server, answer_stream),
     "create_server() busy": lambda: OnServer(aio.create_server, Answers, **BUSY),
     "start_server() busy": lambda: OnServer(aio.start_server, answer_stream, **RESETS),
+    "serve() first bytes": lambda: OnListener(by_serve(**speaking_first())),
+    "serve() proxy": lambda: greeted(OnListener(by_serve(threads=2, **proxied()))),
+    "serve() busy proxy": lambda: greeted(OnListener(by_serve(**proxied(), **BUSY))),
+    "create_server() first bytes": lambda: OnServer(aio.create_server, Answers, **speaking_first()),
+    "create_server() proxy": lambda: greeted(OnServer(aio.create_server, Answers, **proxied())),
 }

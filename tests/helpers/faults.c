@@ -4,7 +4,8 @@
  * FAULTS is a plan, "call=code*count" joined by commas; call is accept (for accept and accept4),
  * recv (also for recvfrom), send (also for sendmsg), or, of a unix socket, as the two ends of a waker
  * are, heard and wake; poll, thread (for pthread_create), poller (for epoll_create1), watch,
- * change and unwatch (for epoll_ctl that adds, modifies and deletes), ready (for epoll_wait), and
+ * change and unwatch (for epoll_ctl that adds, modifies and deletes), ready (for epoll_wait), malloc (also for
+ * calloc and realloc, counted while a plan has it), and
  * fcntl, ioctl, setsockopt, getsockopt, close, shutdown, socketpair and clock_gettime for themselves.
  * A close that fails has closed all the same, as on Linux. Entries of one call are used in order, each
  * `count` times; a code of 0 lets that many calls through; a code of -N truncates the transfer to N
@@ -39,12 +40,12 @@
 
 enum {
     ACCEPT, RECV, SEND, HEARD, WAKE, POLL, THREAD, SIGNAL, OPEN, POLLER, WATCH, CHANGE, UNWATCH, READY,
-    FCNTL, IOCTL, SETSOCKOPT, GETSOCKOPT, CLOSE, SHUTDOWN, SOCKETPAIR, CLOCK, CALLS
+    FCNTL, IOCTL, SETSOCKOPT, GETSOCKOPT, CLOSE, SHUTDOWN, SOCKETPAIR, CLOCK, MALLOC, CALLS
 };
 static const char *const names[CALLS] = {
     "accept", "recv", "send", "heard", "wake", "poll", "thread", "signal", "open", "poller", "watch",
     "change", "unwatch", "ready", "fcntl", "ioctl", "setsockopt", "getsockopt", "close", "shutdown",
-    "socketpair", "clock_gettime"
+    "socketpair", "clock_gettime", "malloc"
 };
 enum { ANYBODYS, FASTLISTENS, OTHERS };
 
@@ -60,6 +61,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t let_go = PTHREAD_COND_INITIALIZER;
 static int held;
 static atomic_int whose = ANYBODYS;
+static atomic_int allocations_planned;
 
 static int
 number_of(const char *name, size_t length)
@@ -73,6 +75,7 @@ number_of(const char *name, size_t length)
 void
 faults_plan(const char *at)
 {
+    int allocations = 0;
     pthread_mutex_lock(&lock);
     entries = 0;
     while (at != NULL && *at != '\0' && entries < 256) {
@@ -87,7 +90,9 @@ faults_plan(const char *at)
             abort();
         entry->left = strtol(end + 1, &end, 10);
         at = *end == ',' ? end + 1 : end;
+        allocations = allocations || entry->call == MALLOC;
     }
+    atomic_store(&allocations_planned, allocations);
     pthread_mutex_unlock(&lock);
 }
 
@@ -423,6 +428,30 @@ pthread_create(pthread_t *restrict thread, const pthread_attr_t *restrict attrib
         succeeded(used);
     return result;
 }
+
+/* The allocator itself: glibc's names for it, because its dlsym() allocates; musl's does not. */
+#define ALLOCATION(function, parameters, arguments) \
+    extern void *__libc_##function parameters __attribute__((weak)); \
+    void * \
+    function parameters \
+    { \
+        static void *(*real) parameters; \
+        struct entry *used = NULL; \
+        if (real == NULL) \
+            real = __libc_##function != NULL ? __libc_##function : (void *(*) parameters)dlsym(RTLD_NEXT, #function); \
+        if (atomic_load(&allocations_planned) && planned(MALLOC, &used) > 0) { \
+            errno = ENOMEM; \
+            return NULL; \
+        } \
+        void *result = real arguments; \
+        if (result != NULL) \
+            succeeded(used); \
+        return result; \
+    }
+
+ALLOCATION(malloc, (size_t size), (size))
+ALLOCATION(calloc, (size_t count, size_t size), (count, size))
+ALLOCATION(realloc, (void *place, size_t size), (place, size))
 
 /* Both names of fstat(): which one a program calls depends on how it was compiled. */
 static void
