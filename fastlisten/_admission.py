@@ -67,9 +67,9 @@ class Admission:
 
     One Admission may be served with by several listeners, threads and, made before they begin, worker
     processes, and is one for all of them.  Who is refused is told what `busy` says, without it nothing: he is
-    closed; ListenerStats.refused_for counts by reason, and the logger `fastlisten` gets a line a minute at
-    most.  Behind a proxy (serve(proxy=...)) the client whom the header names is asked about, and not the
-    proxy.
+    closed; ListenerStats.refused_for counts by reason.  The logger `fastlisten` gets a line at the first
+    refusal, then one a minute at most, and the rest when a server ends.  Behind a proxy (serve(proxy=...))
+    the client whom the header names is asked about, and not the proxy.
 
     Raises TypeError and ValueError for what cannot be meant.
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import re
 import ssl
 from typing import Any
 
@@ -158,17 +159,25 @@ def test_for_a_framework_that_knows_nothing_of_it() -> None:
     aio.run(main(), loop_factory=aio.loop_factory(admission=admission))
 
 
-def test_the_log_gets_one_line_a_minute(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("limits", [{}, {"busy": "reset"}], ids=["plain", "busy"])
+def test_the_log_gets_one_line_a_minute_and_the_rest_at_the_end(
+    run: Run, limits: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "fastlisten")
 
     async def main() -> None:
-        async with server(Echo, admission=Admission(deny=["127.0.0.1"])) as serving:
+        async with server(Echo, admission=Admission(deny=["127.0.0.1"]), **limits) as serving:
             for _ in range(10):
                 await in_thread(refusal, serving.address)
             await until(lambda: serving.server.stats().refused == 10)
+            await until(lambda: caplog.records)
 
     run(main())
-    assert caplog.messages == ["refused: denied 1; most from 127.0.0.1 (1)"]
+    first, rest = caplog.messages
+    assert first.startswith("refused: denied ")
+    assert re.match(r"refused in \d+\.\d s: denied ", rest)
+    counts = [int(number) for number in re.findall(r"; most from 127.0.0.1 \((\d+)\)", first + rest)]
+    assert sum(counts) == 10
 
 
 @needs("Linux")

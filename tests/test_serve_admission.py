@@ -4,6 +4,7 @@ import contextlib
 import gc
 import logging
 import os
+import re
 import socket
 import ssl
 import threading
@@ -422,7 +423,9 @@ def test_a_connection_by_a_proxy_counts_for_its_client(listener: Listener) -> No
 # --- what is told
 
 
-def test_the_log_gets_one_line_a_minute(listener: Listener, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_gets_one_line_a_minute_and_the_rest_at_the_end(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "fastlisten")
     with serving(listener, answer, admission=Admission(rate=0.001, burst=1)):
         exchange(listener)
@@ -430,9 +433,28 @@ def test_the_log_gets_one_line_a_minute(listener: Listener, caplog: pytest.LogCa
             refusal(listener)
         wait_until(lambda: listener.stats().refused == 50)
         wait_until(lambda: caplog.records)
-    (line,) = caplog.messages
-    assert line.startswith("refused: rate ")
-    assert "; most from 127.0.0.1 (" in line
+        assert len(caplog.messages) == 1
+    first, rest = caplog.messages
+    counts = [int(number) for number in re.findall(r"rate (\d+); most from 127.0.0.1 \(\1\)", first + rest)]
+    assert first.startswith("refused: rate ")
+    assert re.match(r"refused in \d+\.\d s: rate ", rest)
+    assert sum(counts) == 50
+
+
+@modes
+def test_a_server_that_ends_tells_nothing_twice(
+    listener: Listener, mode: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fastlisten")
+    admission = Admission(deny=["127.0.0.1"])
+    for number in range(1, 3):
+        with serving(listener, answer, admission=admission, **mode):
+            refusal(listener)
+            wait_until(lambda: listener.stats().refused == number)  # noqa: B023
+        assert len(caplog.messages) == number
+    with serving(listener, answer, admission=admission, **mode):
+        pass
+    assert len(caplog.messages) == 2
 
 
 def test_an_admission_and_nothing_else(listener: Listener) -> None:

@@ -76,6 +76,7 @@ cdef class Shortage:
     cdef void close(self) noexcept nogil
     cdef void failed(self, int code) noexcept nogil
     cdef void dropped(self, int code) noexcept nogil
+    cdef int tell_rest(self) except -1
     cdef void poller_failed(self, int code) noexcept nogil
     cdef void pause(self) noexcept nogil
     cdef bint worked(self, int accepted, bint caught_up) noexcept nogil

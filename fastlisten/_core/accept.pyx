@@ -395,6 +395,13 @@ cdef class Shortage:
                        port_get(&self.lasted) / 1e9, port_get(&self.failed_tries))
         return 0
 
+    cdef int tell_rest(self) except -1:
+        """Nobody is accepted any more: log what waits for its time, too."""
+        self.tell()
+        if self.also is not None:
+            self.also.tell(True)
+        return 0
+
     # For a loop that accepts by the standard library's accept(), in Python.
 
     def pause_after(self, error):

@@ -491,17 +491,17 @@ static inline void admission_release(admission *a, const admission_key *address)
     admission_unlock(a, lock);
 }
 
-/* Take out what is to be reported, and have the next report be at `next`.  Return 0 when it is not time, or
- * there is nothing.  since: when the last one was; 0: there was none. */
+/* Take out what is to be reported, and have the next report be at `next`.  Return 0 when there is nothing, or it
+ * is not time, but for the rest at the end.  since: when the last one was; 0: there was none. */
 static inline int admission_report(
-    admission *a, int64_t now, int64_t next, int64_t *since, int64_t *refused, admission_worst *worst)
+    admission *a, int64_t now, int64_t next, int rest, int64_t *since, int64_t *refused, admission_worst *worst)
 {
     admission_head *head = a->head;
     int i, some = 0;
     int64_t lock = admission_lock(a);
     for (i = 0; i < ADMISSION_REASONS; i++)
         some = some || head->to_report[i];
-    if (some && now >= head->report_at) {
+    if (some && (rest || now >= head->report_at)) {
         *since = head->reported_at;
         memcpy(refused, head->to_report, sizeof head->to_report);
         memcpy(worst, head->worst, sizeof head->worst);

@@ -50,7 +50,8 @@ cdef extern from "fastlisten/_core/admission.h" nogil:
     void admission_release(admission *a, const admission_key *address)
     void admission_ended(admission *a, int64_t process)
     bint admission_report(
-        admission *a, int64_t now, int64_t next, int64_t *since, int64_t *refused, admission_worst *worst)
+        admission *a, int64_t now, int64_t next, bint rest, int64_t *since, int64_t *refused,
+        admission_worst *worst)
 
 
 cdef class Table:

@@ -131,20 +131,20 @@ cdef class Table:
         PyBuffer_Release(&self.buffer)
         self.buffer = buffer
 
-    def tell(self):
-        """Log who was refused since the last time, if it is time."""
+    def tell(self, bint rest=False):
+        """Log who was refused since the last time, if it is time; the rest when somebody serves no more."""
         cdef int64_t refused[ADMISSION_REASONS]
         cdef admission_worst worst[ADMISSION_WORST]
         cdef int64_t now = port_now()
         cdef int64_t since
-        if not admission_report(self.at, now, now + REPORT_EVERY, &since, refused, worst):
+        if not admission_report(self.at, now, now + REPORT_EVERY, rest, &since, refused, worst):
             return
         reasons = ", ".join([f"{REASONS[i]} {refused[i]}" for i in range(ADMISSION_REASONS) if refused[i]])
         found = [(worst[i].count, self.text(&worst[i].source)) for i in range(ADMISSION_WORST)
                  if worst[i].count]
         sources = ", ".join([f"{source} ({count})" for count, source in sorted(found, reverse=True)[:NAMED]])
         log().warning("%s%s: %s; most from %s", "would have refused" if self.at.dry_run else "refused",
-                      f" in {(now - since) / 1e9:.0f} s" if since else "", reasons, sources)
+                      f" in {(now - since) / 1e9:.1f} s" if since else "", reasons, sources)
 
     cdef str text(self, const admission_key *source):
         """A source for the log."""

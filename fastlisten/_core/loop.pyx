@@ -143,7 +143,7 @@ cdef class Loop(Dispatcher):
                     self.reapers.pop().acquire()
             finally:
                 self.threads.close()
-        return self.acceptor.shortage.tell()
+        return self.acceptor.shortage.tell_rest()
 
     cdef int64_t descriptors(self):
         """For how many clients there is to be room in the table of descriptors."""

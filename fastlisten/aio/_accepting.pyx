@@ -405,6 +405,7 @@ cdef class Accepting(Owner):
         if self.first is not None:
             self.first.close()
         self.shortage.close()
+        self.shortage.tell_rest()
         self.stopped = True
         self.rest()
 
@@ -414,7 +415,7 @@ cdef class Accepting(Owner):
         if queue is not None:
             queue.overload.close()
             queue.overload.acceptor.close()
-            queue.overload.acceptor.shortage.tell()
+            queue.overload.acceptor.shortage.tell_rest()
             with cython.critical_section(self):
                 self.queue = None
         return 0
