@@ -32,7 +32,7 @@ from helpers.random_headers import damaged, lines
 
 @pytest.mark.parametrize(("header", "addresses"), VALID.values(), ids=VALID.keys())
 def test_what_is_valid(header: bytes, addresses: Any) -> None:
-    for rest in (b"", b"\r\n", b"PROXY", bytes(5000)):
+    for rest in (b"", b"\r\n", b"PROXY", tlv(AUTHORITY, b"54321"), bytes(5000)):
         found = parse(header + rest)
         assert found is not None
         assert (found.source, found.destination) == addresses
@@ -82,6 +82,9 @@ def test_what_no_tlv_says() -> None:
     assert odd is not None
     assert (odd.aws_vpc_endpoint, odd.gcp_psc_connection) == (None, None)
     assert odd.authority == "\udcff"
+    cut = parse(v2(inet() + tlv(AUTHORITY, b"public\0x")) + tlv(AUTHORITY, b"54321"))
+    assert cut is not None
+    assert (cut.authority, len(cut.tlvs)) == ("public\0x", 1)  # nothing ends at NUL, and the header does end
     unverified = parse(v2(inet() + tlv(SSL, b"\x01\0\0\0\x01")))
     assert unverified is not None
     assert unverified.ssl is not None

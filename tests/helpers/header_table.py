@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from helpers.proxy_headers import CRC32C, NOOP, SIGNATURE, SSL, UNIQUE_ID, inet, tlv, unix, v1, v2
+from helpers.proxy_headers import AUTHORITY, CRC32C, NOOP, SIGNATURE, SSL, UNIQUE_ID, inet, tlv, unix, v1, v2
 
 WORST = b"PROXY UNKNOWN " + b" ".join([b"ffff:" * 7 + b"ffff"] * 2 + [b"65535"] * 2) + b"\r\n"
 INET = (("192.0.2.1", 1000), ("192.0.2.2", 80))
@@ -43,6 +43,8 @@ VALID: dict[str, tuple[bytes, Any]] = {
     "v2 an unknown TLV": (v2(inet() + tlv(0x99, b"what")), INET),
     "v2 an empty TLV": (v2(inet() + tlv(NOOP)), INET),
     "v2 a unique id of 128 bytes": (v2(inet() + tlv(UNIQUE_ID, bytes(128))), INET),
+    "v2 an authority": (v2(inet() + tlv(AUTHORITY, b"12345")), INET),
+    "v2 NUL in an authority": (v2(inet() + tlv(AUTHORITY, b"public\0x")), INET),
     "v2 SSL without TLVs": (v2(inet() + tlv(SSL, bytes(5))), INET),
     "v2 of 4096 bytes": (v2(inet() + tlv(NOOP, bytes(4096 - 16 - 12 - 3))), INET),
 }
@@ -103,6 +105,7 @@ INVALID: dict[str, bytes] = {
     "v2 UDP4 one byte short": v2(inet()[:-1], 0x12),
     "v2 one byte long": v2(inet() + b"\0"),
     "v2 a TLV without its length": v2(inet() + b"\4\0"),
+    "v2 a TLV longer than the header": v2(inet() + tlv(AUTHORITY, b"1234512345")[:-5]),
     "v2 a TLV one byte short": v2(inet() + tlv(NOOP, b"12")[:-1]),
     "v2 a wrong checksum": v2(inet(), checksum=True)[:-1] + b"\0",
     "v2 a checksum of 3 bytes": v2(inet() + tlv(CRC32C, bytes(3))),
