@@ -6,7 +6,7 @@ try:
     from fastlisten._bind import bind, create_server
     from fastlisten._core.connection import Connection
     from fastlisten._endpoint import Endpoint, HostEntry, get_host_entry, get_host_name
-    from fastlisten._listener import Listener, ListenerStats, ServeResult
+    from fastlisten._listener import Listener, ListenerStats, PendingTimes, ServeResult
     from fastlisten._serve import serve
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("fastlisten._core"):
@@ -41,6 +41,7 @@ __all__ = [
     "Listener",
     "ListenerStats",
     "Notifier",
+    "PendingTimes",
     "Proxy",
     "ProxyHeader",
     "ProxySSL",

@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +17,7 @@ from fastlisten._core import accept as _accept
 from fastlisten._core.connection import Connection
 from fastlisten._core.loop import Loop
 from fastlisten._core.standard import StandardSocket, green_library, refuse_green
-from fastlisten._core.state import State, queue
+from fastlisten._core.state import WAIT_BOUNDS, State, queue
 from fastlisten._endpoint import Endpoint, endpoint_of
 from fastlisten._options import Checked, InnerOptions, checked
 from fastlisten._unix_path import OwnPath
@@ -48,6 +48,29 @@ class ServeResult(NamedTuple):
     cut: int
 
 
+class PendingTimes(NamedTuple):
+    """How long clients have waited for a handler in a queue of ours, with busy=.
+
+    counts: how many, for each of metrics.WAIT_BOUNDS, in seconds, those that waited so long or less and
+    longer than the bound before, and then the rest.  seconds: how long all of them have.
+
+    >>> counts, seconds = PendingTimes(counts=(2, 1), seconds=0.75)
+    """
+
+    counts: tuple[int, ...]
+    seconds: float
+
+
+def all_times(times: Iterable[tuple[tuple[int, ...], float]]) -> PendingTimes:
+    """Those of several in one."""
+    some = [*times]
+    counts = tuple(map(sum, zip(*(one[0] for one in some), strict=True)))
+    return PendingTimes(counts, sum(one[1] for one in some)) if some else NO_TIMES
+
+
+NO_TIMES = PendingTimes((0,) * (len(WAIT_BOUNDS) + 1), 0.0)
+
+
 class ListenerStats(NamedTuple):
     """The counters of a Listener since `since` (time.time()).
 
@@ -66,6 +89,9 @@ class ListenerStats(NamedTuple):
     (went before it did), "made way" (for want of descriptors); "no PROXY header" (in time), "invalid PROXY
     header", "untrusted" (no proxy that is trusted); with admission= "denied", "not allowed", "penalised",
     "concurrent" and "rate".
+    pending_connections: clients that wait for a handler, with busy=; they are active.  pending_times: how
+    long such clients have waited.  capacity: how many clients may be with handlers, or wait for one, at a
+    time, told by the first of the listeners that are served together; 0 where that is not known.
 
     >>> import fastlisten, socket
     >>> with fastlisten.bind("127.0.0.1:0") as listener, socket.create_connection(listener.getsockname()):
@@ -93,6 +119,9 @@ class ListenerStats(NamedTuple):
     tls_failures: Mapping[str, int] = MappingProxyType({})
     waiting: int = 0
     refused_for: Mapping[str, int] = MappingProxyType({})
+    pending_connections: int = 0
+    capacity: int = 0
+    pending_times: PendingTimes = NO_TIMES
 
 
 class Listener(StandardSocket):
@@ -276,6 +305,7 @@ class Listener(StandardSocket):
             since=self._since,
             tls_failures=self._state.tls_failures(),
             refused_for=self._state.refused_for(),
+            pending_times=PendingTimes(*self._state.pending_times()),
         )
 
     def close(self) -> None:

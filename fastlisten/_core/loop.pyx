@@ -113,6 +113,7 @@ cdef class Loop(Dispatcher):
         """
         take_all(self, self.acceptor.states)
         self.opened = True
+        self.acceptor.states[0].capacity = self.capacity()
         self.acceptor.look_every(self.look_every)
         self.threads.open()
         self.acceptor.open(self.descriptors())
@@ -151,6 +152,13 @@ cdef class Loop(Dispatcher):
         if self.overload is not None:
             held = max(held, self.overload.most) + self.overload.pending
         return max(held, self.acceptor.most)
+
+    cdef int64_t capacity(self):
+        """How many clients may be with handlers, or wait for one, at a time."""
+        cdef int64_t handlers = max(self.threads.most, 1)
+        if self.overload is not None:
+            return self.overload.room
+        return min(handlers, self.acceptor.most) if self.acceptor.most else handlers
 
     cdef waker_t *caller_waker(self):
         """What wakes the caller of run()."""

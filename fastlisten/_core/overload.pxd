@@ -14,6 +14,7 @@ cdef class Overload:
     cdef int64_t pending, handlers, most
     cdef PyThread_type_lock lock    # of the queue
     cdef client_t *queue            # accepted, and no handler is free yet; first come, first served
+    cdef int64_t *since             # when each of them began to wait; 0: somebody waited for it
     cdef int room, first, waiting
     cdef int64_t handling           # handed out, and not yet at their handler's end
     cdef waker_t waker              # wakes who waits for a client

@@ -18,6 +18,7 @@ from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Accep
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport (
     client_handed,
+    client_waited,
     waker_close,
     waker_drain,
     waker_open,
@@ -51,8 +52,9 @@ cdef class Overload:
         self.text, self.length = busy, len(busy)
         self.room = pending + (min(self.handlers, most) if most else self.handlers)
         self.queue = <client_t *>calloc(self.room, sizeof(client_t))
+        self.since = <int64_t *>calloc(self.room, sizeof(int64_t))
         self.lock = PyThread_allocate_lock()
-        if self.queue is NULL or self.lock is NULL:
+        if self.queue is NULL or self.since is NULL or self.lock is NULL:
             raise MemoryError
 
     def __dealloc__(self):
@@ -60,6 +62,7 @@ cdef class Overload:
         if self.lock is not NULL:
             PyThread_free_lock(self.lock)
         free(self.queue)
+        free(self.since)
 
     cdef int open(self) except -1:
         """Begin to accept and to refuse; the acceptor is open."""
@@ -148,13 +151,17 @@ cdef class Overload:
     cdef bint pop(self, client_t *client) noexcept nogil:
         """Take who has waited longest, if it may be handled now; if not, have the other thread wake us."""
         cdef bint some
+        cdef int64_t since
         PyThread_acquire_lock(self.lock, WAIT_LOCK)
         some = self.waiting > 0 and not self.acceptor.stands_still() and (
             self.most == 0 or self.acceptor.open_connections() < self.most)
         if some:
+            since = self.since[self.first]
             self.take_front(client)
             self.handling += 1
             client_handed(client.state)
+            if since:
+                client_waited(client.state, port_now() - since)
         self.awaited = not some
         PyThread_release_lock(self.lock)
         return some
@@ -209,12 +216,15 @@ cdef class Overload:
         """Have a client wait for its handler, or refuse it when that is one too many."""
         cdef bint awaited = False
         cdef bint fits
+        cdef int place
         PyThread_acquire_lock(self.lock, WAIT_LOCK)
         fits = self.waiting < self.places()
         if fits:
-            self.queue[(self.first + self.waiting) % self.room] = client[0]
-            self.waiting += 1
+            place = (self.first + self.waiting) % self.room
+            self.queue[place] = client[0]
             awaited = self.awaited
+            self.since[place] = 0 if awaited else port_now()
+            self.waiting += 1
             self.awaited = False
         PyThread_release_lock(self.lock)
         if not fits:

@@ -6,7 +6,14 @@ from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free, malloc
 
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport counts_of, refused_for, state_in, state_t, tls_failures_of
+from fastlisten._core.state cimport (
+    counts_of,
+    pending_times_of,
+    refused_for,
+    state_in,
+    state_t,
+    tls_failures_of,
+)
 
 # Whether listeners that share a port share its clients; where they do not, processes share one listener.
 BALANCES = bool(PORT_BALANCES)
@@ -85,6 +92,10 @@ cdef class Counters:
     def tls_failures(self):
         """As State.tls_failures()."""
         return tls_failures_of(self.at)
+
+    def pending_times(self):
+        """As State.pending_times()."""
+        return pending_times_of(self.at)
 
 
 cdef struct member_t:

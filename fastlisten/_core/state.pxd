@@ -6,6 +6,7 @@ from fastlisten._core.port cimport port_add, port_get, port_socket
 cdef enum:
     CODES = 32
     TLS_REASONS = 8         # TLS_FAILURES has as many
+    WAITS = 15              # one more than WAIT_BOUNDS has
 
 cdef enum:                  # in the order of REFUSALS
     REFUSED_SILENT
@@ -71,6 +72,10 @@ cdef struct state_t:
     int64_t refusals[REFUSED_REASONS]
 
     int64_t waiting             # accepted, and have to send something before a handler gets them
+    int64_t capacity            # how many may be with handlers or wait for one at a time; 0: it is not known
+
+    int64_t waits[WAITS]        # clients that have waited for a handler in a queue of ours, by how long
+    int64_t waited              # ... and how long all of them have, in ns
 
     int64_t closing             # handed out, and a thread is in close() for it
 
@@ -85,6 +90,7 @@ cdef void client_refused(state_t *state) noexcept nogil
 cdef void client_turned_away(state_t *state, int reason) noexcept nogil
 cdef void client_waits(state_t *state, int more) noexcept nogil
 cdef void client_dropped(state_t *state) noexcept nogil
+cdef void client_waited(state_t *state, int64_t nanoseconds) noexcept nogil
 cdef void handler_failed(state_t *state) noexcept nogil
 cdef void accept_failed(state_t *state, int code) noexcept nogil
 cdef int tls_failed(state_t *state, str reason) except -1
@@ -92,6 +98,7 @@ cdef int64_t connections_of(state_t *state) noexcept nogil
 cdef dict counts_of(state_t *state)
 cdef dict tls_failures_of(state_t *state)
 cdef dict refused_for(state_t *state)
+cdef tuple pending_times_of(state_t *state)
 cdef state_t *state_in(memory, Py_ssize_t offset, Py_buffer *buffer) except NULL
 
 

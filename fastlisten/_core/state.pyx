@@ -158,6 +158,15 @@ cdef void client_dropped(state_t *state) noexcept nogil:
     port_add(&state.dropped, 1)
 
 
+cdef void client_waited(state_t *state, int64_t nanoseconds) noexcept nogil:
+    """It has waited so long for its handler."""
+    cdef int i = 0
+    while i < WAITS - 1 and nanoseconds > 1000 * WAIT_BOUNDS_US[i]:
+        i += 1
+    port_add(&state.waits[i], 1)
+    port_add(&state.waited, nanoseconds)
+
+
 cdef void handler_failed(state_t *state) noexcept nogil:
     """A handler, a factory or a protocol raised."""
     port_add(&state.handler_errors, 1)
@@ -170,6 +179,19 @@ cdef void accept_failed(state_t *state, int code) noexcept nogil:
             port_replace(&state.codes[i], 0, code) or port_get(&state.codes[i]) == code):
         i += 1
     port_add(&state.counts[i], 1)
+
+
+# The upper bounds by which waits for a handler are told apart: from what no client notices to what none waits
+# for.
+cdef extern from *:
+    """
+    static const int64_t WAIT_BOUNDS_US[] = {500, 1000, 2500, 5000, 10000, 25000, 50000, 100000, 250000,
+        500000, 1000000, 2500000, 5000000, 10000000};
+    """
+    const int64_t[14] WAIT_BOUNDS_US
+
+# The same in seconds.
+WAIT_BOUNDS = tuple([WAIT_BOUNDS_US[i] / 1e6 for i in range(WAITS - 1)])
 
 
 # Why a TLS handshake failed, in few enough words to watch each.
@@ -218,6 +240,8 @@ cdef dict counts_of(state_t *state):
     cdef int64_t handled = port_get(&state.handled)
     cdef int64_t refused = port_get(&state.refused)
     cdef int64_t dropped = port_get(&state.dropped)
+    cdef int64_t waiting = port_get(&state.waiting)
+    cdef int64_t handed = port_get(&state.handed)
     cdef int64_t accepted = port_get(&state.accepted)  # last: it grows first
     cdef int64_t code, count
     errors = {}
@@ -235,7 +259,9 @@ cdef dict counts_of(state_t *state):
         "accept_errors": errors,
         "refused": refused,
         "dropped": dropped,
-        "waiting": port_get(&state.waiting),
+        "waiting": waiting,
+        "pending_connections": max(accepted - handed - refused - dropped - waiting, 0),
+        "capacity": port_get(&state.capacity),
     }
 
 
@@ -250,6 +276,11 @@ cdef dict refused_for(state_t *state):
     found = {REFUSALS[i]: port_get(&state.refusals[i]) for i in range(REFUSED_REASONS)}
     found["busy"] = max(refused - sum(found.values()), 0)
     return {reason: count for reason, count in found.items() if count}
+
+
+cdef tuple pending_times_of(state_t *state):
+    """What State.pending_times() says."""
+    return tuple([port_get(&state.waits[i]) for i in range(WAITS)]), port_get(&state.waited) / 1e9
 
 
 # How many bytes a state takes in memory that processes share.
@@ -390,6 +421,7 @@ cdef class State:
                 return
             if not takes_again:
                 waker_close(&self.at.waker)
+                port_swap(&self.at.capacity, 0)
             self.current = None
         if port_get(&self.at.stopping) and not takes_again:
             self.answered()
@@ -501,6 +533,16 @@ cdef class State:
             taker.bring_back()
 
     @property
+    def capacity(self):
+        """How many clients may be with handlers, or wait for one, at a time: told by whoever takes them, for
+        the first of its listeners; 0: that is not known."""
+        return port_get(&self.at.capacity)
+
+    @capacity.setter
+    def capacity(self, int64_t value):
+        port_swap(&self.at.capacity, value)
+
+    @property
     def made_nonblocking(self):
         """Whether this process has made the listener's description non-blocking, which others may share."""
         return bool(port_get(&self.at.made_nonblocking))
@@ -512,6 +554,12 @@ cdef class State:
     def refused_for(self):
         """How many clients were refused, by reason: one of REFUSALS, or "busy"; those for which one was."""
         return refused_for(self.at)
+
+    def pending_times(self):
+        """How many clients have waited for a handler in a queue of ours, for each of WAIT_BOUNDS those that
+        were let wait so long or less and longer than the bound before, then the rest; and how long all of
+        them have, in seconds."""
+        return pending_times_of(self.at)
 
     def tls_failed(self, str reason not None):
         """A TLS handshake failed for one of TLS_FAILURES: count it."""

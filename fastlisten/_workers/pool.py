@@ -121,6 +121,7 @@ class Pool:
             place.current = process
         else:
             place.next = process
+        place.starts += 1
         self.processes[process.pid] = process
         self._events.hear(ours, lambda: self._told(process, supervisor))
         if hasattr(os, "pidfd_open"):

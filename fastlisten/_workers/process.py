@@ -118,5 +118,6 @@ class Place:
         self.member = number  # which listeners are its own; a program that replaces another gets others
         self.current: Process | None = None  # serves, or is to
         self.next: Process | None = None  # is to take its place, and is not ready yet
+        self.starts = 0  # of processes, so far
         self.failures = 0  # in a row
         self.start_at: float | None = 0.0

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fastlisten._core.state import queue
-from fastlisten._listener import ListenerStats
+from fastlisten._listener import ListenerStats, all_times
 from fastlisten._workers.pool import Pool
 from fastlisten._workers.process import Process
 from fastlisten._workers.sockets import Members
@@ -27,6 +27,14 @@ class WorkersStats(NamedTuple):
     workers: tuple[ListenerStats, ...]
 
 
+class WorkerProcess(NamedTuple):
+    """A worker, by its number: whether it serves, and how many processes were started for it so far."""
+
+    number: int
+    ready: bool
+    starts: int
+
+
 class Totals:
     """Adds up what the workers write."""
 
@@ -39,7 +47,7 @@ class Totals:
         for counters in process.slot.counters:
             counts = _counted(counters)
             counts["handled"] += counts.pop("active")
-            counts["waiting"] = 0
+            counts["waiting"] = counts["pending_connections"] = counts["capacity"] = 0
             kept = self._past.setdefault(process.place.number, [])
             kept[:] = [_sum([*kept, counts])]
 
@@ -49,31 +57,33 @@ class Totals:
             past = [counts for kept in self._past.values() for counts in kept]
             return WorkersStats(_together(past, self._since), ())
         rows = []
+        of_places: dict[int, list[dict[str, Any]]] = {}
+        for process in list(pool.processes.values()):  # one that is replaced counts until it has ended
+            of_places.setdefault(process.place.number, []).extend(map(_counted, process.slot.counters))
         for place in pool.places:
-            counts = list(self._past.get(place.number, ()))
-            for process in (place.current, place.next):
-                counts += _of(process)
+            counts = [*self._past.get(place.number, ()), *of_places.pop(place.number, ())]
             queues = [queue(members.of(place.number).fileno()) for members in endpoints if not members.shared]
             rows.append(_together(counts, self._since, queues))
         gone = [
             counts for number, kept in self._past.items() if number >= len(pool.places) for counts in kept
         ]
-        leaving = [
-            counts
-            for process in list(pool.processes.values())
-            if process not in (process.place.current, process.place.next) or process.place not in pool.places
-            for counts in _of(process)
-        ]
+        leaving = [counts for kept in of_places.values() for counts in kept]
         shared = [queue(members.of(0).fileno()) for members in endpoints if members.shared]
         total = _together([*(row._asdict() for row in rows), *gone, *leaving], self._since, shared, rows)
         return WorkersStats(total, tuple(rows))
 
 
-def _of(process: Process | None) -> list[dict[str, Any]]:
-    return [] if process is None else [_counted(counters) for counters in process.slot.counters]
-
-
-_SUMS = ("accepted", "handled", "active", "handler_errors", "refused", "dropped", "waiting")
+_SUMS = (
+    "accepted",
+    "handled",
+    "active",
+    "handler_errors",
+    "refused",
+    "dropped",
+    "waiting",
+    "pending_connections",
+    "capacity",
+)
 
 
 def _counted(counters: Any) -> dict[str, Any]:
@@ -81,6 +91,7 @@ def _counted(counters: Any) -> dict[str, Any]:
         **counters.counts(),
         "tls_failures": counters.tls_failures(),
         "refused_for": counters.refused_for(),
+        "pending_times": counters.pending_times(),
         "paused": counters.paused,
     }
 
@@ -91,7 +102,7 @@ def _sum(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     errors: Counter[str] = Counter()
     failures: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    paused = []
+    paused, times = [], []
     for one in counts:
         for name in _SUMS:
             total[name] += one.get(name, 0)
@@ -99,8 +110,10 @@ def _sum(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
         failures.update(one["tls_failures"])
         reasons.update(one["refused_for"])
         paused.append(one["paused"])
+        times.append(one["pending_times"])
     return {
         **total,
+        "pending_times": all_times(times),
         "accept_errors": dict(errors),
         "tls_failures": dict(failures),
         "refused_for": dict(reasons),

@@ -24,7 +24,7 @@ from fastlisten._workers.pool import Pool, Starter
 from fastlisten._workers.programs import Programs
 from fastlisten._workers.sockets import Members, name_of
 from fastlisten._workers.start import Forked, can_fork
-from fastlisten._workers.totals import Totals, WorkersStats
+from fastlisten._workers.totals import Totals, WorkerProcess, WorkersStats
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -46,7 +46,9 @@ _OTHER_DESCRIPTORS = 32
 
 
 class Supervised:
-    """Workers of any kind; a subclass says how they begin."""
+    """Workers of any kind; a subclass says how they begin, and whether they write their counters."""
+
+    counts = True
 
     def __init__(
         self,
@@ -169,6 +171,15 @@ class Supervised:
         """
         return self._totals.stats(self._pool, self._endpoints)
 
+    def processes(self) -> tuple[WorkerProcess, ...]:
+        """Whether each worker serves, and how many processes were started for it; none before they begin,
+        nor when they have ended.  Any thread of the parent may call it."""
+        places = () if self._pool is None else self._pool.places
+        return tuple(
+            WorkerProcess(place.number, bool(place.current and place.current.ready), place.starts)
+            for place in list(places)
+        )
+
     def _total(self) -> ListenerStats:
         return self.stats().total
 
@@ -232,6 +243,8 @@ class Workers(Supervised):
 
 class ProgramWorkers(Supervised):
     """Workers that are another program: `command` and its arguments, as Programs takes them."""
+
+    counts = False
 
     def __init__(
         self,

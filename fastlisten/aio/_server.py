@@ -21,7 +21,7 @@ from fastlisten._core.first_bytes import first_bytes_of
 from fastlisten._core.overload import HANDLERS_AT_MOST, Overload
 from fastlisten._core.standard import refuse_green
 from fastlisten._core.state import State, Taker, queue
-from fastlisten._listener import Listener, ListenerStats
+from fastlisten._listener import Listener, ListenerStats, all_times
 from fastlisten._options import AsyncioOptions, Checked, checked
 from fastlisten._unix_path import OwnPath
 from fastlisten.aio._accepting import Accepting
@@ -121,6 +121,8 @@ class Server(asyncio.AbstractServer):
         except BaseException:
             self._give_back()
             raise
+        most, pending = self._limits.max_connections or 0, self._limits.pending or 0
+        self._states[0].capacity = most and most + pending
         self._serving = True
         self._accepting.serve()
 
@@ -334,6 +336,7 @@ class Server(asyncio.AbstractServer):
             since=self._since,
             tls_failures=dict(tls_failures),
             refused_for=dict(refused_for),
+            pending_times=all_times(state.pending_times() for state in self._states),
         )
 
 

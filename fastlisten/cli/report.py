@@ -194,6 +194,7 @@ def plain(stats: ListenerStats) -> dict[str, object]:
         "accept_errors": dict(stats.accept_errors),
         "tls_failures": dict(stats.tls_failures),
         "refused_for": dict(stats.refused_for),
+        "pending_times": stats.pending_times._asdict(),
     }
 
 
