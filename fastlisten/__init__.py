@@ -85,10 +85,12 @@ _LATER = {
 if not typing.TYPE_CHECKING:  # or a type checker would believe that every name is there
 
     def __getattr__(name: str) -> object:
-        if name not in _LATER:
+        if name not in _LATER and name != "metrics":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
+        if name == "metrics":
+            return import_module("fastlisten.metrics")
         found = globals()[name] = getattr(import_module(_LATER[name]), name)
         return found
 

@@ -170,6 +170,7 @@ PROBES: dict[str, Callable[[], bool]] = {
     "the curl command": lambda: which("curl") is not None,
     "the sslscan command": lambda: which("sslscan") is not None,
     "the slowhttptest command": lambda: which("slowhttptest") is not None,
+    "the promtool command": lambda: which("promtool") is not None,
     "nginx": lambda: nginx() is not None,
     "nginx with its stream module": lambda: nginx_stream() is not None,
     "haproxy": lambda: haproxy() is not None,
