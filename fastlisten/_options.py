@@ -222,16 +222,30 @@ class ServiceOptions(TypedDict, total=False):
     watchdog: Annotated[Watchdog | None, Option(None, _watchdog)]
 
 
+class StatusOptions(TypedDict, total=False):
+    """Who asks about a service is answered there; the docstring of serve() says how."""
+
+    status: Annotated[Any, Option(None, _any)]
+
+
 class WorkerOptions(TypedDict, total=False):
     """How worker processes are run; the docstring of Workers says what each means."""
 
     workers: Annotated[int | str | None, Option(None, _workers)]
     drain: Annotated[float | None, Option(None, _drain)]
     ready_timeout: Annotated[float | None, Option(None, _seconds)]
+    lame_duck: Annotated[float | None, Option(None, _drain)]
 
 
 class AllOptions(
-    BindOptions, ServeOptions, TLSOptions, FirstOptions, ServiceOptions, WorkerOptions, total=False
+    BindOptions,
+    ServeOptions,
+    TLSOptions,
+    FirstOptions,
+    ServiceOptions,
+    StatusOptions,
+    WorkerOptions,
+    total=False,
 ):
     """What fastlisten.serve() takes."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from fastlisten._bind import Address, bind, passed_connection
 from fastlisten._endpoint import endpoint_of
 from fastlisten._listener import Listener, ServeResult, make_loop, serve_options
-from fastlisten._options import BindOptions, WorkerOptions, declared
+from fastlisten._options import BindOptions, StatusOptions, WorkerOptions, declared
 
 if TYPE_CHECKING:
     from typing import Unpack
@@ -21,7 +21,10 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
 
     endpoints: as bind() takes them; Listeners are served too and stay open, what serve() bound it closes.
     workers: serve them so in as many processes, as Workers does it, with its drain and ready_timeout; a
-    number, or "auto"; without watchdog, as their parent feeds the service manager's.  The other arguments are
+    number, or "auto"; without watchdog, as their parent feeds the service manager's.  status: an endpoint
+    where whoever asks is told about the service: by HTTP, GET /metrics, /healthz and /readyz, and by
+    HAProxy's agent-check, with `agent-send "agent\n"`.  It is for a network of one's own: who asks needs no
+    leave, and can change nothing.  A thread answers, or the parent of the workers.  The other arguments are
     those of bind() and of Listener.serve().  Where "systemd:" or "inetd:" alone is a client's connection and
     no listening socket, this client is served, and serve() returns.  stop() of any of the listeners ends the
     loop; workers are ended by a signal.  Returns and raises as Listener.serve(), or as Workers.run().
@@ -32,10 +35,11 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
     ServeResult(finished=1, cut=0)
     """
     given: dict[str, Any] = {**options}
-    binding, working = (
+    binding, telling, working = (
         {name: given.pop(name) for name in declared(family) if given.get(name, family) is not family}
-        for family in (BindOptions, WorkerOptions)
+        for family in (BindOptions, StatusOptions, WorkerOptions)
     )
+    status = None if telling.get("status") is None else endpoint_of(telling["status"])
     serving = serve_options(handler, **given)
     if not endpoints:
         raise TypeError("serve() needs at least one endpoint")
@@ -44,7 +48,7 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
 
         if serving.watchdog is not None:
             raise ValueError("watchdog: the parent of workers feeds the service manager's by itself")
-        return Workers(serve_target(handler, given), *endpoints, **working, **binding).run()
+        return Workers(serve_target(handler, given), *endpoints, status=status, **working, **binding).run()
     for name in working.keys() - {"workers"}:
         raise ValueError(f"{name} is only meaningful with workers")
     if len(endpoints) == 1 and not isinstance(endpoints[0], Listener):
@@ -63,7 +67,13 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
                 endpoint = bind(endpoint, **binding)
                 bound.append(endpoint)
             listeners.append(endpoint)
-        return ServeResult(*make_loop(listeners, handler, serving).run())
+        loop = make_loop(listeners, handler, serving)
+        if status is None:
+            return ServeResult(*loop.run())
+        from fastlisten._status.thread import StatusThread  # only for who asks for it
+
+        with StatusThread(bind(status), listeners):
+            return ServeResult(*loop.run())
     finally:
         for listener in reversed(bound):
             listener.close()

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(
 FOLDERS = {
     "fastlisten.cli": "fastlisten.cli.",
     "fastlisten._startup": "fastlisten._startup.",
+    "fastlisten._status": "fastlisten._status.",
     "fastlisten._workers": "fastlisten._workers.",
 }
 NO_BOX = {"fastlisten", "fastlisten.__main__", "fastlisten.aio", "fastlisten.http", "fastlisten._core"}

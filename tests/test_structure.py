@@ -21,6 +21,7 @@ FAMILIES = (  # of options
     "TLSOptions",
     "FirstOptions",
     "WorkerOptions",
+    "StatusOptions",
     "ServiceOptions",
     "InnerOptions",
 )

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from fastlisten._events import Events
 from fastlisten._listener import Listener
 from fastlisten._options import Checked
 from fastlisten._unix_path import OwnPath
-from fastlisten._workers.events import Events
 from fastlisten._workers.sockets import Members
 from fastlisten._workers.start import spawn
 

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fastlisten._events import Tick
 from fastlisten._listener import ListenerStats
 from fastlisten._notify import Notifier
-from fastlisten._workers.events import Tick
 
 _log = logging.getLogger("fastlisten")
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from fastlisten._events import Act, Events, Tick
 from fastlisten._listener import ServeResult
 from fastlisten._options import Checked
-from fastlisten._workers.events import Act, Events, Tick
 from fastlisten._workers.handover import Handover, Inheritance
 from fastlisten._workers.manager import Manager
 from fastlisten._workers.memory import Memory
@@ -22,6 +23,9 @@ from fastlisten._workers.sockets import Members
 from fastlisten._workers.steering import Steering
 from fastlisten._workers.supervision import Supervision, Tell
 
+if TYPE_CHECKING:
+    from fastlisten._workers.status import StatusPort
+
 
 class Parent:
     """Runs worker processes on these listeners until it is told to stop.
@@ -29,7 +33,7 @@ class Parent:
     endpoints: the listeners of each; the caller closes them.  starter: how a worker begins.  memory: what
     they write.  options: WorkerOptions, checked.  tell: gets what happens.  gone: gets a process that has
     ended.  manager: is told, too.  ticks: what else is to be done.  inheritance: of a parent that is to go
-    when all workers serve.
+    when all workers serve.  status: answers who asks about them.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Parent:
         manager: Manager,
         ticks: Sequence[Tick] = (),
         inheritance: Inheritance | None = None,
+        status: StatusPort | None = None,
     ) -> None:
         def told(event: str, text: str, warning: bool = False, **values: Any) -> None:
             tell(event, text, warning=warning, **values)
@@ -57,10 +62,13 @@ class Parent:
             self._newcomers = ProgramNewcomers(self.pool, self._steering, starter.notifications)
         self._supervision = Supervision(self.pool, self._steering, self._newcomers, told)
         self._rolling = Rolling(self.pool, self._supervision, self._newcomers, told)
-        self._handover = Handover(endpoints, options.ready_timeout, self._events, told, self._taken_over)
+        passed = [*endpoints, *([status.members] if status else ())]
+        self._handover = Handover(passed, options.ready_timeout, self._events, told, self._taken_over)
         self._spare = starter.spare
         self._ticks = [*ticks, *manager.ticks(self._steering.comes_on)]
         self._inheritance = inheritance
+        self._status = status
+        self._leaves_at = math.inf  # when it begins to drain, of which others have been told
         self._served = False
 
     def run(self) -> ServeResult:
@@ -71,6 +79,8 @@ class Parent:
         try:
             with self._events.signals(self._actions()):
                 try:
+                    if self._status is not None and self._inheritance is None:
+                        self._status.open(self._events, self.pool)
                     self._look_after()
                     while self.pool.processes or not self.pool.ending:
                         self._wait()
@@ -92,11 +102,13 @@ class Parent:
     def _patience(self) -> float | None:
         """How long nothing is to be done, in seconds."""
         now = time.monotonic()
-        times = [self._handover.until, *(tick.due for tick in self._ticks), *self.pool.due()]
+        times = [self._handover.until, self._leaves_at, *(tick.due for tick in self._ticks), *self.pool.due()]
+        if self._status is not None:
+            times.append(self._status.due())
         if self._newcomers.busy:
             times.append(now + LOOK_AT_PROGRAMS)
         first = min(times)
-        return None if first == self._handover.until == float("inf") else max(first - now, 0.0)
+        return None if first == math.inf else max(first - now, 0.0)
 
     def _look_after(self) -> None:
         """Do what is due."""
@@ -106,6 +118,10 @@ class Parent:
         for tick in self._ticks:
             tick.run(now)
         self._handover.look(now)
+        if self._status is not None:
+            self._status.look(now)
+        if now >= self._leaves_at:
+            self._stop("SIGTERM")
         if self.pool.ending:
             return
         self._steering.look(now)
@@ -118,15 +134,17 @@ class Parent:
         if self._inheritance is not None:
             self._inheritance.serve()
             self._steering.steer()
+            if self._status is not None:  # until now the parent before has answered
+                self._status.open(self._events, self.pool)
         self._tell("serving", "all workers serve", workers=len(self.pool.places))
 
     # --- signals --------------------------------------------------------------------------------------
 
     def _actions(self) -> dict[int, Act]:
         actions: dict[str, Act] = {
-            "SIGTERM": lambda: self._stop("SIGTERM"),
+            "SIGTERM": lambda: self._leave("SIGTERM"),
             "SIGINT": lambda: self._stop("SIGINT"),
-            "SIGBREAK": lambda: self._stop("SIGBREAK"),
+            "SIGBREAK": lambda: self._leave("SIGBREAK"),
             "SIGQUIT": lambda: self._stop("SIGQUIT", 0.0),
             "SIGHUP": self._replace,
             "SIGTTIN": self._add,
@@ -136,8 +154,22 @@ class Parent:
         }
         return {getattr(signal, name): act for name, act in actions.items() if hasattr(signal, name)}
 
+    def _leave(self, why: str) -> None:
+        """End with a drain, after a time in which others are told and clients are still served; the second
+        time with a drain, and then now."""
+        seconds = self.pool.options.lame_duck
+        if not seconds or self.pool.leaving or self.pool.ending:
+            self._stop(why)
+            return
+        self.pool.leaving = True
+        self._leaves_at = time.monotonic() + seconds
+        self._tell(
+            "leaving", f"{why}: not ready any more, draining in {seconds:g} s", signal=why, seconds=seconds
+        )
+
     def _stop(self, why: str, drain: float | None = None) -> None:
         """End with a drain; the second time, or with `drain` 0, now."""
+        self._leaves_at = math.inf
         if self.pool.ending:
             drain = 0.0
         seconds = self.pool.options.drain if drain is None else drain
@@ -158,11 +190,13 @@ class Parent:
 
     def _hand_over(self) -> None:
         """SIGUSR2: start the next parent, and serve on until its workers serve."""
-        if not self.pool.ending:
+        if not (self.pool.ending or self.pool.leaving):
             self._handover.begin()
 
     def _taken_over(self, pid: int) -> None:
         """The next parent's workers serve."""
+        if self._status is not None:
+            self._status.stop()
         self._tell("handed over", f"process {pid} has taken over", pid=pid)
         self._stop("SIGUSR2")
 

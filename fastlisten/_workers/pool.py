@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from fastlisten._core.admission import process_ended
+from fastlisten._events import Events
 from fastlisten._listener import ServeResult
 from fastlisten._options import Checked
-from fastlisten._workers.events import Events
 from fastlisten._workers.memory import CUT, FINISHED, Memory, Slot
 from fastlisten._workers.process import Handle, Place, Process
 from fastlisten._workers.sockets import Members
@@ -74,6 +74,7 @@ class Pool:
         self.places = [Place(number) for number in range(options.workers)]
         self.processes: dict[int, Process] = {}
         self.options = options
+        self.leaving = False  # it will end soon, and nobody is to be sent here any more
         self.ending = False  # nobody begins any more
         self.result = ServeResult(0, 0)  # of all that have ended
         self._starter = starter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from fastlisten._workers.events import Events
+from fastlisten._events import Events
 from fastlisten._workers.pool import Pool
 from fastlisten._workers.process import Process
 from fastlisten._workers.relief import Relief

@@ -11,11 +11,11 @@ from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastlisten._bind import Address
-from fastlisten._endpoint import Endpoint
+from fastlisten._endpoint import Endpoint, endpoint_of
+from fastlisten._events import Tick
 from fastlisten._listener import Listener, ListenerStats, ServeResult, make_loop, serve_options
 from fastlisten._options import BindOptions, Checked, WorkerOptions, checked
 from fastlisten._workers.child import Target
-from fastlisten._workers.events import Tick
 from fastlisten._workers.handover import Inheritance
 from fastlisten._workers.manager import Manager, notifier
 from fastlisten._workers.memory import MOST_ENDPOINTS, Memory
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from fastlisten._listener import Handler
+    from fastlisten._workers.status import StatusPort
 
 _log = logging.getLogger("fastlisten")
 
@@ -56,6 +57,8 @@ class Supervised:
         workers: int | str,
         drain: float | None = None,
         ready_timeout: float | None = None,
+        lame_duck: float | None = None,
+        status: Address | None = None,
         **bind_options: Unpack[BindOptions],
     ) -> None:
         if not endpoints:
@@ -68,7 +71,11 @@ class Supervised:
             workers=workers,
             drain=DEFAULT_DRAIN if drain is None else drain,
             ready_timeout=DEFAULT_READY_TIMEOUT if ready_timeout is None else ready_timeout,
+            lame_duck=lame_duck,
         )
+        self._status_where = None if status is None else endpoint_of(status)
+        if own.lame_duck and status is None:
+            raise ValueError("lame_duck is only meaningful with status")
         if own.workers is None:
             raise TypeError("workers must be an int, not NoneType")
         self._bind_options = checked(BindOptions, "Workers", **bind_options)
@@ -78,6 +85,8 @@ class Supervised:
         self._where = endpoints
         self._options = own
         self._endpoints: list[Members] = []
+        self._status: Members | None = None
+        self.binding: Address | Listener | None = None  # what run() binds just now, or could not
         self._pool: Pool | None = None
         self._inheritance: Inheritance | None = None
         self._totals = Totals()
@@ -88,13 +97,18 @@ class Supervised:
         """Where run() listens, with the port that the system chose; empty before."""
         return tuple(members.endpoint for members in self._endpoints)
 
+    @property
+    def status_endpoint(self) -> Endpoint | None:
+        """Where the parent answers who asks about the service; None without `status`, and before run()."""
+        return None if self._status is None else self._status.endpoint
+
     def run(self) -> ServeResult:
         """Bind, start the workers, and keep them running until a signal ends that.
 
-        SIGTERM and SIGINT: end with the drain; the second one, and SIGQUIT: end now.  SIGHUP: replace the
-        workers one by one, each when the new one is ready.  SIGTTIN and SIGTTOU: one worker more, and one
-        less.  SIGUSR2: start this program again, by its command, with the listeners; end when that one's
-        workers serve, and go on if they do not in `ready_timeout`.
+        SIGTERM, after `lame_duck`, and SIGINT: end with the drain; the second one, and SIGQUIT: end now.
+        SIGHUP: replace the workers one by one, each when the new one is ready.  SIGTTIN and SIGTTOU: one
+        worker more, and one less.  SIGUSR2: start this program again, by its command, with the listeners; end
+        when that one's workers serve, and go on if they do not in `ready_timeout`.
 
         A service manager (NOTIFY_SOCKET) is told when all workers serve, are replaced and end, and how many
         clients they have; its watchdog is fed while that comes on.  Workers are not told of it.
@@ -123,6 +137,7 @@ class Supervised:
                     Manager(told, self._listening(), self._total if starter.counts else None),
                     [Tick(*tick) for tick in self._ticks],
                     self._inheritance,
+                    self._status_port(),
                 )
                 self._pool = parent.pool
                 self._started()
@@ -134,23 +149,41 @@ class Supervised:
     @contextmanager
     def _bound(self, count: int) -> Iterator[list[Members]]:
         """The listeners of all endpoints; what was bound is closed at the end."""
-        self._endpoints = []
+        self._endpoints, self._status = [], None
         inheritance = self._inheritance = Inheritance.from_environment()
         try:
             for where in self._where:
+                self.binding = where
                 members = inheritance and inheritance.take(name_of(where), self._bind_options)
                 self._endpoints.append(members or Members(where, self._bind_options))
                 self._endpoints[-1].grow(count)
+            if self._status_where is not None:
+                self.binding = self._status_where
+                name, options = name_of(self._status_where), checked(BindOptions, "Workers")
+                members = inheritance and inheritance.take(name, options)
+                self._status = members or Members(self._status_where, options)
+            self.binding = None
             yield self._endpoints
         finally:
             if inheritance is not None:
                 inheritance.close()
+            if self._status is not None:
+                self._status.close()
             for members in reversed(self._endpoints):
                 members.close()
+
+    def _status_port(self) -> StatusPort | None:
+        if self._status is None:
+            return None
+        from fastlisten._workers.status import StatusPort  # only for who asks for it
+
+        return StatusPort(self._status, self, self.stats)
 
     def _started(self) -> None:
         """The endpoints are bound."""
         self._tell("listening", self._listening(), endpoints=[str(one) for one in self.endpoints])
+        if self._status is not None:
+            self._tell("status", f"status on {self.status_endpoint}", endpoint=str(self.status_endpoint))
 
     def _listening(self) -> str:
         return f"listening on {', '.join(map(str, self.endpoints))}"
@@ -200,6 +233,10 @@ class Workers(Supervised):
     drain: how many seconds a worker that is to end has for the clients that it has and that are queued; 5.
     ready_timeout: how many seconds a worker has to serve all its Listeners, or to call worker().ready(); 30.
     One that has not is ended, and the one that it was to replace stays.
+    status: where the parent answers who asks about the service, as serve() says it; and whoever asks before a
+    worker serves, or after SIGTERM, is told that it is not ready.
+    lame_duck: for how many seconds after SIGTERM that is told while clients are still served, so that nobody
+    is sent here any more when the drain begins; a second SIGTERM ends the wait.  0.
     bind_options: as bind(), without reuse_port.
 
     Workers are forks of this process where that is safe: where it has no other thread.  Else they are fresh
@@ -223,12 +260,20 @@ class Workers(Supervised):
         workers: int | str,
         drain: float | None = None,
         ready_timeout: float | None = None,
+        lame_duck: float | None = None,
+        status: Address | None = None,
         **bind_options: Unpack[BindOptions],
     ) -> None:
         if not callable(target):
             raise TypeError(f"target must be callable, not {type(target).__name__}")
         super().__init__(
-            *endpoints, workers=workers, drain=drain, ready_timeout=ready_timeout, **bind_options
+            *endpoints,
+            workers=workers,
+            drain=drain,
+            ready_timeout=ready_timeout,
+            lame_duck=lame_duck,
+            status=status,
+            **bind_options,
         )
         self._target = target
 
@@ -253,10 +298,18 @@ class ProgramWorkers(Supervised):
         workers: int | str,
         drain: float | None = None,
         ready_timeout: float | None = None,
+        lame_duck: float | None = None,
+        status: Address | None = None,
         **bind_options: Unpack[BindOptions],
     ) -> None:
         super().__init__(
-            *endpoints, workers=workers, drain=drain, ready_timeout=ready_timeout, **bind_options
+            *endpoints,
+            workers=workers,
+            drain=drain,
+            ready_timeout=ready_timeout,
+            lame_duck=lame_duck,
+            status=status,
+            **bind_options,
         )
         self._command = command
 

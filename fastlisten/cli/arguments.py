@@ -13,6 +13,7 @@ from fastlisten._options import (
     BindOptions,
     FirstOptions,
     ServeOptions,
+    StatusOptions,
     TLSOptions,
     WorkerOptions,
     declared,
@@ -51,6 +52,7 @@ ADMISSION_OPTIONS = (
     "dry_run",
 )
 WORKER_OPTIONS = tuple(declared(WorkerOptions))
+STATUS_OPTIONS = tuple(declared(StatusOptions))
 
 
 class Formatter(argparse.HelpFormatter):
@@ -207,11 +209,28 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
         help="serve in N processes, or in one a usable core; SIGHUP replaces them without losing a client",
     )
     _add_ready_timeout(processes)
+    _add_operation(serve)
     _add_binding(serve)
     _add_serving(serve)
     _add_first(serve)
     _add_admission(serve)
     _add_tls(serve)
+
+
+def _add_operation(parser: Parser) -> None:
+    value = parser.add_argument_group("operation").add_argument
+    value(
+        "--status",
+        metavar="ENDPOINT",
+        help="answer there GET /metrics, /healthz and /readyz, and HAProxy's agent-check",
+    )
+    value(
+        "--lame-duck",
+        metavar="SECONDS",
+        type=_seconds,
+        help="after SIGTERM serve for so long before the drain, while /readyz says no and the agent-check "
+        "drain (default 0)",
+    )
 
 
 def _add_ready_timeout(group: argparse._ActionsContainer) -> None:
@@ -253,6 +272,7 @@ def _add_workers(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     value("--json", action="store_true", help="print one JSON object a line")
     _add_ready_timeout(workers)
+    _add_operation(workers)
     _add_binding(workers)
 
 

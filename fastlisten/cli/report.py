@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from fastlisten import Listener, ListenerStats, ServeResult
+from fastlisten import Endpoint, Listener, ListenerStats, ServeResult
 from fastlisten.cli import output
 
 LIVE_INTERVAL = 0.5  # seconds between two states of the live line: readable, and seen to move
@@ -60,7 +60,7 @@ class Report:
         self._live = output.is_live() and not as_json
         # What the thread is to tell now, None to end. A SimpleQueue and no Event, as a signal
         # handler puts here too: its put() is reentrant.
-        self._news: queue.SimpleQueue[tuple[str, float] | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[tuple[str, str, str, float] | None] = queue.SimpleQueue()
         self._output = threading.Lock()
         self._drawn = 0  # columns of the live line that are on the screen
         self._log = output.Log()
@@ -79,8 +79,8 @@ class Report:
                 self._log.write("\n")
                 self._drawn = 0
 
-    def started(self, handler: str) -> None:
-        """Tell the endpoint that was really bound."""
+    def started(self, handler: str, status: Endpoint | None) -> None:
+        """Tell the endpoints that were really bound."""
         endpoint = str(self._listener.endpoint)
         self._event(
             f"listening on {endpoint}",
@@ -89,10 +89,16 @@ class Report:
             handler=handler,
             process=os.getpid(),
         )
+        if status is not None:
+            self._event(f"status on {status}", "status", endpoint=str(status))
 
     def draining(self, why: str, seconds: float) -> None:
         """Tell that the drain has begun; for signal handlers: the thread does the telling."""
-        self._news.put((why, seconds))
+        self._news.put(("draining", f"draining for at most {seconds:g} s", why, seconds))
+
+    def leaving(self, why: str, seconds: float) -> None:
+        """Tell that the drain will begin; for signal handlers, too."""
+        self._news.put(("leaving", f"not ready any more, draining in {seconds:g} s", why, seconds))
 
     def stopped(self, why: str | None, result: ServeResult | None) -> None:
         """Tell how it ended: why is the signal's name, result is None when it was interrupted."""
@@ -140,9 +146,8 @@ class Report:
                 continue
             if news is None:
                 return
-            why, seconds = news
-            text = f"{why}: draining for at most {seconds:g} s"
-            self._event(text, "draining", signal=why, seconds=seconds)
+            event, text, why, seconds = news
+            self._event(f"{why}: {text}", event, signal=why, seconds=seconds)
 
     def _counted(self, stats: ListenerStats, rate: float) -> None:
         text = f"{time.strftime('%H:%M:%S')} {counters(stats, rate)}"

@@ -18,6 +18,7 @@ from fastlisten.cli.arguments import (
     BIND_OPTIONS,
     DEFAULT_ENDPOINT,
     SERVE_OPTIONS,
+    STATUS_OPTIONS,
     given,
 )
 from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
@@ -25,9 +26,11 @@ from fastlisten.cli.failures import as_option, bind_failure, endpoint_hint
 from fastlisten.cli.handlers import BUILT_IN, load_handler
 from fastlisten.cli.manager import notifier, ready, stopping
 from fastlisten.cli.report import LogLines, Report
+from fastlisten.cli.status import status_endpoint, status_thread
 
 if TYPE_CHECKING:
     from fastlisten import Admission, Notifier, Proxy
+    from fastlisten._status.thread import StatusThread
 
 
 def serve_command(options: argparse.Namespace) -> int:
@@ -62,6 +65,7 @@ def serve_command(options: argparse.Namespace) -> int:
     for name in ("tls_key", "tls_ca", "handshake_timeout"):
         if options.tls_cert is None and getattr(options, name) is not None:
             raise CommandError(f"--{name.replace('_', '-')} needs --tls-cert", MISUSED)
+    status_endpoint(options)
     try:
         serve_options(handler, **serving)  # what is wrong with them is told before a socket opens
     except (TypeError, ValueError) as error:
@@ -81,8 +85,9 @@ def serve_command(options: argparse.Namespace) -> int:
         raise CommandError(f"cannot listen on {endpoint}: {as_option(error)}", MISUSED) from error
     with listener, notifier() as manager:
         if isinstance(listener, Listener):
-            return _serve(listener, handler, serving, options, manager)
-        for name in given(options, (*BIND_OPTIONS, "proxy", *ADMISSION_OPTIONS)):
+            with status_thread(options, listener) as status:
+                return _serve(listener, handler, serving, options, manager, status)
+        for name in given(options, (*BIND_OPTIONS, "proxy", *ADMISSION_OPTIONS, *STATUS_OPTIONS)):
             text = f"--{name.replace('_', '-')} is for listening, and {endpoint} is a client's connection"
             raise CommandError(text, MISUSED)
         ready(manager, "serving one client")
@@ -126,41 +131,59 @@ def _serve(
     serving: dict[str, Any],
     options: argparse.Namespace,
     manager: Notifier | None,
+    status: StatusThread | None,
 ) -> int:
     report = Report(listener, options.json, options.threads)
-    signals = _drain_on_signals(listener, options.drain, report, manager)
+    signals = _drain_on_signals(listener, options, report, manager, status)
     # Without effect when the handler's module has set logging up for itself.
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[LogLines(report)])
-    result, status, why = None, 0, None
+    result, code, why = None, 0, None
     try:
-        report.started(options.handler)
+        report.started(options.handler, None if status is None else status.endpoint)
         ready(manager, f"listening on {listener.endpoint}")
         with report:
             result = listener.serve(handler, watchdog=manager, **serving)
     except KeyboardInterrupt:
-        status, why = INTERRUPTED, "SIGINT"
+        code, why = INTERRUPTED, "SIGINT"
         stopping(manager)
     except OSError as error:
         raise CommandError(f"serving {listener.endpoint} failed: {error}", FAILED) from error
     report.stopped(why or (signals[-1] if signals else None), result)
-    return status
+    return code
 
 
 def _drain_on_signals(
-    listener: Listener, seconds: float, report: Report, manager: Notifier | None
+    listener: Listener,
+    options: argparse.Namespace,
+    report: Report,
+    manager: Notifier | None,
+    status: StatusThread | None,
 ) -> list[str]:
-    """Let SIGTERM, SIGHUP and Ctrl-Break on Windows drain; the names that came are in the result.
+    """Let SIGTERM, SIGHUP and Ctrl-Break on Windows drain, after --lame-duck; the names that came are in the
+    result.
 
     A SIGHUP that was ignored from the start is ignored still: nohup(1).
     """
     names: list[str] = []
+    waits = [options.lame_duck] if status is not None and options.lame_duck else []
+
+    def drain(name: str) -> None:
+        seconds = 0 if names else options.drain  # the second time means now
+        listener.stop(drain=seconds)
+        report.draining(name, seconds)
+        names.append(name)
+        stopping(manager, f"draining for at most {seconds:g} s")
 
     def stop(number: int, _: object) -> None:
-        name, drain = signal.Signals(number).name, 0 if names else seconds
-        listener.stop(drain=drain)  # the second time means now
-        report.draining(name, drain)
-        names.append(name)
-        stopping(manager, f"draining for at most {drain:g} s")
+        name = signal.Signals(number).name
+        if status is not None and waits:
+            seconds = waits.pop()
+            status.leave(seconds, lambda: drain(name))
+            report.leaving(name, seconds)
+            return
+        if status is not None:
+            status.stay()
+        drain(name)
 
     for name in ("SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)

@@ -18,6 +18,7 @@ from fastlisten.cli.arguments import BIND_OPTIONS, WORKER_OPTIONS, given
 from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
 from fastlisten.cli.failures import as_option, bind_failure, endpoint_hint
 from fastlisten.cli.report import LINE_INTERVAL, LIVE_INTERVAL, Saturation, counters, plain
+from fastlisten.cli.status import status_endpoint
 
 
 def serve_with_workers(
@@ -56,7 +57,7 @@ def workers_command(options: argparse.Namespace) -> int:
 
 
 def _options(options: argparse.Namespace) -> dict[str, Any]:
-    return given(options, (*WORKER_OPTIONS, *BIND_OPTIONS))
+    return {**given(options, (*WORKER_OPTIONS, *BIND_OPTIONS)), "status": status_endpoint(options)}
 
 
 def _run(
@@ -75,10 +76,10 @@ def _run(
     except RuntimeError as error:
         raise CommandError(f"cannot serve {where}: {error}", FAILED) from error
     except OSError as error:
-        bound = len(workers._endpoints)
-        if bound == len(endpoints):
+        if (endpoint := workers.binding) is None:
             raise CommandError(f"serving {where} failed: {error}", FAILED) from error
-        raise CommandError(bind_failure(endpoints[bound], error), FAILED) from error
+        option = "--status: " if len(workers._endpoints) == len(endpoints) else ""
+        raise CommandError(f"{option}{bind_failure(endpoint, error)}", FAILED) from error
     workers.stopped(result)
     return INTERRUPTED if workers.why == "SIGINT" else 0
 
@@ -112,6 +113,9 @@ class WorkersReport(Supervised):
             workers=self._options.workers,
             process=os.getpid(),
         )
+        if self.status_endpoint is not None:
+            where = str(self.status_endpoint)
+            self._event(f"status on {where}", "status", endpoint=where)
 
     def _tell(self, event: str, text: str, warning: bool = False, **values: Any) -> None:
         if event == "draining":

@@ -1,4 +1,4 @@
-"""What the parent waits for: descriptors that can be read, signals, and times."""
+"""What the parent of workers and a status port wait for: descriptors, signals, and times."""
 
 from __future__ import annotations
 
@@ -22,11 +22,26 @@ class Events:
         for end in self._wakeups:
             end.setblocking(False)
         self._actions: Mapping[int, Act] = {}
+        self._owned: list[Act] = []
         self.hear(self._wakeups[0], self._signals_came)
 
     def hear(self, file: Any, act: Act) -> None:
         """Call `act` from now on when this can be read: a descriptor, or what has one."""
         self._selector.register(file, selectors.EVENT_READ, act)
+
+    def hear_again(self, file: Any, act: Act, writable: bool = False) -> None:
+        """Call this one from now on instead; writable: when it can be written to, and not when it can be
+        read."""
+        self._selector.modify(file, selectors.EVENT_WRITE if writable else selectors.EVENT_READ, act)
+
+    def owns(self, close: Act) -> None:
+        """Have this called by close()."""
+        self._owned.append(close)
+
+    def wake(self) -> None:
+        """Have wait() return; any thread and any signal handler may call it."""
+        with contextlib.suppress(BlockingIOError):  # it is about to
+            self._wakeups[1].send(b"\0")
 
     def forget(self, file: Any) -> None:
         """Do so no longer."""
@@ -66,6 +81,8 @@ class Events:
     def close(self) -> None:
         """Wait for nothing more; in a fork, too, where the parent's goes on."""
         self._selector.close()
+        for close in self._owned:
+            close()
         for end in self._wakeups:
             end.close()
 

@@ -1,0 +1,65 @@
+"""The status port of a parent, which answers for its workers: by its own loop, as it may have no thread."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastlisten._events import Events
+from fastlisten._status.answers import DRAINING, SERVING, STARTING, load, share
+from fastlisten._status.server import StatusServer
+from fastlisten._workers.pool import Pool
+from fastlisten._workers.sockets import Members
+from fastlisten._workers.totals import WorkersStats
+
+
+class StatusPort:
+    """Where the parent answers, and what.
+
+    members: with its one listener, which may have been another parent's.  workers: what metrics are of.
+    stats: gives their counters.
+    """
+
+    def __init__(self, members: Members, workers: Any, stats: Callable[[], WorkersStats]) -> None:
+        self.members = members
+        self._workers = workers
+        self._stats = stats
+        self._pool: Pool | None = None
+        self._server = StatusServer(members.listeners[0], self)
+
+    def open(self, events: Events, pool: Pool) -> None:
+        """Answer from now on."""
+        self._pool = pool
+        self._server.open(events)
+
+    def stop(self) -> None:
+        """Answer nobody any more: another parent does."""
+        self._server.stop()
+
+    def due(self) -> float:
+        """When look() is to be called."""
+        return self._server.due()
+
+    def look(self, now: float) -> None:
+        """Do what is due."""
+        self._server.look(now)
+
+    # --- as a Service ---------------------------------------------------------------------------------
+
+    def state(self) -> str:
+        """One worker that serves is enough."""
+        pool = self._pool
+        if pool is None or pool.ending or pool.leaving:
+            return DRAINING
+        return SERVING if any(pool.serving()) else STARTING
+
+    def free(self) -> float:
+        """Of what all workers have together when none is missing."""
+        total, rows = self._stats()
+        whole = max((row.capacity for row in rows), default=0) * len(rows)
+        if whole:
+            return share(total.capacity - load(total), whole)
+        return share((total.queue_limit or 0) - (total.queue_depth or 0), total.queue_limit or 0)
+
+    def sources(self) -> Sequence[Any]:
+        return (self._workers,)
