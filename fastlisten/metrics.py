@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -226,12 +227,12 @@ def exposition(*listeners: Counted, openmetrics: bool = False) -> str:
         if openmetrics and family.unit == "s":
             lines.append(f"# UNIT {head} seconds")
         for row, reason, value in samples:
-            if isinstance(value, PendingTimes):
+            if reason is not None:
+                lines.append(f"{sample_name}{{{row.text},{_reason(reason)}}} {value}")
+            elif isinstance(value, PendingTimes):
                 lines += _histogram(sample_name, row.text, value)
-            elif reason is None:
-                lines.append(f"{sample_name}{{{row.text}}} {value}")
             else:
-                lines.append(f'{sample_name}{{{row.text},reason="{_escaped(reason)}"}} {value}')
+                lines.append(f"{sample_name}{{{row.text}}} {value}")
     if openmetrics:
         lines.append("# EOF")
     lines.append("")
@@ -247,6 +248,12 @@ def _histogram(name: str, labels: str, times: PendingTimes) -> Iterator[str]:
     yield f"{name}_count{{{labels}}} {count}"
 
 
+@functools.lru_cache(1024)
+def _reason(reason: str) -> str:
+    return f'reason="{_escaped(reason)}"'
+
+
+@functools.lru_cache(1024)
 def _escaped(text: str) -> str:
     """As both formats have it in a label; what UTF-8 has not is as Python writes it."""
     if not text.isprintable():
@@ -265,10 +272,10 @@ def collected(sources: Iterable[Counted]) -> Iterator[tuple[Family, list[Sample]
             samples: list[Sample] = []
             for row in rows:
                 value = None if family.name in row.without else family.read(row.source)
-                if isinstance(value, Mapping):
-                    samples += [(row, reason, number) for reason, number in value.items()]
-                elif value is not None:
+                if isinstance(value, int | float | PendingTimes):
                     samples.append((row, None, value))
+                elif value is not None:
+                    samples += [(row, reason, number) for reason, number in value.items()]
             if samples:
                 yield family, samples
 

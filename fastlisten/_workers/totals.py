@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,6 +85,9 @@ _SUMS = (
 )
 
 
+_BY_REASON = ("accept_errors", "tls_failures", "refused_for")
+
+
 def _counted(counters: Any) -> dict[str, Any]:
     return {
         **counters.counts(),
@@ -99,24 +101,20 @@ def _counted(counters: Any) -> dict[str, Any]:
 def _sum(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """Several processes' counters in one."""
     total: dict[str, Any] = dict.fromkeys(_SUMS, 0)
-    errors: Counter[str] = Counter()
-    failures: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
+    reasons: dict[str, dict[str, int]] = {name: {} for name in _BY_REASON}
     paused, times = [], []
     for one in counts:
         for name in _SUMS:
             total[name] += one.get(name, 0)
-        errors.update(one["accept_errors"])
-        failures.update(one["tls_failures"])
-        reasons.update(one["refused_for"])
+        for name, found in reasons.items():
+            for reason, number in one[name].items():
+                found[reason] = found.get(reason, 0) + number
         paused.append(one["paused"])
         times.append(one["pending_times"])
     return {
         **total,
+        **reasons,
         "pending_times": all_times(times),
-        "accept_errors": dict(errors),
-        "tls_failures": dict(failures),
-        "refused_for": dict(reasons),
         "paused": bool(paused) and all(paused),
     }
 
