@@ -537,10 +537,12 @@ cdef class Acceptor:
             return False
         self.stopping = True
         self.drain.deadline = port_get(&state.deadline)
+        draining = port_get(&state.draining)
+        if not draining and self.first_bytes is None:
+            return True
         if self.drain.deadline and port_now() >= self.drain.deadline:
             return True
         self.set_modes()  # nobody may come any more who would end a sleep in accept()
-        draining = port_get(&state.draining)
         if self.drain.left < 0:
             self.drain.left = self.queued() if draining else 0
             self.inspects = True
