@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import re
 import signal
 import socket
 import threading
@@ -18,26 +19,17 @@ from helpers.command import COMMAND, signals
 from helpers.programs import run, running
 from helpers.status import get
 
-# As OPERATION.md has it, but for the times.
-HAPROXY = """
-global
-    stats socket unix@%(folder)s/admin level admin
-defaults
-    mode http
-    timeout connect 5s
-    timeout client 9s
-    timeout server 9s
-    timeout check 9s
-    retries 3
-    option redispatch
-listen front
-    bind fd@%(front)d
-    balance roundrobin
-    option httpchk GET /readyz
-    default-server check inter 20ms fall 1 rise 1 weight 100
-    default-server agent-check agent-inter 20ms agent-send "agent\\n"
-%(servers)s
-"""
+OPERATION = Path(__file__).parent.parent / "OPERATION.md"
+GLOBAL = "global\n    stats socket unix@{folder}/admin level admin\n"
+
+
+def settings(folder: Path, front: int, servers: str) -> str:
+    """Return OPERATION.md's settings, with these servers and in less time."""
+    found = re.search(r"```haproxy\n(.*?)```", OPERATION.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    text = re.sub(r"^    server a .*\n    server b .*\n", servers, found[1], flags=re.MULTILINE)
+    text = text.replace("bind :80\n", f"bind fd@{front}\n").replace("inter 1s", "inter 20ms")
+    return GLOBAL.format(folder=folder) + text
 
 
 class HAProxy:
@@ -76,7 +68,7 @@ def haproxy(folder: Path, **servers: tuple[Any, Any]) -> Iterator[HAProxy]:
         for name, ((host, port), status) in servers.items()
     ]
     with socket.create_server(("127.0.0.1", 0)) as front:
-        text = HAPROXY % {"folder": folder, "front": front.fileno(), "servers": "\n".join(lines)}
+        text = settings(folder, front.fileno(), "\n".join([*lines, ""]))
         (folder / "haproxy.cfg").write_text(text)
         command = [program, "-db", "-f", str(folder / "haproxy.cfg")]
         with running(command, folder=folder, pass_fds=(front.fileno(),)):
@@ -194,3 +186,11 @@ def test_curl(listener: Listener) -> None:
             assert "HTTP/1.1 200 OK" in head
             done = run(["curl", "-sS", "-d", "x" * 100_000, f"{url}/metrics"])
             assert done.stdout == "only GET and HEAD\n"
+
+
+@needs("the promtool command")
+def test_prometheus_takes_the_settings(tmp_path: Path) -> None:
+    found = re.search(r"```yaml\n(.*?)```", OPERATION.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    (tmp_path / "prometheus.yml").write_text(found[1])
+    run(["promtool", "check", "config", str(tmp_path / "prometheus.yml")])
