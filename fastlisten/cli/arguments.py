@@ -162,6 +162,7 @@ def parser() -> argparse.ArgumentParser:
     _add_hosts(commands)
     _add_run(commands)
     _add_workers(commands)
+    _add_top(commands)
     return top
 
 
@@ -437,6 +438,25 @@ def _add_run(commands: argparse._SubParsersAction[Parser]) -> None:
         nargs="?",
         help="a file, or the name of an installed command, such as flask",
     )
+
+
+def _add_top(commands: argparse._SubParsersAction[Parser]) -> None:
+    top = commands.add_parser(
+        "top",
+        help="watch a service by its status port",
+        description="Watch the counters of a service that has a status port (serve --status). The key q ends "
+        "it.",
+    )
+    top.add_argument("endpoint", metavar="ENDPOINT", help="the status port")
+    top.add_argument(
+        "--interval",
+        metavar="SECONDS",
+        type=_positive,
+        default=1.0,
+        help="how long it is from one look to the next (default %(default)g)",
+    )
+    top.add_argument("--once", action="store_true", help="look twice, tell once, and end")
+    top.add_argument("--json", action="store_true", help="with --once: print one JSON object")
 
 
 def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:

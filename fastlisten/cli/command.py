@@ -20,11 +20,18 @@ def _workers_command(options: argparse.Namespace) -> int:
     return workers_command(options)
 
 
+def _top_command(options: argparse.Namespace) -> int:
+    from fastlisten.cli.top import top_command  # only for who asks for it
+
+    return top_command(options)
+
+
 COMMANDS = {
     "serve": serve_command,
     "hosts": hosts_command,
     "run": run_command,
     "workers": _workers_command,
+    "top": _top_command,
 }
 
 

@@ -1,0 +1,130 @@
+"""`fastlisten top`: a service's counters, seen as they change."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fastlisten import Endpoint
+from fastlisten.cli import output
+from fastlisten.cli.errors import FAILED, MISUSED, CommandError
+from fastlisten.cli.failures import endpoint_hint
+from fastlisten.cli.view import BARS, PLAIN_BARS, View
+
+
+def top_command(options: argparse.Namespace) -> int:
+    """Look again and again until q or Ctrl-C, or once; returns the exit status."""
+    try:
+        endpoint = Endpoint.parse(options.endpoint)
+    except ValueError as error:
+        raise CommandError(f"{error}{endpoint_hint(options.endpoint)}", MISUSED) from error
+    if options.json and not options.once:
+        raise CommandError("--json needs --once", MISUSED)
+    view = View(endpoint)
+    view.look()
+    if view.now is None:
+        raise CommandError(f"cannot ask {endpoint}: {view.trouble}", FAILED)
+    if not (options.once and options.json):
+        show = _screen(options.once)
+    if options.once:
+        time.sleep(options.interval)  # for the rates
+        view.look()
+        if view.now is None:
+            raise CommandError(f"cannot ask {endpoint}: {view.trouble}", FAILED)
+        if options.json:
+            output.write(json.dumps(view.plain()) + "\n")
+        else:
+            with show(view):
+                pass
+        return 0
+    with contextlib.suppress(KeyboardInterrupt), show(view) as draw, _keys() as pressed:
+        while pressed(options.interval) != "q":
+            view.look()
+            draw()
+    return 0
+
+
+# --- the screen
+
+
+Show = Callable[[View], contextlib.AbstractContextManager[Callable[[], None]]]
+
+
+def _screen(once: bool) -> Show:
+    """What shows a view: on a terminal at one place, elsewhere, or on one that can only write, one after the
+    other."""
+    try:
+        from rich.console import Console
+        from rich.live import Live
+    except ImportError:
+        text = "top needs rich, and --once --json does not: pip install 'fastlisten[top]'"
+        raise CommandError(text, FAILED) from None
+    console = Console(highlight=False)
+    moves = console.is_terminal and not console.is_dumb_terminal and not once
+
+    @contextlib.contextmanager
+    def show(view: View) -> Iterator[Callable[[], None]]:
+        if not moves:
+            console.print(_drawn(view, console))
+            yield lambda: console.print(_drawn(view, console))
+            return
+        with Live(_drawn(view, console), console=console, screen=True, auto_refresh=False) as live:
+            yield lambda: live.update(_drawn(view, console), refresh=True)
+
+    return show
+
+
+def _drawn(view: View, console: Any) -> Any:
+    """All of it, as rich draws it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    width, height = console.width, console.height
+    bars = BARS if (console.encoding or "").lower().startswith("utf") else PLAIN_BARS
+    lines = [Text(line, style="" if view.now else "bold red", overflow="fold") for line in view.summary()]
+    lines.append(Text(view.sparkline(width, bars), style="green", no_wrap=True))
+    titles, rows = view.table(width)
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for title in titles:
+        table.add_column(title, justify="left" if title in ("worker", "state") else "right", no_wrap=True)
+    room = max(height - len(lines) - 2, 1) if console.is_terminal else len(rows)
+    for row in rows[:room]:
+        table.add_row(*row)
+    return Group(*lines, *([table] if rows else ()))
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Callable[[float], str]]:
+    """What waits so many seconds for a key, and returns it, or ""."""
+    try:
+        import termios
+        import tty
+
+        number = sys.stdin.fileno()
+        before = termios.tcgetattr(number)
+    except (ImportError, OSError, ValueError, termios.error):  # no terminal, or one of Windows
+        yield _without_keys
+        return
+
+    def pressed(seconds: float) -> str:
+        found = select.select([number], [], [], seconds)[0]
+        return os.read(number, 1).decode(errors="replace") if found else ""
+
+    tty.setcbreak(number)
+    try:
+        yield pressed
+    finally:
+        termios.tcsetattr(number, termios.TCSADRAIN, before)
+
+
+def _without_keys(seconds: float) -> str:
+    time.sleep(seconds)
+    return ""
