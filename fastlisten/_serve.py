@@ -54,6 +54,9 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
     if len(endpoints) == 1 and not isinstance(endpoints[0], Listener):
         where = endpoint_of(endpoints[0])
         client = passed_connection(where)
+        if client is not None and status is not None:
+            client.close()
+            raise ValueError(f"status is for listening, and {where} is a client's connection")
         if client is not None:
             from fastlisten._inherited import serve_connection
 

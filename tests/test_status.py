@@ -221,6 +221,28 @@ class Large:
         return [self._listener] * 4000
 
 
+@contextlib.contextmanager
+def answering(service: Any) -> Iterator[StatusServer]:
+    """Give a status port about any service, which a thread looks after."""
+    over, events = threading.Event(), Events()
+    server = StatusServer(bind(LOOPBACK), service)
+    server.open(events)
+
+    def look() -> None:
+        while not over.is_set():
+            events.wait(max(min(server.due() - time.monotonic(), 0.01), 0))
+            server.look(time.monotonic())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield server
+    finally:
+        over.set()
+        thread.join()
+        events.close()
+
+
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> float:
     """Give each client of a status port less time."""
@@ -242,31 +264,29 @@ def test_a_client_that_says_nothing_is_closed_and_keeps_nobody_waiting(
 def test_a_client_that_reads_nothing_is_closed_and_keeps_nobody_waiting(
     listener: Listener, hurried: float
 ) -> None:
-    over = threading.Event()
-    events = Events()
-    answering = StatusServer(bind(LOOPBACK), Large(listener))
-    answering.open(events)
-    address = answering.listener.getsockname()
-
-    def run_it() -> None:
-        while not over.is_set():
-            events.wait(max(min(answering.due() - time.monotonic(), 0.01), 0))
-            answering.look(time.monotonic())
-
-    thread = threading.Thread(target=run_it)
-    thread.start()
-    try:
+    with answering(Large(listener)) as server:
+        address = server.listener.getsockname()
         with connect(address, receive_buffer=4096) as deaf:
             deaf.sendall(b"GET /metrics HTTP/1.1\r\n\r\n")
             assert deaf.recv(1) == b"H"
             assert get(address, "/healthz").status == 200
-            wait_until(lambda: not answering._clients)
+            wait_until(lambda: not server._clients)
             found = Answer(b"H" + read_all(deaf))
             assert len(found.text) < int(found.fields["Content-Length"])
-    finally:
-        over.set()
-        thread.join()
-        events.close()
+
+
+def test_a_service_that_fails_to_tell_fails_nobody_else(
+    listener: Listener, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(Large):
+        def sources(self) -> Sequence[Any]:
+            raise RuntimeError("no counters")
+
+    with answering(Failing(listener)) as server:
+        address = server.listener.getsockname()
+        assert ask(address, b"GET /metrics HTTP/1.1\r\n\r\n") == b""
+        assert get(address, "/healthz").status == 200
+    assert [record.message for record in caplog.records] == ["a request for the status failed"]
 
 
 def test_who_came_first_makes_way_for_one_too_many(status: StatusThread) -> None:

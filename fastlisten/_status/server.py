@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import socket
 import time
@@ -12,6 +13,8 @@ from fastlisten._core.connection import Connection
 from fastlisten._events import Events
 from fastlisten._listener import Listener
 from fastlisten._status.answers import Service, answer
+
+_log = logging.getLogger("fastlisten")
 
 # From its connect on a client has so long for its request and for reading the answer, in seconds.
 TIME = 5.0
@@ -93,8 +96,13 @@ class StatusServer:
         for connection in connections:
             if len(self._clients) >= MOST_CLIENTS:
                 next(iter(self._clients.values())).end()
-            connection.setblocking(False)
-            self._clients[connection.fileno()] = _Client(connection, self.service, self._events, self._gone)
+            try:
+                connection.setblocking(False)
+                client = _Client(connection, self.service, self._events, self._gone)
+            except OSError:  # no memory for one more to wait for
+                connection.close()
+            else:
+                self._clients[connection.fileno()] = client
 
     def _gone(self, number: int) -> None:
         self._clients.pop(number, None)
@@ -137,7 +145,12 @@ class _Client:
             self.end()
         elif self._answer is None:
             self._request += data
-            found = answer(self._request, self._service)
+            try:
+                found = answer(self._request, self._service)
+            except Exception:  # whoever asks must not end what he asks about
+                _log.exception("a request for the status failed")
+                self.end()
+                return
             if found is not None:
                 self._answer = memoryview(found)
                 self._write()
