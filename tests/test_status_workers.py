@@ -4,14 +4,16 @@ import contextlib
 import os
 import re
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers import connect, needs, posix_only, wait_until
+from helpers.command import COMMAND
 from helpers.status import agent, get
-from helpers.workers import Running, children_of, gone, main, parent
+from helpers.workers import WAITS, Running, children_of, gone, main, parent
 from test_workers_handover import handed_over
 
 pytestmark = [posix_only("signals between processes"), needs("Linux")]
@@ -147,3 +149,20 @@ def test_only_sigterm_waits_for_lame_duck(number: int) -> None:
     )
     with parent(text) as running:
         running.end(number)
+
+
+def test_programs_are_answered_for_too(tmp_path: Path) -> None:
+    """`fastlisten workers`: the parent knows which of them serve, and their queues."""
+    program = WAITS + 'serve(b"0 %d" % os.getpid())\n'
+    options = ["--bind", "127.0.0.1:0", "--workers", "2", "--status", "127.0.0.1:0", "--lame-duck", "100"]
+    with parent([*COMMAND, "workers", *options, "--", sys.executable, "-c", program]) as running:
+        status = status_of(running)
+        assert (get(status, "/readyz").text, agent(status)) == ("serving\n", "up 100% ready\n")
+        text = get(status, "/metrics").text
+        assert len(re.findall(r"^fastlisten_worker_ready{.*} 1$", text, re.MULTILINE)) == 2
+        assert "fastlisten_queued_connections{" in text
+        assert "fastlisten_accepted_connections" not in text
+        running.send(signal.SIGTERM)
+        running.line_with("not ready any more, draining in 100 s")
+        assert (get(status, "/readyz").text, agent(status)) == ("draining\n", "drain\n")
+        running.end()

@@ -51,14 +51,11 @@ class StatusServer:
         events.owns(self._close)
 
     def stop(self) -> None:
-        """Answer nobody any more, and close everything."""
-        if self._events is not None:
-            if self._again == math.inf:
-                self._events.forget(self.listener)
-            for client in list(self._clients.values()):
-                client.end()
-            self._events = None
-        self._close()
+        """Accept nobody any more; who is here is still answered."""
+        if self._events is not None and self._again == math.inf:
+            self._events.forget(self.listener)
+        self._again = math.inf
+        self.listener.close()
 
     def _close(self) -> None:
         """Close the descriptors, also those that a fork has got: the events are the parent's there."""
@@ -83,7 +80,7 @@ class StatusServer:
             self._events.hear(self.listener, self._came)
 
     def _came(self) -> None:
-        if self._events is None:  # it was stopped just now
+        if self._events is None or self.listener.fileno() == -1:  # it was stopped just now
             return
         try:
             connections = self.listener.accept_many()

@@ -196,7 +196,7 @@ class Parent:
     def _taken_over(self, pid: int) -> None:
         """The next parent's workers serve."""
         if self._status is not None:
-            self._status.stop()
+            self._status.hand_over()
         self._tell("handed over", f"process {pid} has taken over", pid=pid)
         self._stop("SIGUSR2")
 

@@ -25,6 +25,7 @@ class StatusPort:
         self._workers = workers
         self._stats = stats
         self._pool: Pool | None = None
+        self._handed_over = False
         self._server = StatusServer(members.listeners[0], self)
 
     def open(self, events: Events, pool: Pool) -> None:
@@ -32,8 +33,9 @@ class StatusPort:
         self._pool = pool
         self._server.open(events)
 
-    def stop(self) -> None:
-        """Answer nobody any more: another parent does."""
+    def hand_over(self) -> None:
+        """Another parent answers from now on, and serves."""
+        self._handed_over = True
         self._server.stop()
 
     def due(self) -> float:
@@ -49,6 +51,8 @@ class StatusPort:
     def state(self) -> str:
         """One worker that serves is enough."""
         pool = self._pool
+        if self._handed_over:
+            return SERVING
         if pool is None or pool.ending or pool.leaving:
             return DRAINING
         return SERVING if any(pool.serving()) else STARTING
