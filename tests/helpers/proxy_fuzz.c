@@ -65,7 +65,7 @@ static int binary(char *to)
         to[i] = (char)random_below(256);
     while (count--) {
         to[at] = (char)types[random_below(sizeof types)];
-        size = to[at] == 3 ? 4 : (int)random_below(40);
+        size = to[at] == 3 ? 4 : (int)random_below(to[at] == 5 ? 150 : 40);
         to[at + 1] = 0;
         to[at + 2] = (char)size;
         sum = to[at] == PROXY_CRC32C ? at + 3 : sum;
