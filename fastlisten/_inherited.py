@@ -121,7 +121,9 @@ def serve_connection(client: socket.socket, handler: Handler, options: Checked) 
             handle(connection)
         except Exception as error:
             if on_error is None:
-                logging.getLogger("fastlisten").error("the handler of %r failed", connection, exc_info=error)
+                extra = {"event": "handler failed", "connection": connection}
+                log = logging.getLogger("fastlisten")
+                log.error("the handler of %r failed", connection, exc_info=error, extra=extra)
             else:
                 on_error(error, connection)
     return ServeResult(finished=0, cut=0)

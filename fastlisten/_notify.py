@@ -177,7 +177,8 @@ class Notifier:
         except OSError as error:
             if not self._failed:
                 self._failed = True
-                _log.warning("the watchdog is not fed: %s", error)
+                text = "the service manager's watchdog is not fed, which may end the service: %s"
+                _log.warning(text, error, extra={"event": "watchdog not fed", "reason": str(error)})
             return
         self._failed = False
 

@@ -143,10 +143,13 @@ class ReloadingContext(ssl.SSLContext):
             pair.load_into(context)
         except Exception as error:  # whatever it is, the old one is still there
             if not told:
-                log.warning("%s is left alone, the certificate stays as it was: %s", _text(pair), error)
+                text = "%s cannot be loaded, the certificate stays as it was: %s"
+                extra = {"event": "certificate kept", "files": _text(pair), "reason": str(error)}
+                log.warning(text, _text(pair), error, extra=extra)
         else:
             if not told:
-                log.info("%s is served from now on", _text(pair))
+                extra = {"event": "certificate loaded", "files": _text(pair)}
+                log.info("%s is served from now on", _text(pair), extra=extra)
 
     def _of(self, name: str | None) -> ssl.SSLContext | None:
         """The context for a name; the first pair's, where none has it."""

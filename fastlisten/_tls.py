@@ -139,7 +139,9 @@ def log_failure(peer: object, error: OSError) -> None:
     import logging  # not at the top: most never log
 
     # As text: the traceback of one that is kept would keep the socket open.
-    logging.getLogger("fastlisten").debug("the TLS handshake of %r failed: %s", peer, str(error))
+    extra = {"event": "handshake failed", "peer": peer, "reason": failure_reason(error)}
+    log = logging.getLogger("fastlisten")
+    log.debug("the TLS handshake of %r failed: %s", peer, str(error), extra=extra)
 
 
 def reloading(

@@ -234,6 +234,13 @@ cdef object error_of(int code):
         return error
 
 
+cdef int tell_of(str event, str text, int code) except -1:
+    """Warn in the log, with the error of a code in the text."""
+    error = error_of(code)
+    log().warning(text, error, extra={"event": event, "reason": str(error)})
+    return 0
+
+
 # --- No descriptors or memory -------------------------------------------------------------------------------
 
 @cython.final
@@ -371,17 +378,18 @@ cdef class Shortage:
             self.also.tell()
         code = port_swap(&self.drop_code, 0)
         if code:
-            log().warning("a client was dropped before a handler had it: %s", error_of(<int>code))
+            tell_of("dropped", "a client was dropped before a handler had it: %s", <int>code)
         code = port_swap(&self.poller_code, 0)
         if code:
-            log().warning("the poller failed, clients that have to speak first are polled every 10 ms: %s",
-                          error_of(<int>code))
+            tell_of("poller failed",
+                    "the poller failed, clients that have to speak first are polled every 10 ms: %s",
+                    <int>code)
         code = port_get(&self.code)
         if code == 0:
             return 0  # there was no shortage yet
         error = error_of(<int>code)
         if port_swap(&self.to_tell_beginning, 0):
-            log().warning("accepting pauses: %s", error)
+            tell_of("accepting pauses", "accepting pauses: %s", <int>code)
         asked = port_get(&self.retry_at)
         if asked < 0:
             seconds = self.ask(error, -asked)
@@ -391,8 +399,9 @@ cdef class Shortage:
             if port_replace(&self.retry_at, asked, retry_at):  # else a descriptor has come free meanwhile
                 port_swap(&self.until, retry_at)
         if port_swap(&self.to_tell_end, 0):
-            log().info("accepting again after %.3f s and %d failed tries",
-                       port_get(&self.lasted) / 1e9, port_get(&self.failed_tries))
+            seconds, tries = port_get(&self.lasted) / 1e9, port_get(&self.failed_tries)
+            log().info("accepting again after %.3f s and %d failed tries", seconds, tries,
+                       extra={"event": "accepting again", "seconds": seconds, "tries": tries})
         return 0
 
     cdef int tell_rest(self) except -1:

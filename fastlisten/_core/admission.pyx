@@ -139,12 +139,16 @@ cdef class Table:
         cdef int64_t since
         if not admission_report(self.at, now, now + REPORT_EVERY, rest, &since, refused, worst):
             return
-        reasons = ", ".join([f"{REASONS[i]} {refused[i]}" for i in range(ADMISSION_REASONS) if refused[i]])
+        reasons = {REASONS[i]: refused[i] for i in range(ADMISSION_REASONS) if refused[i]}
         found = [(worst[i].count, self.text(&worst[i].source)) for i in range(ADMISSION_WORST)
                  if worst[i].count]
-        sources = ", ".join([f"{source} ({count})" for count, source in sorted(found, reverse=True)[:NAMED]])
-        log().warning("%s%s: %s; most from %s", "would have refused" if self.at.dry_run else "refused",
-                      f" in {(now - since) / 1e9:.1f} s" if since else "", reasons, sources)
+        sources = {source: count for count, source in sorted(found, reverse=True)[:NAMED]}
+        seconds = (now - since) / 1e9 if since else None
+        event = "would have refused" if self.at.dry_run else "refused"
+        log().warning("%s%s: %s; most from %s", event, "" if seconds is None else f" in {seconds:.1f} s",
+                      ", ".join([f"{reason} {count}" for reason, count in reasons.items()]),
+                      ", ".join([f"{source} ({count})" for source, count in sources.items()]),
+                      extra={"event": event, "seconds": seconds, "reasons": reasons, "sources": sources})
 
     cdef str text(self, const admission_key *source):
         """A source for the log."""

@@ -284,8 +284,10 @@ cdef class Loop(Dispatcher):
                 self.on_error(error, connection)
                 return 0
         except Exception:
-            log().exception("on_error itself failed")
-        log().error("the handler of %r failed", connection, exc_info=error)
+            log().exception("on_error failed, and what it was called for follows",
+                            extra={"event": "on_error failed"})
+        log().error("the handler of %r failed", connection, exc_info=error,
+                    extra={"event": "handler failed", "connection": connection})
         return 0
 
     # --- stopping: by any thread, by handlers and by signal handlers ----------------------------------

@@ -17,7 +17,10 @@ cdef object _dup2 = getattr(os, "dup2", None)
 
 
 cdef object log():
-    """The logger; imported late, since it costs as much to import as all the rest and most never log."""
+    """The logger; imported late, since it costs as much to import as all the rest and most never log.
+
+    A record says in `event`, of its `extra`, what it is about, and in others what its text says, too.
+    """
     import logging
     return logging.getLogger("fastlisten")
 
@@ -76,7 +79,8 @@ cdef int waker_mend(waker_t *waker) except -1:
         waker_close(waker)
         waker_open(waker)
         if not port_swap(&waker.told, 1):
-            log().warning("a wake-up failed, and what wakes was made anew")
+            log().warning("a wake-up failed, and the two sockets for it were made anew: nobody waits for it",
+                          extra={"event": "wake-up failed"})
     return 0
 
 

@@ -305,7 +305,9 @@ cdef class Threads:
             if port_get(&self.alive) == 0:
                 self.join()
             elif not self.leave:
-                log().warning("%d handlers go on without their connections", port_get(&self.alive))
+                log().warning("%d handlers have not ended, and go on without their connections",
+                              port_get(&self.alive),
+                              extra={"event": "handlers left", "handlers": port_get(&self.alive)})
         return 0
 
     def start_threads(self):
@@ -416,7 +418,10 @@ cdef class Threads:
         try:
             self.grow()
         except (RuntimeError, MemoryError) as error:
-            log().warning("no more than %d threads: %s", port_get(&self.alive), error)
+            log().warning("no thread can be started, and %d handle all clients: %s",
+                          port_get(&self.alive), error,
+                          extra={"event": "no more threads", "threads": port_get(&self.alive),
+                                 "reason": str(error)})
         return 0
 
     def work(self):

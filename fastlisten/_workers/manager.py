@@ -91,4 +91,5 @@ def notifier() -> Notifier:
 
 def _not_told(error: Exception) -> None:
     text = getattr(error, "strerror", None) or error
-    _log.warning("the service manager is not told: %s", text)
+    extra = {"event": "manager not told", "reason": str(text)}
+    _log.warning("the service manager is not told: %s", text, extra=extra)

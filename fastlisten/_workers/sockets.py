@@ -107,7 +107,9 @@ class Members:
         except OSError as error:
             self._steers = False
             _log.warning(
-                "%s: clients cannot be steered, the kernel's hash spreads them: %s", self.endpoint, error
+                "%s: clients cannot be steered, the kernel's hash spreads them: %s",
+                *(self.endpoint, error),
+                extra={"event": "not steered", "listener": str(self.endpoint), "reason": str(error)},
             )
         else:
             self._steered = wanted

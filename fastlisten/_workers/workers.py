@@ -190,7 +190,7 @@ class Supervised:
 
     def _tell(self, event: str, text: str, warning: bool = False, **values: Any) -> None:
         """What happens: to the log."""
-        _log.log(logging.WARNING if warning else logging.INFO, "%s", text)
+        _log.log(logging.WARNING if warning else logging.INFO, "%s", text, extra={"event": event, **values})
 
     # --- the counters ---------------------------------------------------------------------------------
 

@@ -178,7 +178,8 @@ cdef class Hub:
         try:
             port_raise(code)
         except OSError as error:
-            log().warning("the poller failed, the event loop watches its %d: %s", len(watched), error)
+            log().warning("the poller failed, the event loop watches its %d connections: %s",
+                          len(watched), error, extra={"event": "poller failed", "reason": str(error)})
         for what in watched:
             events, what.watched_for, what.polled = what.watched_for, 0, False
             self.have_loop_watch(what, events)

@@ -411,4 +411,5 @@ def _remove(path: OwnPath) -> None:
     try:
         path.remove()
     except OSError as error:
-        _log.error("a unix socket's path stays: %s", error)
+        text = "a unix socket's path stays, and is to be removed by hand: %s"
+        _log.error(text, error, extra={"event": "path stays", "reason": str(error)})
