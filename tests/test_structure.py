@@ -258,6 +258,42 @@ def test_one_place_says_how_long_accepting_pauses() -> None:
     assert back_offs(sources(".py", ".pyx", ".pxd", ".h")) == {"_core/accept.pyx"}
 
 
+LOG_CALL = re.compile(r"\b(?<!asyncio)_?log(?:\(\))?\.(?:debug|info|warning|error|exception|critical|log)\(")
+
+
+def log_calls(texts: Sources) -> dict[str, str]:
+    """Return the calls of the logger `fastlisten`, each by where it stands."""
+    found = {}
+    for path, text in texts.items():
+        for call in LOG_CALL.finditer(text):
+            depth, end = 1, call.end()
+            while depth:
+                depth += {"(": 1, ")": -1}.get(text[end], 0)
+                end += 1
+            found[f"{path}:{text.count(chr(10), 0, call.start()) + 1}"] = text[call.start() : end]
+    return found
+
+
+def events(texts: Sources) -> set[str]:
+    """Return the events that records, workers and the command tell of."""
+    told = r'(?:"event": |tell_of\(|_tell\(|_warn\(|_event\(text, |^ +f?"listening.*\n +)"([a-z_ -]+)"'
+    found = {event for text in texts.values() for event in re.findall(told, text, re.MULTILINE)}
+    return found | set(re.findall(r'event = "(.*?)" if .* else "(.*?)"', texts["_core/admission.pyx"])[0])
+
+
+def test_each_line_of_the_log_says_what_it_is_about() -> None:
+    texts = {path: text for path, text in sources(".py", ".pyx").items() if path != "cli/log.py"}
+    calls = log_calls(texts)
+    assert len(calls) > 10
+    assert [where for where, call in calls.items() if "extra=" not in call] == []
+    document = (PACKAGE.parent / "LOG.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?`) \| [A-Z]+ \|", document, re.MULTILINE)
+    of_workers = document.partition("`Workers` tell")[2].partition(", with")[0]
+    of_command = document.partition("of the workers, and ")[2].partition(";")[0]
+    listed = set(re.findall("`([a-z_ -]+)`", " ".join([*rows, of_workers, of_command])))
+    assert listed == events(texts)
+
+
 def test_an_option_is_declared_once() -> None:
     places = declared_options(sources(".py"))
     assert {"backlog", "threads", "busy"} <= set(places)

@@ -20,6 +20,7 @@ from fastlisten._options import (
 )
 from fastlisten.cli import output
 from fastlisten.cli.errors import MISUSED, CommandError
+from fastlisten.cli.log import FORMATS
 
 DEFAULT_ENDPOINT = "127.0.0.1:11000"
 # A client that is slow, or a person who types, must not hold up the next one.
@@ -195,6 +196,7 @@ def _add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
         "which answers any request with a small 200 (default %(default)s)",
     )
     serve.add_argument("--json", action="store_true", help="print one JSON object a line")
+    _add_log_format(serve)
     serve.add_argument(
         "--drain",
         metavar="SECONDS",
@@ -231,6 +233,16 @@ def _add_operation(parser: Parser) -> None:
         type=_seconds,
         help="after SIGTERM serve for so long before the drain, while /readyz says no and the agent-check "
         "drain (default 0)",
+    )
+
+
+def _add_log_format(parser: Parser) -> None:
+    parser.add_argument(
+        "--log-format",
+        choices=FORMATS,
+        default="text",
+        help="json: print, and log to stderr, one JSON object a line, each with time, level and event "
+        "(default %(default)s)",
     )
 
 
@@ -272,6 +284,7 @@ def _add_workers(commands: argparse._SubParsersAction[Parser]) -> None:
         help="how long one that is asked to end may take (default %(default)g)",
     )
     value("--json", action="store_true", help="print one JSON object a line")
+    _add_log_format(workers)
     _add_ready_timeout(workers)
     _add_operation(workers)
     _add_binding(workers)

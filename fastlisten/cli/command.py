@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from fastlisten.cli import output
+from fastlisten.cli import log, output
 from fastlisten.cli.arguments import parser
 from fastlisten.cli.errors import INTERRUPTED, MISUSED, CommandError
 from fastlisten.cli.hosts import hosts_command
@@ -46,10 +46,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return MISUSED
         options = parser().parse_args(own)
         options.arguments = program
+        if getattr(options, "log_format", None) == "json":
+            log.use("json")
+            options.json = True
         return COMMANDS[options.command](options)
     except CommandError as error:
-        line = " ".join(str(error).split())
-        print(f"fastlisten: {line}", file=sys.stderr)
+        log.complain(" ".join(str(error).split()))
         return error.status
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import fastlisten
+from fastlisten.cli.log import complain
 
 if TYPE_CHECKING:
     from fastlisten import Notifier
@@ -51,4 +51,4 @@ def stopping(notifier: Notifier | None, status: str | None = None) -> None:
 
 def _failed(error: Exception) -> None:
     text = getattr(error, "strerror", None) or error
-    print(f"fastlisten: the service manager is not told: {text}; serving goes on", file=sys.stderr)
+    complain(f"the service manager is not told: {text}; serving goes on", "manager not told", "WARNING")

@@ -7,6 +7,7 @@ import os
 import sys
 
 from fastlisten.cli.errors import FAILED, CommandError
+from fastlisten.cli.log import complain
 
 
 def write(text: str) -> None:
@@ -47,7 +48,7 @@ class Log:
             if not self._failed:
                 self._failed = True
                 with contextlib.suppress(OSError):  # then nothing is left to tell it by
-                    print(f"fastlisten: stdout: {error.strerror}; serving goes on", file=sys.stderr)
+                    complain(f"stdout: {error.strerror}; serving goes on", level="WARNING")
 
 
 def discard() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import queue
@@ -15,6 +14,7 @@ from typing import Any
 
 from fastlisten import Endpoint, Listener, ListenerStats, ServeResult
 from fastlisten.cli import output
+from fastlisten.cli.log import line_of
 
 LIVE_INTERVAL = 0.5  # seconds between two states of the live line: readable, and seen to move
 LINE_INTERVAL = 2.0  # seconds between two lines of a log, at least
@@ -122,7 +122,7 @@ class Report:
 
     def _event(self, text: str, event: str, **values: object) -> None:
         if self._json:
-            text = json.dumps({"event": event, **values}, default=str)
+            text = line_of(event, text, values)
         with self.cleared():
             self._log.write(f"{text}\n")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import fastlisten
 from fastlisten import Connection, Endpoint, Listener
 from fastlisten._bind import passed_connection
 from fastlisten._listener import serve_options
+from fastlisten.cli import log
 from fastlisten.cli.arguments import (
     ADMISSION_OPTIONS,
     BIND_OPTIONS,
@@ -120,7 +120,7 @@ def _serve_client(
     """Serve the one client that inetd (nowait) or systemd (Accept=yes) has accepted."""
     from fastlisten._inherited import serve_connection
 
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    log.set_up()
     serve_connection(client, handler, serve_options(handler, **serving))
     return 0
 
@@ -135,8 +135,7 @@ def _serve(
 ) -> int:
     report = Report(listener, options.json, options.threads)
     signals = _drain_on_signals(listener, options, report, manager, status)
-    # Without effect when the handler's module has set logging up for itself.
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", handlers=[LogLines(report)])
+    log.set_up(LogLines(report), listener=str(listener.endpoint))
     result, code, why = None, 0, None
     try:
         report.started(options.handler, None if status is None else status.endpoint)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
+import functools
 import os
 import shutil
 import time
 from collections.abc import Callable
 from typing import Any
 
-from fastlisten import Connection, Endpoint, ListenerStats, ServeResult
+from fastlisten import Connection, Endpoint, Listener, ListenerStats, ServeResult
+from fastlisten._workers.child import Target
 from fastlisten._workers.workers import ProgramWorkers, Supervised, Workers, serve_target
-from fastlisten.cli import output
+from fastlisten.cli import log, output
 from fastlisten.cli.arguments import BIND_OPTIONS, WORKER_OPTIONS, given
 from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
 from fastlisten.cli.failures import as_option, bind_failure, endpoint_hint
@@ -32,10 +32,18 @@ def serve_with_workers(
     class Told(WorkersReport, Workers):
         """Workers that tell."""
 
-    target = serve_target(handler, serving)
+    # A worker that is a fresh interpreter knows nothing of it yet.
+    target = functools.partial(_logging, options.log_format, serve_target(handler, serving))
     return _run(
         lambda: Told(target, endpoint, **_options(options)), [endpoint], options, Saturation(options.threads)
     )
+
+
+def _logging(name: str, target: Target, *listeners: Listener) -> object:
+    """Serve in a worker, with the log as the parent has it."""
+    log.use(name)
+    log.set_up(listener=", ".join(str(listener.endpoint) for listener in listeners))
+    return target(*listeners)
 
 
 def workers_command(options: argparse.Namespace) -> int:
@@ -101,7 +109,7 @@ class WorkersReport(Supervised):
         self._then = time.monotonic()
         if saturation is not None:
             self._ticks.append((LIVE_INTERVAL if self._live else LINE_INTERVAL, self._tick))
-        logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+        log.set_up()
 
     def _started(self) -> None:
         names = [str(endpoint) for endpoint in self.endpoints]
@@ -120,7 +128,7 @@ class WorkersReport(Supervised):
     def _tell(self, event: str, text: str, warning: bool = False, **values: Any) -> None:
         if event == "draining":
             self.why = values["signal"]
-        self._event(text, event, **values)
+        self._event(text, event, "WARNING" if warning else "INFO", **values)
 
     def stopped(self, result: ServeResult) -> None:
         """Tell how it ended."""
@@ -170,9 +178,9 @@ class WorkersReport(Supervised):
         self._log.write(up + "".join(f"{line[:columns]}\x1b[K\n" for line in lines) + "\x1b[J")
         self._drawn = len(lines)
 
-    def _event(self, text: str, event: str, **values: object) -> None:
+    def _event(self, text: str, event: str, level: str = "INFO", /, **values: object) -> None:
         if self._json:
-            text = json.dumps({"event": event, **values}, default=str)
+            text = log.line_of(event, text, values, level)
         if self._drawn:  # the counters are drawn anew below it
             self._log.write(f"\r\x1b[{self._drawn}A\x1b[J")
             self._drawn = 0
