@@ -145,7 +145,7 @@ class _Client:
             try:
                 found = answer(self._request, self._service)
             except Exception:  # whoever asks must not end what he asks about
-                _log.exception("a request for the status failed")
+                _log.exception("a request for the status failed", extra={"event": "status failed"})
                 self.end()
                 return
             if found is not None:

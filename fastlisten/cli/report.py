@@ -44,6 +44,7 @@ class Saturation:
                 "all %d threads have had clients for %g s, and others wait: --threads 1,%d would serve more, "
                 "and connection.settimeout() in the handler ends who says nothing",
                 *(self._most, SATURATED, self._most * 2),
+                extra={"event": "threads taken", "threads": self._most},
             )
 
 
