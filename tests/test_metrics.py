@@ -2,10 +2,8 @@
 
 import asyncio
 import json
-import os
 import re
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from importlib.resources import files
@@ -17,7 +15,6 @@ import fastlisten
 from fastlisten import Admission, Listener, aio, bind, metrics
 from helpers import LOOPBACK, connect, echo, exchange, needs, posix_only, serving, wait_until
 from helpers.programs import run
-from helpers.waiting import asleep
 from helpers.workers import main, parent
 
 SAMPLE = re.compile(r'(\w+)\{((?:\w+="(?:[^"\\\n]|\\[\\"n])*",?)*)\} (\S+)')
@@ -37,10 +34,6 @@ def samples(text: str) -> dict[tuple[str, ...], float]:
     return found
 
 
-def other_threads() -> set[str]:
-    return set(os.listdir("/proc/self/task")) - {str(threading.get_native_id())}
-
-
 @pytest.fixture
 def busy(listener: Listener) -> Iterator[str]:
     """Have a listener with a client of each kind: handled, waited for a handler, refused; give its name."""
@@ -51,8 +44,6 @@ def busy(listener: Listener) -> Iterator[str]:
         echo(connection)
 
     with serving(listener, handler, threads=1, pending=1, busy=b"full"):
-        if sys.platform == "linux":  # till the thread waits for a client it would be one who waits
-            wait_until(lambda: all(asleep(f"self/task/{task}") for task in other_threads()))
         clients = [connect(listener)]
         wait_until(lambda: listener.stats().pending_connections == 0 and listener.stats().active == 1)
         clients.append(connect(listener))
