@@ -86,7 +86,7 @@ class Supervised:
         self._options = own
         self._endpoints: list[Members] = []
         self._status: Members | None = None
-        self.binding: Address | Listener | None = None  # what run() binds just now, or could not
+        self._binding: Address | Listener | None = None  # what run() binds just now, or could not
         self._pool: Pool | None = None
         self._inheritance: Inheritance | None = None
         self._totals = Totals()
@@ -153,16 +153,16 @@ class Supervised:
         inheritance = self._inheritance = Inheritance.from_environment()
         try:
             for where in self._where:
-                self.binding = where
+                self._binding = where
                 members = inheritance and inheritance.take(name_of(where), self._bind_options)
                 self._endpoints.append(members or Members(where, self._bind_options))
                 self._endpoints[-1].grow(count)
             if self._status_where is not None:
-                self.binding = self._status_where
+                self._binding = self._status_where
                 name, options = name_of(self._status_where), checked(BindOptions, "Workers")
                 members = inheritance and inheritance.take(name, options)
                 self._status = members or Members(self._status_where, options)
-            self.binding = None
+            self._binding = None
             yield self._endpoints
         finally:
             if inheritance is not None:

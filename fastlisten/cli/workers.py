@@ -84,7 +84,7 @@ def _run(
     except RuntimeError as error:
         raise CommandError(f"cannot serve {where}: {error}", FAILED) from error
     except OSError as error:
-        if (endpoint := workers.binding) is None:
+        if (endpoint := workers._binding) is None:
             raise CommandError(f"serving {where} failed: {error}", FAILED) from error
         option = "--status: " if len(workers._endpoints) == len(endpoints) else ""
         raise CommandError(f"{option}{bind_failure(endpoint, error)}", FAILED) from error
