@@ -43,6 +43,11 @@ class Family(NamedTuple):
     read: Callable[[Any], float | Mapping[str, int] | PendingTimes | None]
 
     @property
+    def sample_name(self) -> str:
+        """That of its samples, as Prometheus has it."""
+        return self.prometheus_name + ("_total" if self.kind == "counter" else "")
+
+    @property
     def prometheus_name(self) -> str:
         """Without the _total of a counter's samples; as OpenTelemetry translates its names."""
         return self.name.replace(".", "_") + ("_seconds" if self.unit == "s" else "")
@@ -187,15 +192,17 @@ ALL = (*_BUILD, *LISTENERS, *WORKERS, *ADMISSIONS)
 class Row:
     """What families are read from, and whose it is; without: families that it is not for."""
 
+    __slots__ = ("labels", "source", "text", "without")
+
     def __init__(self, source: Any, without: Collection[str] = (), **labels: str) -> None:
         self.source = source
         self.without = without
         self.labels = labels
-        self.text = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+        self.text = ",".join([f'{name}="{_escaped(value)}"' for name, value in labels.items()])
 
 
-Sample = tuple[Row, str | None, "float | PendingTimes"]
-"""Whose it is, the reason, and the value."""
+Values = list[tuple[Row, Any]]
+"""Whose it is, and what Family.read() gives."""
 
 
 def exposition(*listeners: Counted, openmetrics: bool = False) -> str:
@@ -219,24 +226,35 @@ def exposition(*listeners: Counted, openmetrics: bool = False) -> str:
     fastlisten_build_info{version="..."} 1
     """
     lines: list[str] = []
-    for family, samples in collected(listeners):
-        name, counts = family.prometheus_name, family.kind == "counter"
-        sample_name = f"{name}_total" if counts else name
-        head = name if openmetrics else sample_name
+    for family, values in _values(listeners):
+        samples = _samples(family, values)
+        if not samples:
+            continue
+        head = family.prometheus_name if openmetrics else family.sample_name
         lines += (f"# HELP {head} {family.text}", f"# TYPE {head} {family.kind}")
         if openmetrics and family.unit == "s":
             lines.append(f"# UNIT {head} seconds")
-        for row, reason, value in samples:
-            if reason is not None:
-                lines.append(f"{sample_name}{{{row.text},{_reason(reason)}}} {value}")
-            elif isinstance(value, PendingTimes):
-                lines += _histogram(sample_name, row.text, value)
-            else:
-                lines.append(f"{sample_name}{{{row.text}}} {value}")
+        lines += samples
     if openmetrics:
         lines.append("# EOF")
     lines.append("")
     return "\n".join(lines)
+
+
+def _samples(family: Family, values: Values) -> list[str]:
+    """The lines of a family; there are many, and a scrape is to take no time."""
+    name = family.sample_name
+    lines: list[str] = []
+    for row, value in values:
+        kind = type(value)
+        if kind is int or kind is float:
+            lines.append(f"{name}{{{row.text}}} {value}")
+        elif isinstance(value, PendingTimes):
+            lines += _histogram(name, row.text, value)
+        else:
+            start = f"{name}{{{row.text},"
+            lines += [f"{start}{_reason(reason)}}} {number}" for reason, number in value.items()]
+    return lines
 
 
 def _histogram(name: str, labels: str, times: PendingTimes) -> Iterator[str]:
@@ -264,20 +282,13 @@ def _escaped(text: str) -> str:
 # --- what there is to tell
 
 
-def collected(sources: Iterable[Counted]) -> Iterator[tuple[Family, list[Sample]]]:
-    """The families that have samples."""
-    groups = _rows(sources)
-    for families, rows in groups:
+def _values(sources: Iterable[Counted]) -> Iterator[tuple[Family, Values]]:
+    """What each family is of each row that has it."""
+    for families, rows in _rows(sources):
         for family in families:
-            samples: list[Sample] = []
-            for row in rows:
-                value = None if family.name in row.without else family.read(row.source)
-                if isinstance(value, int | float | PendingTimes):
-                    samples.append((row, None, value))
-                elif value is not None:
-                    samples += [(row, reason, number) for reason, number in value.items()]
-            if samples:
-                yield family, samples
+            name, read = family.name, family.read
+            values = [(row, read(row.source)) for row in rows if name not in row.without]
+            yield family, [one for one in values if one[1] is not None]
 
 
 def _rows(sources: Iterable[Counted]) -> list[tuple[tuple[Family, ...], list[Row]]]:
@@ -357,11 +368,12 @@ def _observer(
     from opentelemetry.metrics import Observation
 
     def observe(_: CallbackOptions) -> Iterable[Observation]:
-        for one, samples in collected(listeners):
-            if one is family:
-                for row, reason, value in samples:
-                    more = {} if reason is None else {"reason": reason}
-                    assert not isinstance(value, PendingTimes)
-                    yield Observation(value, row.labels | more)
+        values = next(values for one, values in _values(listeners) if one is family)
+        for row, value in values:
+            if isinstance(value, Mapping):
+                for reason, number in value.items():
+                    yield Observation(number, row.labels | {"reason": reason})
+            else:
+                yield Observation(value, row.labels)
 
     return observe

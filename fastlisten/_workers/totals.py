@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fastlisten._core.state import queue
-from fastlisten._listener import ListenerStats, all_times
+from fastlisten._listener import ListenerStats, PendingTimes, all_times
 from fastlisten._workers.pool import Pool
 from fastlisten._workers.process import Process
 from fastlisten._workers.sockets import Members
@@ -54,21 +54,22 @@ class Totals:
         """The counters now; pool: None before the workers begin, and when they have ended."""
         if pool is None:
             past = [counts for kept in self._past.values() for counts in kept]
-            return WorkersStats(_together(past, self._since), ())
-        rows = []
+            return WorkersStats(_together(_sum(past), self._since), ())
+        rows, merged = [], []
         of_places: dict[int, list[dict[str, Any]]] = {}
         for process in list(pool.processes.values()):  # one that is replaced counts until it has ended
             of_places.setdefault(process.place.number, []).extend(map(_counted, process.slot.counters))
         for place in pool.places:
-            counts = [*self._past.get(place.number, ()), *of_places.pop(place.number, ())]
+            counts = [*of_places.pop(place.number, ()), *self._past.get(place.number, ())]
+            merged.append(counts[0] if len(counts) == 1 and "active" in counts[0] else _sum(counts))
             queues = [queue(members.of(place.number).fileno()) for members in endpoints if not members.shared]
-            rows.append(_together(counts, self._since, queues))
+            rows.append(_together(merged[-1], self._since, queues))
         gone = [
             counts for number, kept in self._past.items() if number >= len(pool.places) for counts in kept
         ]
         leaving = [counts for kept in of_places.values() for counts in kept]
         shared = [queue(members.of(0).fileno()) for members in endpoints if members.shared]
-        total = _together([*(row._asdict() for row in rows), *gone, *leaving], self._since, shared, rows)
+        total = _together(_sum([*merged, *gone, *leaving]), self._since, shared, rows)
         return WorkersStats(total, tuple(rows))
 
 
@@ -93,7 +94,7 @@ def _counted(counters: Any) -> dict[str, Any]:
         **counters.counts(),
         "tls_failures": counters.tls_failures(),
         "refused_for": counters.refused_for(),
-        "pending_times": counters.pending_times(),
+        "pending_times": PendingTimes(*counters.pending_times()),
         "paused": counters.paused,
     }
 
@@ -120,7 +121,7 @@ def _sum(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _together(
-    counts: Iterable[dict[str, Any]],
+    counts: dict[str, Any],
     since: float,
     queues: Iterable[tuple[int | None, int | None]] = (),
     rows: Iterable[ListenerStats] = (),
@@ -129,7 +130,7 @@ def _together(
     depths = [depth for depth, _ in queues if depth is not None]
     limits = [limit for _, limit in queues if limit is not None]
     return ListenerStats(
-        **_sum(counts),
+        **counts,
         threads=0,
         idle_threads=0,
         queue_depth=sum(depths) if depths else None,
