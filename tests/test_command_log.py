@@ -124,7 +124,9 @@ def limited(descriptors: int) -> Callable[[], None]:
 @needs("Linux")
 def test_refusals_errors_and_a_shortage(service: Path) -> None:
     """All of 127.0.0.0/8 is the loopback interface's there, so that somebody else can come."""
-    with serving(service, "--deny", "127.0.0.2", preexec_fn=limited(40)) as server:
+    # Without --first-bytes, which would close who has not spoken yet to make way for others.
+    options = ["--deny", "127.0.0.2", "--first-bytes", "0"]
+    with serving(service, *options, preexec_fn=limited(40)) as server:
         assert exchange(server.address) == b"ping"
         for data in (FORGED, b"warn", b"thread"):
             with connect(server.address) as client:
