@@ -261,7 +261,7 @@ cdef class Acceptor:
     cdef bint likely(self) noexcept nogil:
         """Whether to look for a client before poll() tells of one: less often after looks in vain."""
         if self.shortage.failures:
-            return self.shortage.eased > 0  # that there is nobody ends the shortage
+            return self.shortage.eased > 0 or self.stopping  # that nobody is there ends it, and a drain
         if self.polls_first and not self.stopping and not port_get(&self.helping):
             self.polls_first -= 1
             return False
