@@ -58,7 +58,9 @@ ROWS = {
 BY_CHANCE = {"unwatch", "loop's unwatch", "loop's watch", *(["clock_gettime"] if sys.flags.dev_mode else [])}
 # A listener that is closed wakes who waits in accept_async(), unless that was cancelled a moment before.
 # Who speaks first has the place there, and nobody need be refused.
-BY_CHANCE_IN = {("heard", "`accept_async()`"), ("ioctl", SPEAK_FIRST), ("send", SPEAK_FIRST)}
+BY_CHANCE_IN = {("heard", "`accept_async()`")} | {
+    (call, SPEAK_FIRST) for call in ("ioctl", "send", "shutdown")
+}
 
 Cells = dict[str, Cell]
 
