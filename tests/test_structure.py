@@ -258,7 +258,10 @@ def test_one_place_says_how_long_accepting_pauses() -> None:
     assert back_offs(sources(".py", ".pyx", ".pxd", ".h")) == {"_core/accept.pyx"}
 
 
-LOG_CALL = re.compile(r"\b(?<!asyncio)_?log(?:\(\))?\.(?:debug|info|warning|error|exception|critical|log)\(")
+LOG_CALL = re.compile(
+    r'(?:\b(?<!asyncio)_?log(?:\(\))?|getLogger\("fastlisten"\))'
+    r"\.(?:debug|info|warning|error|exception|critical|log)\("
+)
 
 
 def log_calls(texts: Sources) -> dict[str, str]:
@@ -276,7 +279,8 @@ def log_calls(texts: Sources) -> dict[str, str]:
 
 def events(texts: Sources) -> set[str]:
     """Return the events that records, workers and the command tell of."""
-    told = r'(?:"event": |tell_of\(|_tell\(|_warn\(|_event\(text, |^ +f?"listening.*\n +)"([a-z_ -]+)"'
+    before = r'"event": |tell_of\(|_tell\(|_warn\(|_event\(text, |put\(\(|^ +f?"listening.*\n +'
+    told = rf'(?:{before})\s*"([a-z_ -]+)"'
     found = {event for text in texts.values() for event in re.findall(told, text, re.MULTILINE)}
     return found | set(re.findall(r'event = "(.*?)" if .* else "(.*?)"', texts["_core/admission.pyx"])[0])
 
