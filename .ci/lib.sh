@@ -14,6 +14,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore PIP_RETRIES=8
 export CCACHE_DIR=$CACHE/ccache CCACHE_NOHASHDIR=1 CCACHE_MAXSIZE=1G
 if [ -d /usr/lib/ccache ]; then PATH=/usr/lib/ccache:$PATH; fi
 
+export MYPY_CACHE_DIR=$CACHE/mypy
+
 # Root may check a tree that belongs to somebody else.
 export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0=$REPO
 

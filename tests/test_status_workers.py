@@ -107,8 +107,8 @@ def test_a_replacement_is_no_time_without_an_answer() -> None:
         status = status_of(running)
         wait_until(lambda: get(status, "/readyz").status == 200)
         before = accepted(status)
-        running.send(signal.SIGHUP)
         old = running.workers(2)
+        running.send(signal.SIGHUP)
         while any(not gone(pid) for pid in old.values()) and "fastlisten_worker_starts_total" in (
             text := get(status, "/metrics").text
         ):

@@ -122,7 +122,8 @@ class Server(asyncio.AbstractServer):
             self._give_back()
             raise
         most, pending = self._limits.max_connections or 0, self._limits.pending or 0
-        self._states[0].capacity = most and most + pending
+        for state in self._states[:1]:  # there are none for an empty list of hosts
+            state.capacity = most and most + pending
         self._serving = True
         self._accepting.serve()
 
