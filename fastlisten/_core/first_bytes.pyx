@@ -188,6 +188,7 @@ cdef class FirstBytes:
         if later and (self.first[HEADER] is not NULL or self.first[SILENT] is not NULL):
             return True
         if self.next_ready() is NULL:
+            self.poll_at = 0  # now, where all are polled every now and then
             self.look()
         return self.next_ready() is not NULL
 

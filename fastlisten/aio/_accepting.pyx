@@ -385,7 +385,8 @@ cdef class Accepting(Owner):
         """Accept nobody any more; the listening sockets may be closed then.  Who has spoken has his turn."""
         if self.first is not None and self.drained is None and self.serving and not (
                 self.connections.hub.loop.is_closed()):
-            self.first.look()
+            if self.first.first_bytes.lets_in(False):
+                self.first.look()
         self.serving = False
         if self.retry is not None:
             self.retry.cancel()
