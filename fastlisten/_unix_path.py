@@ -33,22 +33,32 @@ def permissions(mode: int | None) -> Iterator[None]:
             os.umask(before)
 
 
+def _listens(path: Any, follow: bool) -> bool | None:
+    """Whether somebody listens at a unix socket's path; None where that is none, or not ours to ask.
+
+    follow: a link leads there, too.
+    """
+    try:
+        if not stat.S_ISSOCK(os.stat(path, follow_symlinks=follow).st_mode):
+            return None
+        with socket.socket(socket.AF_UNIX) as client:
+            client.setblocking(False)
+            client.connect(path)
+    except BlockingIOError:  # its queue is full
+        return True
+    except ConnectionRefusedError:
+        return False
+    except (OSError, ValueError):
+        return None
+    return True
+
+
 def is_stale(path: str) -> bool:
     """Whether a unix socket is there on which nobody listens any more.
 
     False for what cannot be looked at, a link, and a socket of another type; unix(7).
     """
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return False
-        with socket.socket(socket.AF_UNIX) as client:
-            client.setblocking(False)
-            client.connect(path)
-    except ConnectionRefusedError:
-        return True
-    except OSError:  # its queue is full, or it is not ours to ask
-        return False
-    return False
+    return _listens(path, follow=False) is False
 
 
 @contextmanager
@@ -95,20 +105,8 @@ def refuse_taken(path: Any) -> None:
 
     path: text, bytes or PathLike; an abstract name is nobody's file.
     """
-    try:
-        if path[:1] in ("\0", b"\0") or not stat.S_ISSOCK(os.stat(path).st_mode):
-            return
-    except (OSError, ValueError):
-        return
-    with socket.socket(socket.AF_UNIX) as client:
-        client.setblocking(False)
-        try:
-            client.connect(path)
-        except BlockingIOError:  # it listens, and its queue is full
-            pass
-        except OSError:
-            return
-    raise OSError(errno.EADDRINUSE, f"Address {path!r} is already in use")
+    if path[:1] not in ("\0", b"\0") and _listens(path, follow=True):
+        raise OSError(errno.EADDRINUSE, f"Address {path!r} is already in use")
 
 
 class OwnPath:
