@@ -390,18 +390,19 @@ cdef class Acceptor:
         cdef int64_t due
         cdef int i, ready
         cdef source_t *source
+        cdef bint hears = closed_for == 0 and not self.shut()
         cdef outcome_t outcome = NOBODY
         cdef outcome_t found = TAKEN
         for i in range(self.count):
             source = &self.sources[i]
             self.polls[i].fd = source.state.waker.reader
             self.polls[i].events = POLLIN
-            if closed_for == 0 and not port_get(&source.gone) and not self.shut() and (
+            if hears and not port_get(&source.gone) and (
                     self.stopping or not port_get(&source.state.paused)):
                 self.polls[n].fd = source.fd
                 self.polls[n].events = POLLIN
                 n += 1
-        if self.stopping and closed_for == 0 and not self.shut():
+        if self.stopping and hears:
             patience = 0  # a drain takes who is there, and nobody who may yet come
         if self.drain.deadline:
             patience = self.until_deadline(patience)
