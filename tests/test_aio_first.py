@@ -153,15 +153,20 @@ def test_who_has_spoken_waits_for_a_place(run: Run, mode: dict[str, Any]) -> Non
 
 
 @modes
-def test_a_close_drops_who_waits(run: Run, mode: dict[str, Any]) -> None:
+@pytest.mark.parametrize("drain", [None, 0.2])
+def test_a_close_drops_who_waits_and_a_drain_at_its_end(
+    run: Run, mode: dict[str, Any], drain: float | None
+) -> None:
     async def main() -> None:
         async with server(Echo, first_bytes=LIMIT, proxy=Proxy([SOMEBODY], False), **mode) as serving:
             with connect(serving.address) as silent:
                 await until(lambda: serving.server.stats().waiting == 1)
-                serving.server.close()
+                serving.server.close(drain)
                 assert await in_thread(read_all, silent) == b""
                 stats = serving.server.stats()
                 assert (stats.dropped, stats.active, stats.waiting) == (1, 0, 0)
+            await serving.server.wait_closed()
+            assert serving.server.stats().handled == 0
 
     run(main())
 
@@ -195,21 +200,6 @@ def test_a_drain_lets_everybody_speak_who_is_here(run: Run, mode: dict[str, Any]
             await serving.server.wait_closed()
             stats = serving.server.stats()
             assert (stats.handled, stats.dropped) == (2, 0)
-
-    run(main())
-
-
-@modes
-def test_the_end_of_a_drain_drops_the_silent(run: Run, mode: dict[str, Any]) -> None:
-    async def main() -> None:
-        async with server(Echo, first_bytes=LIMIT, **mode) as serving:
-            with connect(serving.address) as silent:
-                await until(lambda: serving.server.stats().waiting == 1)
-                serving.server.close(drain=0.2)
-                assert await in_thread(read_all, silent) == b""
-            await serving.server.wait_closed()
-            stats = serving.server.stats()
-            assert (stats.handled, stats.dropped) == (0, 1)
 
     run(main())
 

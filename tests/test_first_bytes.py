@@ -219,10 +219,13 @@ def test_for_want_of_descriptors_who_has_waited_longest_makes_way(listener: List
 
 
 @modes
-def test_a_stop_drops_who_waits(listener: Listener, silent: Silent, mode: dict[str, Any]) -> None:
+@pytest.mark.parametrize("drain", [None, 0.2])
+def test_a_stop_drops_who_waits_and_a_drain_at_its_end(
+    listener: Listener, silent: Silent, mode: dict[str, Any], drain: float | None
+) -> None:
     with serving(listener, answer, first_bytes=LIMIT, **mode) as served:
         (client,) = silent(listener)
-        listener.stop()
+        listener.stop(drain)
         served.wait()
         assert read_all(client) == b""
         assert balanced(listener.stats())
@@ -272,19 +275,6 @@ def test_a_drain_waits_for_the_silent_as_long_as_they_have(
         served.wait()
         assert read_all(client) == b""
         assert listener.stats().refused_for == {"silent": 1}
-
-
-@modes
-def test_the_end_of_a_drain_drops_the_silent(
-    listener: Listener, silent: Silent, mode: dict[str, Any]
-) -> None:
-    with serving(listener, answer, first_bytes=LIMIT, **mode) as served:
-        (client,) = silent(listener)
-        listener.stop(drain=0.2)
-        served.wait()
-        assert read_all(client) == b""
-        assert balanced(listener.stats())
-        assert listener.stats().dropped == 1
 
 
 @modes
