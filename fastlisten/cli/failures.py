@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import errno
 import ipaddress
 import os
 import re
 import socket
 import sys
+from collections.abc import Iterator
 
 from fastlisten import Endpoint
 from fastlisten._endpoint import DESCRIPTOR, NO_IP, UNIX
@@ -19,6 +20,7 @@ from fastlisten.cli.arguments import (
     SERVE_OPTIONS,
     WORKER_OPTIONS,
 )
+from fastlisten.cli.errors import FAILED, MISUSED, CommandError
 from fastlisten.cli.handlers import BUILT_IN
 from fastlisten.cli.port_holder import holder_of, what_stands_at
 
@@ -26,8 +28,31 @@ from fastlisten.cli.port_holder import holder_of, what_stands_at
 PATH_LENGTH = 107 if sys.platform == "linux" else 103  # bytes
 
 
-def endpoint_hint(text: str) -> str:
+def read_endpoint(text: str, option: str = "") -> Endpoint:
+    """Return the endpoint of an argument, or of an option; raises CommandError with what may have been
+    meant."""
+    try:
+        return Endpoint.parse(text)
+    except ValueError as error:
+        raise CommandError(f"{option}{error}{_hint(text)}", MISUSED) from error
+
+
+@contextlib.contextmanager
+def binding(endpoint: Endpoint, option: str = "") -> Iterator[None]:
+    """Raise CommandError for what goes wrong in bind() inside; option: what the endpoint is for."""
+    try:
+        yield
+    except OSError as error:
+        raise CommandError(f"{option}{bind_failure(endpoint, error)}", FAILED) from error
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        # An option that does not fit the endpoint, or that this system does not have.
+        raise CommandError(f"{option}cannot listen on {endpoint}: {as_option(error)}", MISUSED) from error
+
+
+def _hint(text: str) -> str:
     """Return what a text that is no endpoint was probably meant to be, as a question, or ""."""
+    import difflib  # not at the top: for who has mistyped
+
     if text.startswith(NO_IP):
         return ""
     if handler := difflib.get_close_matches(text, BUILT_IN, 1):

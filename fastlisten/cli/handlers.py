@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import operator
 import os
 import sys
@@ -42,6 +41,8 @@ def load_handler(name: str) -> Callable[[Connection], object]:
         raise CommandError(f"handler {name!r}: {error}", MISUSED) from error
     if not callable(handler):
         raise CommandError(f"handler {name!r} is not callable but {type(handler).__name__}", MISUSED)
+    import inspect  # not at the top: for who serves
+
     try:
         inspect.signature(handler).bind(None)
     except TypeError as error:

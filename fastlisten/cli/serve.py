@@ -22,7 +22,7 @@ from fastlisten.cli.arguments import (
     given,
 )
 from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
-from fastlisten.cli.failures import as_option, bind_failure, endpoint_hint
+from fastlisten.cli.failures import as_option, binding, read_endpoint
 from fastlisten.cli.handlers import BUILT_IN, load_handler
 from fastlisten.cli.manager import notifier, ready, stopping
 from fastlisten.cli.report import LogLines, Report
@@ -38,10 +38,7 @@ def serve_command(options: argparse.Namespace) -> int:
     if options.endpoint in BUILT_IN:
         text = f"{options.endpoint} is a handler and needs an endpoint before it"
         raise CommandError(f"{text}: {DEFAULT_ENDPOINT} {options.endpoint}", MISUSED)
-    try:
-        endpoint = Endpoint.parse(options.endpoint)
-    except ValueError as error:
-        raise CommandError(f"{error}{endpoint_hint(options.endpoint)}", MISUSED) from error
+    endpoint = read_endpoint(options.endpoint)
     handler = load_handler(options.handler)
     serving = given(options, SERVE_OPTIONS)
     serving["first_bytes"] = options.first_bytes or None
@@ -76,13 +73,8 @@ def serve_command(options: argparse.Namespace) -> int:
         return serve_with_workers(endpoint, handler, serving, options)
     if options.ready_timeout is not None:
         raise CommandError("--ready-timeout needs --workers", MISUSED)
-    try:
+    with binding(endpoint):
         listener = passed_connection(endpoint) or fastlisten.bind(endpoint, **given(options, BIND_OPTIONS))
-    except OSError as error:
-        raise CommandError(bind_failure(endpoint, error), FAILED) from error
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        # An option that does not fit the endpoint, or that this system does not have.
-        raise CommandError(f"cannot listen on {endpoint}: {as_option(error)}", MISUSED) from error
     with listener, notifier() as manager:
         if isinstance(listener, Listener):
             with status_thread(options, listener) as status:

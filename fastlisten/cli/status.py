@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import fastlisten
 from fastlisten import Endpoint, Listener
-from fastlisten.cli.errors import FAILED, MISUSED, CommandError
-from fastlisten.cli.failures import bind_failure, endpoint_hint
+from fastlisten.cli.errors import MISUSED, CommandError
+from fastlisten.cli.failures import binding, read_endpoint
 
 if TYPE_CHECKING:
     from fastlisten._status.thread import StatusThread
@@ -22,10 +22,7 @@ def status_endpoint(options: argparse.Namespace) -> Endpoint | None:
         if options.lame_duck is not None:
             raise CommandError("--lame-duck needs --status", MISUSED)
         return None
-    try:
-        return Endpoint.parse(options.status)
-    except ValueError as error:
-        raise CommandError(f"--status: {error}{endpoint_hint(options.status)}", MISUSED) from error
+    return read_endpoint(options.status, "--status: ")
 
 
 @contextlib.contextmanager
@@ -37,11 +34,7 @@ def status_thread(options: argparse.Namespace, listener: Listener) -> Iterator[S
         return
     from fastlisten._status.thread import StatusThread  # only for who asks for it
 
-    try:
+    with binding(endpoint, "--status: "):
         where = fastlisten.bind(endpoint)
-    except OSError as error:
-        raise CommandError(f"--status: {bind_failure(endpoint, error)}", FAILED) from error
-    except (ValueError, AttributeError) as error:  # what this system does not have
-        raise CommandError(f"--status: cannot listen on {endpoint}: {error}", MISUSED) from error
     with StatusThread(where, [listener]) as thread:
         yield thread

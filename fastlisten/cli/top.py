@@ -12,19 +12,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from fastlisten import Endpoint
 from fastlisten.cli import output
 from fastlisten.cli.errors import FAILED, MISUSED, CommandError
-from fastlisten.cli.failures import endpoint_hint
+from fastlisten.cli.failures import read_endpoint
 from fastlisten.cli.view import BARS, PLAIN_BARS, View
 
 
 def top_command(options: argparse.Namespace) -> int:
     """Look again and again until q or Ctrl-C, or once; returns the exit status."""
-    try:
-        endpoint = Endpoint.parse(options.endpoint)
-    except ValueError as error:
-        raise CommandError(f"{error}{endpoint_hint(options.endpoint)}", MISUSED) from error
+    endpoint = read_endpoint(options.endpoint)
     if options.json and not options.once:
         raise CommandError("--json needs --once", MISUSED)
     view = View(endpoint)
@@ -39,7 +35,7 @@ def top_command(options: argparse.Namespace) -> int:
         if view.now is None:
             raise CommandError(f"cannot ask {endpoint}: {view.trouble}", FAILED)
         if options.json:
-            output.write(json.dumps(view.plain()) + "\n")
+            output.write_or_fail(json.dumps(view.plain()) + "\n")
         else:
             with show(view):
                 pass

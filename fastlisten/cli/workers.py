@@ -16,7 +16,7 @@ from fastlisten._workers.workers import ProgramWorkers, Supervised, Workers, ser
 from fastlisten.cli import log, output
 from fastlisten.cli.arguments import BIND_OPTIONS, WORKER_OPTIONS, given
 from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
-from fastlisten.cli.failures import as_option, bind_failure, endpoint_hint
+from fastlisten.cli.failures import as_option, bind_failure, read_endpoint
 from fastlisten.cli.report import LINE_INTERVAL, LIVE_INTERVAL, Saturation, counters, plain
 from fastlisten.cli.status import status_endpoint
 
@@ -50,12 +50,7 @@ def workers_command(options: argparse.Namespace) -> int:
     """`fastlisten workers`; returns the exit status."""
     if not options.arguments:
         raise CommandError("workers needs a program after --: workers -- COMMAND ARGUMENTS", MISUSED)
-    endpoints = []
-    for text in options.bind:
-        try:
-            endpoints.append(Endpoint.parse(text))
-        except ValueError as error:
-            raise CommandError(f"{error}{endpoint_hint(text)}", MISUSED) from error
+    endpoints = [read_endpoint(text) for text in options.bind]
 
     class Told(WorkersReport, ProgramWorkers):
         """Programs whose parent tells."""
