@@ -72,11 +72,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def pytest_configure() -> None:
     """Give the processes that tests start what they would have by themselves, whoever runs the tests.
 
-    A shell's background job begins with SIGINT ignored, and passes that on. Tests read what processes
-    print: that has no colours, and no options that were meant for this pytest.
+    A shell's background job begins with SIGINT ignored, nohup's with SIGHUP, and they pass that on. Tests
+    read what processes print: that has no colours, and no options that were meant for this pytest.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for name in ("FORCE_COLOR", "PYTHON_COLORS", "PYTEST_ADDOPTS"):
         os.environ.pop(name, None)
     os.environ["NO_COLOR"] = "1"
