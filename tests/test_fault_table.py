@@ -1,6 +1,5 @@
 """One failing call does not end a server: each call, in each way of serving, once and always; FAULTS.md."""
 
-import functools
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from helpers import needs
 from helpers.fault_cells import BEGIN, CALLS, LOOPS_CALLS, Cell
 from helpers.fault_modes import MODES
 from helpers.faults import Faults
+from helpers.programs import selected, side_by_side
 
 pytestmark = needs("Linux", "a C compiler", "calls that go to libc")
 
@@ -66,15 +66,15 @@ Cells = dict[str, Cell]
 
 
 @pytest.fixture(scope="module")
-def cells_of(faults: Faults) -> Callable[[str], Cells]:
+def cells_of(faults: Faults, request: pytest.FixtureRequest) -> Callable[[str], Cells]:
     """Return what happened in a mode; each is run once."""
 
-    @functools.cache
     def run(mode: str) -> Cells:
         program = "import sys; from helpers.fault_cells import main; main(*sys.argv[1:])"
         return cast(Cells, faults.python(program, mode))
 
-    return run
+    known = side_by_side(run, selected(request, "mode"))
+    return lambda mode: known[mode] if mode in known else known.setdefault(mode, run(mode))
 
 
 @pytest.mark.parametrize("mode", MODES)

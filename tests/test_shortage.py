@@ -84,13 +84,13 @@ def test_no_descriptors_costs_nothing_and_ends_within_150_ms(mode: str) -> None:
             client.sendall(b"hello")
             wait_until(lambda: process.ask("stats")["accept_errors"])
             begun = process.ask("cpu")
-            waits(client, 3)
+            waits(client, 1.5)
             spent = process.ask("cpu") - begun
-            assert spent < 0.03, f"{spent:.3f} s of CPU in 3 s"
+            assert spent < 0.03, f"{spent:.3f} s of CPU in 1.5 s"
             logged(process, "WARNING")
             [(code, tries)] = process.ask("stats")["accept_errors"].items()
             assert code == "EMFILE"
-            assert tries >= 20  # of 35: a busy machine is late, by half of the 100 ms if need be
+            assert tries >= 10  # of 18: a busy machine is late, by half of the 100 ms if need be
             delays = [answered_after(process, client)]
         # With the last descriptor in use again the episode goes on; now it ends.
         process.ask("empty")

@@ -1,13 +1,15 @@
 """The standard library's own tests of what the drop-ins replace, with the drop-ins in their place."""
 
 import importlib.util
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from helpers.programs import run
+from helpers.programs import run, selected, side_by_side
 
 # By its path: what else the package of helpers imports would be there before the drop-ins.
 RUNNER = Path(__file__).parent / "helpers" / "stdlib_suite.py"
@@ -19,6 +21,19 @@ def has_suite(name: Any) -> Any:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
+
+
+def run_suite(case: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+    replaced, suite = case
+    with tempfile.TemporaryDirectory() as folder:  # the suites write files
+        return run([sys.executable, RUNNER, replaced, suite], folder=Path(folder), limit=280, status=None)
+
+
+@pytest.fixture(scope="module")
+def results(request: pytest.FixtureRequest) -> dict[tuple[str, str], subprocess.CompletedProcess[str]]:
+    return side_by_side(
+        run_suite, [case for case in selected(request, "replaced", "suite") if has_suite(case[1])]
+    )
 
 
 @pytest.mark.timeout(300)
@@ -37,11 +52,11 @@ def has_suite(name: Any) -> Any:
         ("asyncio", "test.test_asyncio.test_sslproto"),
     ],
 )
-def test_suite(replaced: Any, suite: Any, tmp_path: Path) -> None:
+def test_suite(replaced: str, suite: str, results: dict[tuple[str, str], Any]) -> None:
     if not has_suite(suite):
         pytest.skip(f"this Python has no {suite}")
-    command = [sys.executable, RUNNER, replaced, suite]
-    done = run(command, folder=tmp_path, limit=280)  # the suites write files
+    done = results[replaced, suite]
+    assert done.returncode == 0, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("OK")
     assert "Ran 0 tests" not in done.stderr

@@ -160,10 +160,11 @@ def _drain_on_signals(
 
     def drain(name: str) -> None:
         seconds = 0 if names else options.drain  # the second time means now
-        listener.stop(drain=seconds)
+        # told first: this may be another thread than the one that serves, and that ends
         report.draining(name, seconds)
         names.append(name)
         stopping(manager, f"draining for at most {seconds:g} s")
+        listener.stop(drain=seconds)
 
     def stop(number: int, _: object) -> None:
         name = signal.Signals(number).name

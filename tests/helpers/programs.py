@@ -5,9 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import pytest
 
 import fastlisten
 from helpers.waiting import asleep, wait_until
@@ -59,6 +62,29 @@ def command_of(program: Program, arguments: Sequence[str], options: Sequence[str
         return [*interpreter(), *options, "-c", program, *arguments]
     assert not options
     return [*(os.fspath(part) for part in program), *arguments]
+
+
+Case = TypeVar("Case", bound=Hashable)
+Result = TypeVar("Result")
+
+AT_A_TIME = 3  # programs that mostly wait, for each processor's sake no more
+
+
+def selected(request: pytest.FixtureRequest, *names: str) -> list[Any]:
+    """Return the values of these parameters in the module's tests that are to run and have them."""
+    found = []
+    for item in request.session.items:
+        if item.path == request.path and (call := getattr(item, "callspec", None)) is not None:
+            values = tuple(call.params[name] for name in names if name in call.params)
+            if len(values) == len(names):
+                found.append(values[0] if len(names) == 1 else values)
+    return found
+
+
+def side_by_side(function: Callable[[Case], Result], cases: Sequence[Case]) -> dict[Case, Result]:
+    """Return what the function returns for each case; it runs a program that waits most of the time."""
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return dict(zip(cases, pool.map(function, cases), strict=True))
 
 
 def run(

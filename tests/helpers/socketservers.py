@@ -27,10 +27,15 @@ def server_class(module: Any, threading_: bool, kind: Any = "TCPServer") -> Any:
     return getattr(module, ("Threading" if threading_ else "") + kind)
 
 
+# How often the original's loop looks whether it is to end, in seconds; 0.5 by default.
+POLL_INTERVAL = 0.02
+
+
 class Served:
     """serve_forever() of a server in a thread, and what came out of it."""
 
     def __init__(self, server: Any, **arguments: Any) -> None:
+        arguments.setdefault("poll_interval", POLL_INTERVAL)
         self.error: BaseException | None = None
         self.server = server
         self.thread = threading.Thread(target=self._run, kwargs=arguments)
