@@ -43,7 +43,7 @@ def check_wheel(wheel: Path, tracked: Set[str]) -> None:
         files = {n for n in archive.namelist() if not re.match(r"fastlisten-[^/]*\.dist-info/", n)}
     built = {re.sub(r"\.[^/]*\.so$", "", name): name for name in files if name.endswith(".so")}
     compare(f"{wheel.name}: extension modules", set(built), sources)
-    needed = {name for name in package if name.endswith((".py", ".pyi", "/py.typed", "/grafana.json"))}
+    needed = {name for name in package if name.endswith((".py", ".pyi", "/py.typed", "/grafana.json", ".bt"))}
     compare(wheel.name, files - set(built.values()), needed)
 
 

@@ -14,10 +14,6 @@ cdef enum verdict_t:
     UNKNOWN         # raise
 
 
-cdef enum:
-    BUSY = -1       # for refuse(): there is no place
-
-
 cdef struct client_t:           # accepted, and not yet a Connection
     port_socket fd
     int length

@@ -11,6 +11,7 @@ from libc.stdlib cimport free, malloc, realloc
 from fastlisten._core.standard import StandardSocket
 
 from fastlisten._core.connection cimport (
+    ORIGIN,
     address_object,
     forget_origin,
     new_connection,
@@ -19,6 +20,7 @@ from fastlisten._core.connection cimport (
 )
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport (
+    REFUSED_BUSY,
     State,
     accept_failed,
     client_dropped,
@@ -27,7 +29,6 @@ from fastlisten._core.state cimport (
     client_in,
     client_out,
     client_refused,
-    client_turned_away,
     log,
     port_socket,
     state_hold,
@@ -98,7 +99,7 @@ cdef verdict_t accept_one(source_t *source, client_t *client) noexcept nogil:
         source.proven = True
         source.lost = 0
         client.state = source.state
-        client_in(source.state)
+        client_in(source.state, source.fd, fd)
         client.fd = fd
         return ACCEPTED
     source.code = port_error()
@@ -134,8 +135,14 @@ cdef verdict_t accept_batch(source_t *source, client_t *clients, int most, int *
     return ACCEPTED
 
 
+cdef void count_refused(client_t *client, int reason) noexcept nogil:
+    """Count a client that is refused, which is not closed yet; behind a proxy its address is not at hand."""
+    cdef const port_address *address = &client.address if 0 < client.length < ORIGIN else NULL
+    client_refused(client.state, client.fd, address, reason)
+
+
 cdef void refuse(client_t *client, const char *text, Py_ssize_t length, int reason) noexcept nogil:
-    """Tell a client that it is refused, and close; reason: BUSY, or one of REFUSALS.
+    """Tell a client that it is refused, and close; reason: REFUSED_BUSY, or of REFUSALS.
 
     With no text it gets a reset.  With one, what it has sent is read first: closing over unread bytes would
     reset the connection and could take the text away (RFC 1122, 4.2.2.13).  It gets a reset, too, when that
@@ -144,10 +151,7 @@ cdef void refuse(client_t *client, const char *text, Py_ssize_t length, int reas
     cdef char scrap[4096]
     cdef int rounds = 16  # a bound: a client that never stops talking is cut off
     cdef port_socket fd = client.fd
-    if reason == BUSY:
-        client_refused(client.state)
-    else:
-        client_turned_away(client.state, reason)
+    count_refused(client, reason)
     if length > 0 and port_set_nonblocking(fd, 1) == 0:
         port_no_sigpipe(fd)
         # what a fresh buffer does not take is not sent
@@ -174,14 +178,14 @@ cdef void close_client(client_t *client) noexcept nogil:
 
 cdef void turn_away(client_t *client, int reason) noexcept nogil:
     """Close a client that has no business here, and count why."""
-    client_turned_away(client.state, reason)
+    count_refused(client, reason)
     close_client(client)
 
 
 cdef void drop(client_t *client) noexcept nogil:
     """Close a client that nobody gets any more."""
+    client_dropped(client.state, client.fd)
     close_client(client)
-    client_dropped(client.state)
 
 
 cdef void drop_handed(client_t *client) noexcept nogil:
@@ -359,7 +363,7 @@ cdef class Shortage:
                 port_close(self.spare)
                 answer = accept_one(&sources[i], &client)
                 if answer == ACCEPTED:
-                    refuse(&client, self.text, self.length, BUSY)
+                    refuse(&client, self.text, self.length, REFUSED_BUSY)
                 self.spare = port_spare()
                 port_swap(&self.until, port_now())
                 if (self.spare == PORT_NO_SOCKET or answer == RESOURCES
@@ -493,7 +497,7 @@ def accept(self):
     if at.family not in (AF_INET, AF_INET6, AF_UNIX):
         return _accept(self)  # an address family this module has no text for
     wait_and_accept(self, &source, &client)
-    client_given(at)
+    client_given(at, client.fd)
     sock = standard_socket(client.fd, at.family, at.type, at.protocol)
     return sock, address_object(&client.address, client.length)
 
@@ -585,7 +589,7 @@ def connection_on(sock):
         raise
     client.state = state.at
     client.fd = sock.detach()
-    client_in(client.state)
+    client_in(client.state, PORT_NO_SOCKET, client.fd)
     return connection_of(&client, timeout)
 
 
@@ -596,5 +600,5 @@ cdef object connection_of(client_t *client, double timeout):
     except BaseException:
         drop(client)
         raise
-    client_handed(client.state)
+    client_handed(client.state, client.fd)
     return connection

@@ -188,7 +188,7 @@ cdef class Loop(Dispatcher):
         else:
             outcome = self.acceptor.take(client)
             if outcome == TAKEN:
-                client_handed(client.state)
+                client_handed(client.state, client.fd)
         if outcome == ENDED or outcome == FAILED:
             port_swap(&self.over, 1)
         return outcome

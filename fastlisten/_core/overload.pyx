@@ -13,10 +13,11 @@ from cpython.pythread cimport (
 from libc.stdint cimport int64_t
 from libc.stdlib cimport calloc, free
 
-from fastlisten._core.accept cimport BUSY, client_t, drop, poll_failed, refuse
+from fastlisten._core.accept cimport client_t, drop, poll_failed, refuse
 from fastlisten._core.acceptor cimport ENDED, FAILED, LOOK, NOBODY, TAKEN, Acceptor, outcome_t
 from fastlisten._core.port cimport *
 from fastlisten._core.state cimport (
+    REFUSED_BUSY,
     client_handed,
     client_waited,
     waker_close,
@@ -159,7 +160,7 @@ cdef class Overload:
             since = self.since[self.first]
             self.take_front(client)
             self.handling += 1
-            client_handed(client.state)
+            client_handed(client.state, client.fd)
             if since:
                 client_waited(client.state, port_now() - since)
         self.awaited = not some
@@ -228,7 +229,7 @@ cdef class Overload:
             self.awaited = False
         PyThread_release_lock(self.lock)
         if not fits:
-            refuse(client, self.text, self.length, BUSY)
+            refuse(client, self.text, self.length, REFUSED_BUSY)
         elif awaited:
             waker_wake(&self.waker)
 

@@ -1,6 +1,6 @@
 from libc.stdint cimport int64_t
 
-from fastlisten._core.port cimport port_add, port_get, port_socket
+from fastlisten._core.port cimport port_add, port_address, port_get, port_socket
 
 # How many failed accepts are told apart by their code; the error table knows fewer.
 cdef enum:
@@ -9,6 +9,7 @@ cdef enum:
     WAITS = 15              # one more than WAIT_BOUNDS has
 
 cdef enum:                  # in the order of REFUSALS
+    REFUSED_BUSY = -1       # there is no place; not one of them
     REFUSED_SILENT
     REFUSED_LEFT
     REFUSED_MADE_WAY
@@ -82,14 +83,14 @@ cdef struct state_t:
 
 cdef void state_hold(state_t *state) noexcept nogil
 cdef void state_free(state_t *state) noexcept nogil
-cdef void client_in(state_t *state) noexcept nogil
-cdef void client_handed(state_t *state) noexcept nogil
+cdef void client_in(state_t *state, port_socket listener, port_socket client) noexcept nogil
+cdef void client_handed(state_t *state, port_socket client) noexcept nogil
 cdef void client_closing(state_t *state, int more) noexcept nogil
-cdef void client_given(state_t *state) noexcept nogil
-cdef void client_refused(state_t *state) noexcept nogil
-cdef void client_turned_away(state_t *state, int reason) noexcept nogil
+cdef void client_given(state_t *state, port_socket client) noexcept nogil
+cdef void client_refused(
+    state_t *state, port_socket client, const port_address *address, int reason) noexcept nogil
 cdef void client_waits(state_t *state, int more) noexcept nogil
-cdef void client_dropped(state_t *state) noexcept nogil
+cdef void client_dropped(state_t *state, port_socket client) noexcept nogil
 cdef void client_waited(state_t *state, int64_t nanoseconds) noexcept nogil
 cdef void handler_failed(state_t *state) noexcept nogil
 cdef void accept_failed(state_t *state, int code) noexcept nogil
@@ -129,6 +130,9 @@ cdef class State:
     cdef object __weakref__
 
     cdef Taker taker_now(self)
+    cdef int begin_drain(self, double seconds) except -1
+    cdef int end_drain(self) except -1
+    cdef port_socket fd(self)
 
 
 cdef object log()

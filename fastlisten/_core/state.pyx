@@ -12,6 +12,14 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from fastlisten._core.port cimport *
+from fastlisten._core.probes cimport (
+    probe_accept,
+    probe_drain_begin,
+    probe_drain_end,
+    probe_drop,
+    probe_hand_over,
+    probe_refuse,
+)
 
 cdef object _dup2 = getattr(os, "dup2", None)
 
@@ -120,13 +128,15 @@ cdef void state_free(state_t *state) noexcept nogil:
         free(state)
 
 
-cdef void client_in(state_t *state) noexcept nogil:
-    """A client was taken from the kernel."""
+cdef void client_in(state_t *state, port_socket listener, port_socket client) noexcept nogil:
+    """A client was taken from the kernel; listener: -1 when another program has taken it."""
+    probe_accept(listener, client)
     port_add(&state.accepted, 1)
 
 
-cdef void client_handed(state_t *state) noexcept nogil:
+cdef void client_handed(state_t *state, port_socket client) noexcept nogil:
     """It goes to a handler, or to whoever asked for it."""
+    probe_hand_over(client)
     port_add(&state.handed, 1)
 
 
@@ -135,20 +145,18 @@ cdef void client_closing(state_t *state, int more) noexcept nogil:
     port_add(&state.closing, more)
 
 
-cdef void client_given(state_t *state) noexcept nogil:
+cdef void client_given(state_t *state, port_socket client) noexcept nogil:
     """It goes to the caller of accept(), who has it from now on."""
-    port_add(&state.handed, 1)
+    client_handed(state, client)
     port_add(&state.handled, 1)
 
 
-cdef void client_refused(state_t *state) noexcept nogil:
-    """There was no place for it."""
-    port_add(&state.refused, 1)
-
-
-cdef void client_turned_away(state_t *state, int reason) noexcept nogil:
-    """It was closed for one of REFUSALS."""
-    port_add(&state.refusals[reason], 1)
+cdef void client_refused(
+        state_t *state, port_socket client, const port_address *address, int reason) noexcept nogil:
+    """It is closed for want of a place, REFUSED_BUSY, or for one of REFUSALS."""
+    probe_refuse(client, reason, address)
+    if reason != REFUSED_BUSY:
+        port_add(&state.refusals[reason], 1)
     port_add(&state.refused, 1)
 
 
@@ -157,8 +165,9 @@ cdef void client_waits(state_t *state, int more) noexcept nogil:
     port_add(&state.waiting, more)
 
 
-cdef void client_dropped(state_t *state) noexcept nogil:
-    """It was closed before anybody got it."""
+cdef void client_dropped(state_t *state, port_socket client) noexcept nogil:
+    """It is closed before anybody got it."""
+    probe_drop(client)
     port_add(&state.dropped, 1)
 
 
@@ -427,7 +436,7 @@ cdef class State:
                 waker_close(&self.at.waker)
                 port_swap(&self.at.capacity, 0)
             self.current = None
-        if port_get(&self.at.stopping) and not takes_again:
+        if not takes_again and (port_get(&self.at.stopping) or port_get(&self.at.draining)):
             self.answered()
 
     def stop(self, drain):
@@ -441,9 +450,9 @@ cdef class State:
             if before == 0 or deadline < before:
                 port_swap(&self.at.deadline, deadline)
             if not port_get(&self.at.stopping) and drain > 0:
-                port_swap(&self.at.draining, 1)
+                self.begin_drain(drain)
             elif drain == 0:
-                port_swap(&self.at.draining, 0)
+                self.end_drain()
         port_swap(&self.at.stopping, 1)
         waker_wake(&self.at.waker)
         taker = self.taker_now()
@@ -454,8 +463,25 @@ cdef class State:
     def answered(self):
         """The stop was carried out: another taker may follow."""
         port_swap(&self.at.stopping, 0)
-        port_swap(&self.at.draining, 0)
+        self.end_drain()
         port_swap(&self.at.deadline, 0)
+
+    cdef int begin_drain(self, double seconds) except -1:
+        """Who is queued now is still taken, for at most so long."""
+        if not port_swap(&self.at.draining, 1):
+            probe_drain_begin(self.fd(), <int64_t>(min(seconds, 1e9) * 1e3))
+        return 0
+
+    cdef int end_drain(self) except -1:
+        """Nobody more is taken; nothing happens when there is no drain."""
+        if port_swap(&self.at.draining, 0):
+            probe_drain_end(self.fd())
+        return 0
+
+    cdef port_socket fd(self):
+        """The listener's descriptor; -1 when it is closed."""
+        sock = self.sock()
+        return PORT_NO_SOCKET if sock is None else sock.fileno()
 
     def leave(self):
         """The listener is about to be closed or detached: whoever takes its clients ends."""

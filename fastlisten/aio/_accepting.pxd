@@ -22,7 +22,7 @@ cdef class ListenerWatch(Watched):
 
     cdef list take(self, int most)
     cdef int answer(self, verdict_t answer, int taken) except -1
-    cdef int drain(self) except -1
+    cdef int drain(self, double seconds) except -1
     cdef int look_again(self) except -1
 
 

@@ -88,7 +88,7 @@ cdef class ListenerWatch(Watched):
         if self.accepting.first is not None:
             taken = self.accepting.first.sift(clients, taken, most)
         for i in range(taken):
-            client_handed(clients[i].state)
+            client_handed(clients[i].state, clients[i].fd)
         arrived = begin_with(self.accepting.connections, clients, taken)
         if self.accepting.full():
             self.accepting.arrange()
@@ -108,9 +108,10 @@ cdef class ListenerWatch(Watched):
             self.accepting.accept_failed(self.source.code, self.sock)
         return 0
 
-    cdef int drain(self) except -1:
+    cdef int drain(self, double seconds) except -1:
         """A drain begins: note how many are queued; where the kernel does not tell, as many as are found."""
         cdef int depth, limit
+        self.state.begin_drain(seconds)
         self.to_drain = depth if port_queue(self.fd, &depth, &limit) == 0 else INT_MAX
         return self.watch(0)  # nobody is waited for
 
@@ -198,7 +199,7 @@ cdef class FirstBytesWatch(Watched):
         self.unwatch_failed()
         self.tell()
         while taken < most and self.first_bytes.take(&clients[taken]):
-            client_handed(clients[taken].state)
+            client_handed(clients[taken].state, clients[taken].fd)
             taken += 1
         arrived = begin_with(self.accepting.connections, clients, taken)
         if self.accepting.full():
@@ -375,7 +376,7 @@ cdef class Accepting(Owner):
         self.drained = drained
         self.paused = False
         for listener in self.listeners:
-            listener.drain()
+            listener.drain(seconds)
         if self.queue is not None:
             for state in self.queue.overload.acceptor.states:
                 state.stop(seconds)

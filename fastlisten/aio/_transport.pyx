@@ -313,8 +313,8 @@ def adopt(Connections connections not None, State state not None, sock, protocol
         peer = sock.getpeername()
     except OSError:
         peer = None  # asyncio says None, too
-    client_in(state.at)
-    client_handed(state.at)
+    client_in(state.at, PORT_NO_SOCKET, sock.fileno())
+    client_handed(state.at, sock.fileno())
     transport = new_transport(connections, state.at, sock.fileno(), &nobody, 0)
     transport.sock, transport.peer = sock, peer
     transport.context = PyContext_CopyCurrent()

@@ -155,6 +155,17 @@ def nginx_stream() -> tuple[str, str] | None:
     return (program, f"load_module {found[0]};") if found else None
 
 
+@functools.cache
+def traces() -> bool:
+    """Tell whether bpftrace works here: it needs root, and a kernel that lets it."""
+    import subprocess
+
+    if which("bpftrace") is None:
+        return False
+    command = ["bpftrace", "-e", "BEGIN { exit(); }"]
+    return subprocess.run(command, capture_output=True, timeout=10, check=False).returncode == 0
+
+
 # What a test may need of the system, by the name that its skip shows.
 PROBES: dict[str, Callable[[], bool]] = {
     "Linux": lambda: sys.platform == "linux",
@@ -180,6 +191,8 @@ PROBES: dict[str, Callable[[], bool]] = {
     "addresses of others that cannot be bound": nobodys_fails,
     "names of services": knows_services,
     "calls that go to libc": lambda: not sanitized(),
+    "the gdb command": lambda: which("gdb") is not None,
+    "bpftrace, and leave to use it": traces,
     "a C compiler": lambda: which(compiler()) is not None,
 }
 
