@@ -81,9 +81,10 @@ class ListenerStats(NamedTuple):
     anybody got them, because serving ended.  At every moment accepted = handled + active + refused + dropped.
     paused: by pause().  threads, idle_threads: of the serve() that runs.  queue_depth, queue_limit: of the
     kernel's queue, None where it does not tell.
-    tls_failures: handshakes of servers with ssl= that failed, {reason: count}: "timeout"; "closed" (by the
-    client, or a stop); "not TLS"; "version" and "cipher" (nothing in common); "client certificate" (none, or
-    not accepted); "alert" (the client refused); "other".  Such a client counts as handled.
+    tls_handshakes: those that servers with ssl= have completed.  tls_failures: those that failed, {reason:
+    count}: "timeout"; "closed" (by the client, or a stop); "not TLS"; "version" and "cipher" (nothing in
+    common); "client certificate" (none, or not accepted); "alert" (the client refused); "other".  Such a
+    client counts as handled.
     waiting: clients that have to send something before a handler gets them, with first_bytes= or proxy=; they
     are active.  refused_for: {reason: count} of `refused`: "busy"; "silent" (sent nothing in time), "left"
     (went before it did), "made way" (for want of descriptors); "no PROXY header" (in time), "invalid PROXY
@@ -122,6 +123,7 @@ class ListenerStats(NamedTuple):
     pending_connections: int = 0
     capacity: int = 0
     pending_times: PendingTimes = NO_TIMES
+    tls_handshakes: int = 0
 
 
 class Listener(StandardSocket):

@@ -522,6 +522,7 @@ class TLSHandler:
             sock.lender = connection
             connection._io_refs += 1
             handshake(sock, self._seconds)
+            connection._tls_completed()
             sock.through = True
             return sock
         except OSError as error:

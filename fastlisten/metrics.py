@@ -134,6 +134,13 @@ LISTENERS = (
     _family("handler_errors", "counter", "{error}", "Handlers that raised an exception.", "handler_errors"),
     _family("accept_errors", "counter", "{error}", "Accepts that failed, by errno.", "accept_errors"),
     _family(
+        "tls_handshakes",
+        "counter",
+        "{handshake}",
+        "TLS handshakes that were completed.",
+        "tls_handshakes",
+    ),
+    _family(
         "tls_handshake_failures",
         "counter",
         "{handshake}",

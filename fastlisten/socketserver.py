@@ -136,12 +136,18 @@ class AcceptMixIn:
     _loops: tuple[Loop, ...] = ()  # whose threads may still have handlers at work
     _shortage: Shortage | None = None  # of get_request(), once it ran out of resources
     _pause: Any = None  # a lock: held while get_request() pauses, unless somebody ends that
-    _tls_counts: State | None = None  # has the failures of handshakes; nobody's clients
+    _tls_counts: State | None = None  # of handshakes; nobody's clients
 
     @property
     def tls_failures(self) -> dict[str, int]:
         """How many TLS handshakes have failed, by reason; ListenerStats has the reasons."""
         return {} if self._tls_counts is None else self._tls_counts.tls_failures()
+
+    @property
+    def tls_handshakes(self) -> int:
+        """How many TLS handshakes were completed."""
+        counted: int = 0 if self._tls_counts is None else self._tls_counts.counts()["tls_handshakes"]
+        return counted
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Serve until shutdown().
@@ -340,6 +346,7 @@ class AcceptMixIn:
             vars(request)["do_handshake_on_connect"] = listener.do_handshake_on_connect
             if listener.do_handshake_on_connect:
                 handshake(request, self.handshake_timeout, given_up)
+                self._tls_counter().tls_completed()
         except BaseException as error:
             (request or sock).close()
             if isinstance(error, OSError):
@@ -347,11 +354,14 @@ class AcceptMixIn:
             raise
         return request
 
-    def _tls_failed(self, address: Any, error: OSError) -> None:
+    def _tls_counter(self) -> State:
         with _states:
             if self._tls_counts is None:
                 self._tls_counts = State(self.socket)
-        self._tls_counts.tls_failed(failure_reason(error))
+            return self._tls_counts
+
+    def _tls_failed(self, address: Any, error: OSError) -> None:
+        self._tls_counter().tls_failed(failure_reason(error))
         log_failure(address, error)
 
     def _asked_to_end(self) -> bool:

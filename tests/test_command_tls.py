@@ -68,6 +68,7 @@ def test_nothing_a_client_does_is_told_but_counted(pair: Pair) -> None:
         status, lines, errors = server.end(signal.SIGTERM)
         assert (status, errors) == (0, "")
         assert '"tls_failures": {"timeout": 1, "not TLS": 1}' in lines[-1]
+        assert '"tls_handshakes": 2' in lines[-1]
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")

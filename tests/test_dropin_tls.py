@@ -80,7 +80,7 @@ def test_silent_clients_keep_nobody_waiting(pair: Pair, trusting: Any) -> None:
         for _ in range(20):
             clients.enter_context(connect(server.server_address))
         assert answer_of(server, trusting) == b"hello\n"
-        assert server.tls_failures == {}  # they are still here
+        assert (server.tls_handshakes, server.tls_failures) == (1, {})  # the others are still here
         begun = time.monotonic()
         server.shutdown()
         assert time.monotonic() - begun < AT_ONCE
@@ -112,7 +112,7 @@ def test_hooks_are_called_where_they_were(threading_: bool, name: str, pair: Pai
     with serving(server, poll_interval=0.05) as served, connect(server.server_address):
         assert answer_of(server, trusting) == b"hello\n"
         assert {thread for called, thread in server.called} == {served.thread}
-    assert server.tls_failures == {"timeout": 1}
+    assert (server.tls_handshakes, server.tls_failures) == (1, {"timeout": 1})
 
 
 @pytest.mark.parametrize("name", ["", "get_request", "verify_request"])
@@ -150,7 +150,7 @@ def test_handle_request_has_the_deadline(threading_: bool, pair: Pair, trusting:
         served.start()
         assert answer_of(server, trusting) == b"hello\n"
         served.join(LIMIT)
-    assert server.tls_failures == {"timeout": 1}
+    assert (server.tls_handshakes, server.tls_failures) == (1, {"timeout": 1})
 
 
 @BOTH
@@ -180,9 +180,9 @@ def test_what_is_wrong_with_the_server_ends_it(threading_: bool, pair: Pair) -> 
         assert isinstance(served.wait(), TypeError)
 
 
-def test_a_plain_server_has_no_failures() -> None:
+def test_a_plain_server_has_no_handshakes() -> None:
     with dropin.TCPServer(("127.0.0.1", 0), Echo) as server:
-        assert server.tls_failures == {}
+        assert (server.tls_handshakes, server.tls_failures) == (0, {})
 
 
 def test_a_mix_in_gives_it_to_others(pair: Pair, trusting: Any) -> None:

@@ -11,6 +11,7 @@ import fastlisten
 from fastlisten import Listener
 from fastlisten._core.processes import BALANCES, Counters, Queues, end_with_parent, steer
 from fastlisten._core.state import STATE_BYTES, State, queue
+from fastlisten._workers.totals import _counted, _sum
 from helpers import LOOPBACK, connect, needs, tells_the_queue
 from helpers.programs import run
 
@@ -104,6 +105,17 @@ def test_a_state_in_memory_that_another_process_reads() -> None:
             Counters(memory, offset)
     with pytest.raises(BufferError):
         memory.close()  # a Connection could still count there
+
+
+def test_all_that_processes_count_is_added_up() -> None:
+    """A counter that totals.py does not name would be 0 for workers."""
+    with fastlisten.bind(LOOPBACK) as listener:
+        listener._state.tls_completed()
+        listener._state.tls_failed("timeout")
+        counts = _counted(listener._state)
+    total = _sum([counts, counts])
+    assert (total["tls_handshakes"], total["tls_failures"]) == (2, {"timeout": 2})
+    assert set(total) == set(counts)
 
 
 @linux

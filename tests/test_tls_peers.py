@@ -200,7 +200,8 @@ async def is_asked_by_curl(server: Any, port: int, pair: Pair) -> None:
     assert isinstance(server, aio.Server)
     assert await in_thread(curl, port, pair) == "hello" * 2
     assert await in_thread(curl, port, pair, "-H", "Connection: close") == "hello" * 2
-    assert (server.stats().accepted, server.stats().tls_failures) == (3, {})
+    stats = server.stats()
+    assert (stats.accepted, stats.tls_handshakes, stats.tls_failures) == (3, 3, {})
 
 
 @needs("the curl command")

@@ -15,7 +15,7 @@ from fastlisten._core.standard import StandardSocket
 
 from fastlisten._core.admission cimport admission_leave
 from fastlisten._core.port cimport *
-from fastlisten._core.state cimport client_closing, client_out, state_hold, state_t, tls_failed
+from fastlisten._core.state cimport client_closing, client_out, state_hold, state_t, tls_completed, tls_failed
 
 
 # A recv() of at most this many bytes goes through the stack, so that its result is allocated once, at its
@@ -308,6 +308,11 @@ cdef class Connection:
             closing = self.closing
         if closing:
             self.close()
+
+    def _tls_completed(self):
+        """Count with the listener that this client's TLS handshake is through; before the close."""
+        if self.state is not NULL:
+            tls_completed(self.state)
 
     def _tls_failed(self, str reason not None):
         """Count with the listener why this client's TLS handshake failed; before the close."""

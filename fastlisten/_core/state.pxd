@@ -69,6 +69,7 @@ cdef struct state_t:
     int64_t handler_errors
     int64_t codes[CODES]        # failed accepts: the code, and how often (0: an unused place)
     int64_t counts[CODES]
+    int64_t tls_handshakes      # completed
     int64_t tls_failures[TLS_REASONS]
     int64_t refusals[REFUSED_REASONS]
 
@@ -94,6 +95,7 @@ cdef void client_dropped(state_t *state, port_socket client) noexcept nogil
 cdef void client_waited(state_t *state, int64_t nanoseconds) noexcept nogil
 cdef void handler_failed(state_t *state) noexcept nogil
 cdef void accept_failed(state_t *state, int code) noexcept nogil
+cdef void tls_completed(state_t *state) noexcept nogil
 cdef int tls_failed(state_t *state, str reason) except -1
 cdef int64_t connections_of(state_t *state) noexcept nogil
 cdef dict counts_of(state_t *state)

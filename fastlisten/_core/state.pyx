@@ -236,6 +236,11 @@ REFUSALS = (
 )
 
 
+cdef void tls_completed(state_t *state) noexcept nogil:
+    """A TLS handshake is through."""
+    port_add(&state.tls_handshakes, 1)
+
+
 cdef int tls_failed(state_t *state, str reason) except -1:
     """A TLS handshake failed: count it by its reason."""
     port_add(&state.tls_failures[<int>TLS_FAILURES.index(reason)], 1)
@@ -275,6 +280,7 @@ cdef dict counts_of(state_t *state):
         "waiting": waiting,
         "pending_connections": max(accepted - handed - refused - dropped - waiting, 0),
         "capacity": port_get(&state.capacity),
+        "tls_handshakes": port_get(&state.tls_handshakes),
     }
 
 
@@ -590,6 +596,10 @@ cdef class State:
         were let wait so long or less and longer than the bound before, then the rest; and how long all of
         them have, in seconds."""
         return pending_times_of(self.at)
+
+    def tls_completed(self):
+        """A TLS handshake is through: count it."""
+        tls_completed(self.at)
 
     def tls_failed(self, str reason not None):
         """A TLS handshake failed for one of TLS_FAILURES: count it."""

@@ -83,6 +83,7 @@ _SUMS = (
     "waiting",
     "pending_connections",
     "capacity",
+    "tls_handshakes",
 )
 
 

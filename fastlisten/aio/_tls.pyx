@@ -26,7 +26,7 @@ from cpython.ref cimport PyObject, Py_XDECREF
 from libc.string cimport memcpy
 
 from fastlisten._core.port cimport PORT_NO_SOCKET
-from fastlisten._core.state cimport tls_failed
+from fastlisten._core.state cimport tls_completed, tls_failed
 from fastlisten._tls import failure_reason
 from fastlisten.aio._transport cimport (
     CHUNK,
@@ -516,6 +516,8 @@ cdef class TlsTransport(Receiver):
         """
         cdef Py_ssize_t scheduled = self.below.hub.scheduled()
         self.state = OPEN
+        if self.settings.server_side and self.below.state is not NULL:
+            tls_completed(self.below.state)
         if self.settings.loop.get_debug() and self.timer is not None:
             left = self.timer.when() - self.settings.loop.time()
             took = self.settings.handshake_timeout - left
