@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -353,8 +354,8 @@ def instrument(*listeners: Counted, meter: Meter | None = None) -> None:
     """Have OpenTelemetry observe what listeners, servers, workers and admissions count.
 
     listeners: as exposition() takes them.  meter: the opentelemetry.metrics.Meter that makes the instruments;
-    None is the one called "fastlisten" of the provider of this process.  What they count is read whenever a
-    reader collects.  There is no histogram: OpenTelemetry has none that is only observed.
+    None is the one called "fastlisten" of the provider of this process.  What they count is read once,
+    whenever a reader collects.  There is no histogram: OpenTelemetry has none that is only observed.
 
     Raises ModuleNotFoundError without the package opentelemetry-api.
     """
@@ -362,21 +363,37 @@ def instrument(*listeners: Counted, meter: Meter | None = None) -> None:
 
     found = metrics.get_meter("fastlisten", _version()) if meter is None else meter
     kinds = {"counter": found.create_observable_counter, "gauge": found.create_observable_gauge}
+    collected = _Collected(listeners)
     for family in ALL:
         if family.kind in kinds:
             kinds[family.kind](
-                family.name, [_observer(listeners, family)], unit=family.unit, description=family.text
+                family.name, [_observer(collected, family)], unit=family.unit, description=family.text
             )
 
 
-def _observer(
-    listeners: Iterable[Counted], family: Family
-) -> Callable[[CallbackOptions], Iterable[Observation]]:
+class _Collected:
+    """What listeners count, read once for all instruments: a collection asks each of them once.
+
+    So who asks again begins another collection.
+    """
+
+    def __init__(self, listeners: Iterable[Counted]) -> None:
+        self._listeners = listeners
+        self._left: dict[str, Values] = {}  # who has not asked yet
+        self._lock = threading.Lock()
+
+    def take(self, family: Family) -> Values:
+        with self._lock:
+            if family.name not in self._left:
+                self._left = {one.name: values for one, values in _values(self._listeners)}
+            return self._left.pop(family.name)
+
+
+def _observer(collected: _Collected, family: Family) -> Callable[[CallbackOptions], Iterable[Observation]]:
     from opentelemetry.metrics import Observation
 
     def observe(_: CallbackOptions) -> Iterable[Observation]:
-        values = next(values for one, values in _values(listeners) if one is family)
-        for row, value in values:
+        for row, value in collected.take(family):
             if isinstance(value, Mapping):
                 for reason, number in value.items():
                     yield Observation(number, row.labels | {"reason": reason})

@@ -308,6 +308,36 @@ def test_opentelemetry_observes_the_same(busy: str, listener: Listener) -> None:
     }
 
 
+def test_opentelemetry_reads_the_counters_once_a_collection(listener: Listener) -> None:
+    """And anew in the next."""
+    sdk: Any = pytest.importorskip("opentelemetry.sdk.metrics")
+    reader = pytest.importorskip("opentelemetry.sdk.metrics.export").InMemoryMetricReader()
+    provider = sdk.MeterProvider([reader])
+
+    class Noted:
+        reads = 0
+        endpoint = listener.endpoint
+
+        def stats(self) -> fastlisten.ListenerStats:
+            self.reads += 1
+            return listener.stats()
+
+    def accepted() -> int:
+        found = reader.get_metrics_data().resource_metrics[0].scope_metrics[0].metrics
+        (point,) = next(one for one in found if one.name.endswith(".accepted_connections")).data.data_points
+        return int(point.value)
+
+    noted = Noted()
+    try:
+        metrics.instrument(noted, meter=provider.get_meter("test"))
+        assert (accepted(), noted.reads) == (0, 1)
+        with connect(listener):
+            listener.accept()[0].close()
+        assert (accepted(), noted.reads) == (1, 2)
+    finally:
+        provider.shutdown()
+
+
 def test_who_asks_for_no_metrics_imports_none() -> None:
     code = "import sys, fastlisten; print('fastlisten.metrics' in sys.modules, fastlisten.metrics.__name__)"
     assert run(code).stdout == "False fastlisten.metrics\n"
