@@ -180,10 +180,18 @@ def compare(suite: Suite, loop: str, roots: dict[str, Path]) -> bool:
     return bool(base.passed() and ours.made) and differ == excused
 
 
+def needed(chosen: list[Suite]) -> set[str]:
+    """What has to be installed: the projects, what their tests need, and the loops."""
+    needs = {need for suite in chosen for need in (f"{suite.name}=={suite.version}", *suite.needs)}
+    if any("uvloop" in suite.loops for suite in chosen):
+        (uvloop,) = suites(["uvloop"])
+        needs.add(f"uvloop=={uvloop.version}")
+    return needs
+
+
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--needs"]:
-        chosen = suites(arguments[1:])
-        print(*(need for s in chosen for need in (f"{s.name}=={s.version}", *s.needs)), sep="\n")
+        print(*needed(suites(arguments[1:])), sep="\n")
         return
     cache = Path(bash('echo "$CACHE"')) / "peers"
     failed = []
