@@ -21,6 +21,7 @@ from fastlisten._status import server as status_server
 from fastlisten._status.answers import answer
 from fastlisten._status.server import StatusServer
 from fastlisten._status.thread import StatusThread
+from fastlisten._status.weight import Weight
 from helpers import (
     LOOPBACK,
     connect,
@@ -75,6 +76,7 @@ def test_the_states_of_a_service(listener: Listener, status: StatusThread) -> No
         with connect(listener):
             assert hold.wait(10)
             assert state(status) == (200, "serving\n", "up 75% ready\n")
+            assert ask(of(status), b"state\n") == b"up ready\n"
             listener.stop(drain=10)
             assert state(status) == (503, "draining\n", "drain\n")
             go.set()
@@ -179,6 +181,7 @@ def test_the_accept_field_decides(status: StatusThread, field: str, openmetrics:
         (b"agent \n\r\n", b"HTTP/1.1 400 ", b""),
         (b"GET /healthz HTTP/1.1\r\n" + b"X: y\r\n" * 2000, b"HTTP/1.1 431 ", b""),
         (b"agent\r\n", b"down\n", b""),
+        (b"state\n", b"down\n", b""),
     ],
 )
 def test_what_a_request_is_answered(
@@ -216,6 +219,12 @@ class Large:
 
     def state(self) -> str:
         return "serving"
+
+    def counts(self) -> tuple[int, int, int]:
+        return 0, 0, 0
+
+    def present(self) -> float:
+        return 1.0
 
     def free(self) -> float:
         return 1.0
@@ -313,6 +322,7 @@ SHORT = """
 import errno, os, resource, socket, time
 import fastlisten
 from fastlisten._status.thread import StatusThread
+from fastlisten._status.weight import Weight
 
 listener, port = (fastlisten.bind(("127.0.0.1", 0)) for _ in range(2))
 with listener, StatusThread(port, [listener]) as status:
@@ -503,25 +513,25 @@ def test_mistakes_are_told(arguments: list[str], text: str) -> None:
 
 # --- requests that nobody would write
 
-FRAGMENTS = b"GET |HEAD |/metrics|/readyz?| HTTP/1.1|\r\n|\n|agent|Accept: |;q=|nan|,".split(b"|")
+FRAGMENTS = b"GET |HEAD |/metrics|/readyz?| HTTP/1.1|\r\n|\n|agent|state|Accept: |;q=|nan|,".split(b"|")
 
 
 @given(st.lists(st.sampled_from(FRAGMENTS) | st.binary(max_size=8), max_size=24).map(b"".join))
 def test_any_bytes_are_answered_or_waited_for(request_: bytes) -> None:
-    found = answer(request_, Idle())
+    found = answer(request_, Idle(), Weight(Idle()))
     assert found is None or found.startswith((b"HTTP/1.1 ", b"down\n"))
     if found is not None:  # what follows changes nothing but which lines there are of a head
-        assert answer(request_ + b"\r\n\r\n", Idle()) is not None
+        assert answer(request_ + b"\r\n\r\n", Idle(), Weight(Idle())) is not None
 
 
-class Idle:
+class Idle(Large):
     """A service that has nothing to tell yet."""
+
+    def __init__(self) -> None:
+        pass
 
     def state(self) -> str:
         return "starting"
-
-    def free(self) -> float:
-        return 1.0
 
     def sources(self) -> Sequence[Any]:
         return []

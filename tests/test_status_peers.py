@@ -24,10 +24,9 @@ GLOBAL = "global\n    stats socket unix@{folder}/admin level admin\n"
 
 
 def settings(folder: Path, front: int, servers: str) -> str:
-    """Return OPERATION.md's settings, with these servers and in less time."""
-    found = re.search(r"```haproxy\n(.*?)```", OPERATION.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    text = re.sub(r"^    server a .*\n    server b .*\n", servers, found[1], flags=re.MULTILINE)
+    """Return OPERATION.md's settings, those for weights included, with these servers and in less time."""
+    first, weights = re.findall(r"```haproxy\n(.*?)```", OPERATION.read_text(encoding="utf-8"), re.DOTALL)
+    text: str = re.sub(r"^    server [ab] .*\n", "", first, flags=re.MULTILINE) + weights + servers
     text = text.replace("bind :80\n", f"bind fd@{front}\n").replace("inter 1s", "inter 20ms")
     return GLOBAL.format(folder=folder) + text
 

@@ -4,52 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from http import HTTPStatus
-from typing import Any, Protocol
 
 from fastlisten import metrics
-from fastlisten._listener import ListenerStats
-
-# What a service is, in the words of the answers.
-STARTING, SERVING, PAUSED, DRAINING = "starting", "serving", "paused", "draining"
+from fastlisten._status.service import DRAINING, PAUSED, SERVING, STARTING, Service
+from fastlisten._status.weight import Weight
 
 # A request's head is not longer than this, in bytes.
 LONGEST_REQUEST = 8192
 
-# The first line that tells an agent-check from HTTP: haproxy's `agent-send "agent\n"`.
-AGENT = b"agent"
+# The first lines that tell an agent-check from HTTP: haproxy's `agent-send "agent\n"`, and that of one that
+# wants no weight.
+AGENT, AGENT_STATE = b"agent", b"state"
 
 # "ready" ends what "drain" or "maint" began, which only the agent may: HAProxy's documentation, agent-check.
 _AGENT_STATES = {STARTING: "down", PAUSED: "maint", DRAINING: "drain"}
 
 
-class Service(Protocol):
-    """What is served, as the status port sees it."""
+def answer(request: bytes, service: Service, weight: Weight) -> bytes | None:
+    """The answer to what a client has sent so far; None: there is more to come.
 
-    def state(self) -> str:
-        """STARTING, SERVING, PAUSED or DRAINING."""
-
-    def free(self) -> float:
-        """The share of its capacity that is free, from 0 to 1."""
-
-    def sources(self) -> Sequence[Any]:
-        """What metrics.exposition() takes."""
-
-
-def load(stats: ListenerStats) -> int:
-    """How many clients have a handler or are to get one, and who is in the kernel's queue."""
-    return stats.active - stats.waiting + (stats.queue_depth or 0)
-
-
-def share(free: int, whole: int) -> float:
-    """What is free of a whole, from 0 to 1; where that is 0, nobody knows better than all."""
-    return min(max(free / whole, 0.0), 1.0) if whole else 1.0
-
-
-def answer(request: bytes, service: Service) -> bytes | None:
-    """The answer to what a client has sent so far; None: there is more to come."""
+    weight: of the service.
+    """
     line, ended, _ = request.partition(b"\n")
-    if ended and line.rstrip(b"\r") == AGENT:
-        return agent_line(service).encode()
+    if ended and (asked := line.rstrip(b"\r")) in (AGENT, AGENT_STATE):
+        return agent_line(service.state(), weight if asked == AGENT else None).encode()
     head, complete, _ = request.replace(b"\r\n", b"\n").partition(b"\n\n")
     if complete:
         return _http(head.decode("latin-1"), service)
@@ -58,13 +36,14 @@ def answer(request: bytes, service: Service) -> bytes | None:
     return None
 
 
-def agent_line(service: Service) -> str:
+def agent_line(state: str, weight: Weight | None) -> str:
     """What an agent-check is told: HAProxy sets the server's state by the words, and its weight by the
-    number, which is a percentage of the configured one."""
-    state = service.state()
+    number, which is a percentage of the configured one.  weight: None gives no number."""
     if state != SERVING:
         return f"{_AGENT_STATES[state]}\n"
-    return f"up {max(round(100 * service.free()), 1)}% ready\n"
+    if weight is None:
+        return "up ready\n"
+    return f"up {max(round(100 * weight.share()), 1)}% ready\n"  # 0 would be a drain
 
 
 def _http(head: str, service: Service) -> bytes:

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from fastlisten._core.connection import Connection
 from fastlisten._events import Events
 from fastlisten._listener import Listener
-from fastlisten._status.answers import Service, answer
+from fastlisten._status.answers import answer
+from fastlisten._status.service import Service
+from fastlisten._status.weight import Weight
 
 _log = logging.getLogger("fastlisten")
 
@@ -39,6 +41,7 @@ class StatusServer:
     def __init__(self, listener: Listener, service: Service) -> None:
         self.listener = listener
         self.service = service
+        self.weight = Weight(service)
         self._events: Events | None = None
         self._clients: dict[int, _Client] = {}  # by their descriptors, in the order in which they came
         self._again = math.inf  # when the listener is to be heard again
@@ -67,10 +70,11 @@ class StatusServer:
     def due(self) -> float:
         """When look() is to be called; time.monotonic()."""
         first = next(iter(self._clients.values()), None)
-        return self._again if first is None else min(first.until, self._again)
+        return min(self._again, self.weight.due(), math.inf if first is None else first.until)
 
     def look(self, now: float) -> None:
-        """End those whose time is over."""
+        """End those whose time is over, and see how the service does."""
+        self.weight.look(now)
         for client in list(self._clients.values()):
             if now < client.until:
                 break
@@ -95,11 +99,14 @@ class StatusServer:
                 next(iter(self._clients.values())).end()
             try:
                 connection.setblocking(False)
-                client = _Client(connection, self.service, self._events, self._gone)
+                client = _Client(connection, self._answer, self._events, self._gone)
             except OSError:  # no memory for one more to wait for
                 connection.close()
             else:
                 self._clients[connection.fileno()] = client
+
+    def _answer(self, request: bytes) -> bytes | None:
+        return answer(request, self.service, self.weight)
 
     def _gone(self, number: int) -> None:
         self._clients.pop(number, None)
@@ -109,11 +116,15 @@ class _Client:
     """One request and its answer."""
 
     def __init__(
-        self, connection: Connection, service: Service, events: Events, gone: Callable[[int], None]
+        self,
+        connection: Connection,
+        answer: Callable[[bytes], bytes | None],
+        events: Events,
+        gone: Callable[[int], None],
     ) -> None:
         self.connection = connection
         self.until = time.monotonic() + TIME
-        self._service = service
+        self._answer_to = answer
         self._events = events
         self._gone = gone
         self._request = b""
@@ -143,7 +154,7 @@ class _Client:
         elif self._answer is None:
             self._request += data
             try:
-                found = answer(self._request, self._service)
+                found = self._answer_to(self._request)
             except Exception:  # whoever asks must not end what he asks about
                 _log.exception("a request for the status failed", extra={"event": "status failed"})
                 self.end()

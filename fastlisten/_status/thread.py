@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from fastlisten._endpoint import Endpoint
 from fastlisten._events import Events
 from fastlisten._listener import Listener
-from fastlisten._status.answers import DRAINING, PAUSED, SERVING, STARTING, load, share
 from fastlisten._status.server import StatusServer
+from fastlisten._status.service import DRAINING, PAUSED, SERVING, STARTING, counts, load, share
 
 
 class Served:
@@ -32,6 +32,13 @@ class Served:
         if any(state.taker is None for state in states):
             return STARTING
         return PAUSED if all(state.paused for state in states) else SERVING
+
+    def counts(self) -> tuple[int, int, int]:
+        active, handled, refused = zip(*(counts(one.stats()) for one in self._listeners), strict=True)
+        return sum(active), sum(handled), sum(refused)
+
+    def present(self) -> float:
+        return 1.0
 
     def free(self) -> float:
         stats = [listener.stats() for listener in self._listeners]

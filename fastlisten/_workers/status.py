@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastlisten._events import Events
-from fastlisten._status.answers import DRAINING, SERVING, STARTING, load, share
 from fastlisten._status.server import StatusServer
+from fastlisten._status.service import DRAINING, SERVING, STARTING, counts, load, share
 from fastlisten._workers.pool import Pool
 from fastlisten._workers.sockets import Members
 from fastlisten._workers.totals import WorkersStats
@@ -56,6 +56,13 @@ class StatusPort:
         if pool is None or pool.ending or pool.leaving:
             return DRAINING
         return SERVING if any(pool.serving()) else STARTING
+
+    def counts(self) -> tuple[int, int, int]:
+        return counts(self._stats().total)
+
+    def present(self) -> float:
+        pool = self._pool
+        return 1.0 if pool is None else share(sum(1 for _ in pool.serving()), len(pool.places))
 
     def free(self) -> float:
         """Of what all workers have together when none is missing."""

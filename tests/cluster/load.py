@@ -1,4 +1,4 @@
-"""Sends requests, one a connection, and prints what became of them: load.py HOST PORT AT_ONCE.
+"""Sends requests, one a connection, and prints what became of them: load.py HOST PORT AT_ONCE PATH.
 
 Each line is the JSON of all that were answered and failed until then.  Ends when its input does.
 """
@@ -14,8 +14,9 @@ REPORT = 0.02  # seconds between two lines
 
 
 class Load:
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, path: str) -> None:
         self.target = (host, port)
+        self.request = f"GET {path} HTTP/1.1\r\nHost: service\r\nConnection: close\r\n\r\n".encode()
         self.lock = threading.Lock()
         self.over = threading.Event()
         self.answered: Counter[str] = Counter()  # by the backend's name
@@ -26,7 +27,7 @@ class Load:
         """Send a request and return the answer's body; raises OSError and ValueError."""
         with socket.create_connection(self.target, 20) as client:
             own = client.getsockname()[0]
-            client.sendall(b"GET / HTTP/1.1\r\nHost: service\r\nConnection: close\r\n\r\n")
+            client.sendall(self.request)
             parts = []
             while part := client.recv(4096):
                 parts.append(part)
@@ -58,7 +59,7 @@ class Load:
 
 def main() -> None:
     host, port, at_once = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    load = Load(host, port)
+    load = Load(host, port, sys.argv[4])
 
     def end() -> None:
         sys.stdin.read()

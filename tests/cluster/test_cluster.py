@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent
 NAMES = ("one", "two", "three")
 AT_ONCE = 12
 FEW, MANY = 1500, 100_000  # requests
-PACE = 0.002  # seconds that an answer takes, at least
+PACE = 0.01  # seconds that an answer takes, at least
 
 # Servers are looked at ten times a second, so that a test takes seconds. What HAProxy asks at the status
 # port: /readyz, whether to send anybody; the agent, how many.
@@ -44,13 +44,20 @@ defaults
     option redispatch 1
     default-server send-proxy-v2 weight 200
     default-server check inter 100ms fall 2 rise 1 port 9000 on-marked-down shutdown-sessions
-    default-server agent-check agent-port 9000 agent-inter 100ms agent-send "agent\\n"
+    default-server agent-check agent-port 9000 agent-inter 100ms
 frontend clients
     bind {address}:8080
+    use_backend weights if {{ path /weights }}
     default_backend service
 backend service
     balance leastconn
     option httpchk GET /readyz
+    default-server agent-send "state\\n"
+{servers}
+backend weights
+    balance roundrobin
+    option httpchk GET /readyz
+    default-server agent-send "agent\\n"
 {servers}
 """
 
@@ -168,12 +175,13 @@ class Cluster:
 class Requests:
     """Requests that go on until the block ends.
 
-    answered, spent: how many, and the seconds that they took, by the backend.  failed: why the others did.
+    path: "/weights" has HAProxy go by the agents' weights alone.  answered, spent: how many, and the seconds
+    that they took, by the backend.  failed: why the others did.
     """
 
-    def __init__(self, cluster: Cluster, at_once: int) -> None:
+    def __init__(self, cluster: Cluster, at_once: int, path: str = "/") -> None:
         client = cluster.network.hosts["client"]
-        command = [sys.executable, str(FOLDER / "load.py"), *cluster.port, str(at_once)]
+        command = [sys.executable, str(FOLDER / "load.py"), *cluster.port, str(at_once), path]
         self._process = subprocess.Popen(
             client.command(*command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -285,22 +293,25 @@ def test_a_backend_that_is_cut_off_costs_what_it_had_in_hand(cluster: Cluster) -
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("path", ["/", "/weights"])
 @pytest.mark.parametrize(
     ("number", "within"), [(FEW, 0.4), pytest.param(20_000, 0.1, marks=pytest.mark.soak)]
 )
-def test_a_slow_backend_gets_as_much_as_it_answers(cluster: Cluster, number: int, within: float) -> None:
-    """Which is what `balance leastconn` does: as many requests are with each."""
-    quick, slow = 5 * PACE, 50 * PACE
-    with Requests(cluster, AT_ONCE) as requests:
-        for backend in cluster.backends.values():
-            backend.take(slow if backend.name == "one" else quick)
-        requests.go_on(number // 3)  # two seconds and more
+def test_a_slow_backend_gets_as_much_as_it_answers(
+    cluster: Cluster, path: str, number: int, within: float
+) -> None:
+    """By `balance leastconn`, with which as many requests are with each, and by the agent's weight alone."""
+    with Requests(cluster, AT_ONCE, path) as requests:
+        if path == "/weights":
+            requests.go_on(FEW)  # the agents learn how fast they are when all is well
+        slow = cluster.backends["one"]
+        slow.take(10 * PACE)
+        requests.go_on(FEW)  # two seconds and more
         before, spent_before = dict(requests.answered), dict(requests.spent)
         requests.go_on(number)
         answered = {name: count - before[name] for name, count in requests.answered.items()}
         speed = {name: answered[name] / (requests.spent[name] - spent_before[name]) for name in NAMES}
-        for backend in cluster.backends.values():
-            backend.take(PACE)
+        slow.take(PACE)
     assert requests.failed == []
     assert speed["one"] < speed["two"] / 4  # a tenth, on a machine that has nothing else to do
     share = answered["one"] / sum(answered.values())
