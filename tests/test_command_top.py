@@ -1,5 +1,6 @@
 """`fastlisten top`: what it shows of a status port, on which terminals, and when there is none."""
 
+import contextlib
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from fastlisten._status.thread import StatusThread
 from fastlisten.cli.scrape import Snapshot
 from fastlisten.cli.view import BARS, PLAIN_BARS, View
 from helpers import LIMIT, LOOPBACK, connect, exchange, posix_only, refusal, serving, wait_until
-from helpers.command import COMMAND, is_one_line
+from helpers.command import COMMAND, is_one_line, serve, signals
 from helpers.command import run as run_command
 from helpers.programs import plain_environment, running
 
@@ -68,8 +69,9 @@ def test_once_as_text_is_as_wide_as_there_is_room(asked: str, columns: int, last
 class Terminal:
     """A command on a terminal of its own."""
 
-    def __init__(self, master: int) -> None:
+    def __init__(self, master: int, process: "subprocess.Popen[bytes]") -> None:
         self._master = master
+        self.process = process
         self.seen = ""
 
     def until(self, text: str) -> None:
@@ -80,33 +82,76 @@ class Terminal:
     def press(self, key: bytes) -> None:
         os.write(self._master, key)
 
+    def press_until(self, key: bytes, text: str) -> None:
+        """The same for what it writes from now on."""
+        self.seen = ""
+        self.press(key)
+        self.until(text)
+
+
+@contextlib.contextmanager
+def terminal(*arguments: str, **environment: str) -> Iterator[Terminal]:
+    """Run the command on a terminal of 80 columns until the block ends."""
+    master, slave = os.openpty()
+    try:
+        with subprocess.Popen(
+            [*COMMAND, "top", *arguments],
+            stdin=slave,
+            stdout=slave,
+            env=plain_environment(COLUMNS="80", LINES="24", **environment),
+        ) as process:
+            try:
+                yield Terminal(master, process)
+            finally:
+                process.kill()
+    finally:
+        os.close(master)
+        os.close(slave)
+
 
 @posix_only("it has pseudo-terminals")
 @pytest.mark.parametrize(("term", "key"), [("xterm", b"q"), ("xterm", b""), ("dumb", b"q")])
 def test_on_a_terminal_until_a_key_ends_it(asked: str, listener: Listener, term: str, key: bytes) -> None:
     """No key: Ctrl-C, which is a signal."""
     pytest.importorskip("rich")
-    master, slave = os.openpty()
-    command = [*COMMAND, "top", asked, "--interval", "0.05"]
-    environment = plain_environment(TERM=term, COLUMNS="80", LINES="24")
-    try:
-        with subprocess.Popen(command, stdin=slave, stdout=slave, env=environment) as process:
-            try:
-                terminal = Terminal(master)
-                terminal.until("accepted 5")
-                exchange(listener, b"x")
-                terminal.until("accepted 6")
-                if key:
-                    terminal.press(key)
-                else:
-                    process.send_signal(signal.SIGINT)
-                assert process.wait(LIMIT) == 0
-            finally:
-                process.kill()
-    finally:
-        os.close(master)
-        os.close(slave)
-    assert ("\x1b[?1049h" in terminal.seen) == (term == "xterm")  # the screen that is left as it was
+    with terminal(asked, "--interval", "0.05", TERM=term) as top:
+        top.until("accepted 5")
+        top.until("q end")
+        exchange(listener, b"x")
+        top.until("accepted 6")
+        if key:
+            top.press(key)
+        else:
+            top.process.send_signal(signal.SIGINT)
+        assert top.process.wait(LIMIT) == 0
+        assert "pause" not in top.seen  # which this port does not do
+    assert ("\x1b[?1049h" in top.seen) == (term == "xterm")  # the screen that is left as it was
+
+
+@signals
+def test_keys_have_a_service_do_things() -> None:
+    """A drain is asked for twice."""
+    pytest.importorskip("rich")
+    arguments = ("--workers", "2", "--status", "127.0.0.1:0", "--status-control")
+    with serve("127.0.0.1:0", *arguments) as server:
+        endpoint = server.line().removeprefix("status on ")
+        server.line_with("all workers serve")
+        with terminal(endpoint, "--interval", "0.05", TERM="xterm", NO_COLOR="1") as top:
+            top.until("p pause  r resume  d drain  up/down choose  x restart worker  q end")
+            top.press_until(b"p", "/pause: paused")
+            top.until(f"{endpoint}  paused")
+            top.press_until(b"r", "/resume: serving")
+            top.press_until(b"\x1b[B", ">1")
+            top.press_until(b"x", "/restart?worker=1: replacing worker 1")
+            server.line_with("1 of 1 workers are replaced")
+            top.press_until(b"k", ">0")
+            top.press_until(b"d", "drain? y")
+            top.press_until(b"n", "q end")
+            top.press_until(b"d", "drain? y")
+            top.press_until(b"y", "/drain: draining")
+            server.line_with("stopped by SIGTERM")
+            top.press(b"q")
+            assert top.process.wait(LIMIT) == 0
 
 
 @posix_only("signals between processes")

@@ -1,4 +1,4 @@
-"""What is answered: to HTTP, GET and HEAD of three paths, and to HAProxy's agent-check."""
+"""What is answered: to HTTP, GET and HEAD of three paths, POST of others, and to HAProxy's agent-check."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from http import HTTPStatus
 
 from fastlisten import metrics
+from fastlisten._status.control import PATHS, Control, obey
 from fastlisten._status.service import DRAINING, PAUSED, SERVING, STARTING, Service
 from fastlisten._status.weight import Weight
 
@@ -20,17 +21,17 @@ AGENT, AGENT_STATE = b"agent", b"state"
 _AGENT_STATES = {STARTING: "down", PAUSED: "maint", DRAINING: "drain"}
 
 
-def answer(request: bytes, service: Service, weight: Weight) -> bytes | None:
+def answer(request: bytes, service: Service, weight: Weight, control: Control | None = None) -> bytes | None:
     """The answer to what a client has sent so far; None: there is more to come.
 
-    weight: of the service.
+    weight: of the service.  control: does what a POST asks; None: nothing is to be changed.
     """
     line, ended, _ = request.partition(b"\n")
     if ended and (asked := line.rstrip(b"\r")) in (AGENT, AGENT_STATE):
         return agent_line(service.state(), weight if asked == AGENT else None).encode()
     head, complete, _ = request.replace(b"\r\n", b"\n").partition(b"\n\n")
     if complete:
-        return _http(head.decode("latin-1"), service)
+        return _http(head.decode("latin-1"), service, control)
     if len(request) > LONGEST_REQUEST:
         return _response(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the request is too long\n")
     return None
@@ -46,7 +47,7 @@ def agent_line(state: str, weight: Weight | None) -> str:
     return f"up {max(round(100 * weight.share()), 1)}% ready\n"  # 0 would be a drain
 
 
-def _http(head: str, service: Service) -> bytes:
+def _http(head: str, service: Service, control: Control | None) -> bytes:
     first, *lines = head.split("\n")
     words = first.split(" ")
     if len(words) != 3 or not words[2].startswith("HTTP/1."):
@@ -59,13 +60,19 @@ def _http(head: str, service: Service) -> bytes:
     }
     if target.startswith("http://"):  # RFC 9112, section 3.2.2
         target = "/" + target.removeprefix("http://").partition("/")[2]
-    found = answers.get(target.partition("?")[0])
-    if found is None:
-        return _response(HTTPStatus.NOT_FOUND, f"there are {', '.join(answers)}\n", body=method != "HEAD")
+    path, _, query = target.partition("?")
+    body = method != "HEAD"
+    if control is not None and path in PATHS:
+        if method == "POST":
+            return _response(*obey(path, query, lines, control))
+        return _response(HTTPStatus.METHOD_NOT_ALLOWED, "only POST\n", more="Allow: POST\r\n", body=body)
     if method not in ("GET", "HEAD"):
         return _response(HTTPStatus.METHOD_NOT_ALLOWED, "only GET and HEAD\n", more="Allow: GET, HEAD\r\n")
+    found = answers.get(path)
+    if found is None:
+        return _response(HTTPStatus.NOT_FOUND, f"there are {', '.join(answers)}\n", body=body)
     status, text, kind = found()
-    return _response(status, text, kind, body=method == "GET")
+    return _response(status, text, kind, body=body)
 
 
 def _readyz(service: Service) -> tuple[HTTPStatus, str, str]:

@@ -13,6 +13,7 @@ from fastlisten._core.connection import Connection
 from fastlisten._events import Events
 from fastlisten._listener import Listener
 from fastlisten._status.answers import answer
+from fastlisten._status.control import Control
 from fastlisten._status.service import Service
 from fastlisten._status.weight import Weight
 
@@ -42,6 +43,7 @@ class StatusServer:
         self.listener = listener
         self.service = service
         self.weight = Weight(service)
+        self.control: Control | None = None  # does what a POST asks; None: nothing is to be changed
         self._events: Events | None = None
         self._clients: dict[int, _Client] = {}  # by their descriptors, in the order in which they came
         self._again = math.inf  # when the listener is to be heard again
@@ -106,7 +108,7 @@ class StatusServer:
                 self._clients[connection.fileno()] = client
 
     def _answer(self, request: bytes) -> bytes | None:
-        return answer(request, self.service, self.weight)
+        return answer(request, self.service, self.weight, self.control)
 
     def _gone(self, number: int) -> None:
         self._clients.pop(number, None)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from fastlisten._endpoint import Endpoint
 from fastlisten._events import Events
 from fastlisten._listener import Listener
+from fastlisten._status.control import Control
 from fastlisten._status.server import StatusServer
 from fastlisten._status.service import DRAINING, PAUSED, SERVING, STARTING, counts, load, share
 
@@ -18,12 +19,12 @@ from fastlisten._status.service import DRAINING, PAUSED, SERVING, STARTING, coun
 class Served:
     """The listeners of one serve() as a Service.
 
-    leaving: it is about to drain, and nobody is to be sent here any more.
+    leaving: it is about to drain, and nobody is to be sent here any more.  pausing: about to pause.
     """
 
     def __init__(self, listeners: Sequence[Listener]) -> None:
         self._listeners = listeners
-        self.leaving = False
+        self.leaving = self.pausing = False
 
     def state(self) -> str:
         states = [listener._state for listener in self._listeners]
@@ -31,7 +32,7 @@ class Served:
             return DRAINING
         if any(state.taker is None for state in states):
             return STARTING
-        return PAUSED if all(state.paused for state in states) else SERVING
+        return PAUSED if self.pausing or all(state.paused for state in states) else SERVING
 
     def counts(self) -> tuple[int, int, int]:
         active, handled, refused = zip(*(counts(one.stats()) for one in self._listeners), strict=True)
@@ -59,12 +60,13 @@ class StatusThread:
     """
 
     def __init__(self, listener: Listener, listeners: Sequence[Listener]) -> None:
+        self._listeners = listeners
         self._service = Served(listeners)
         self._listener = listener
         self._server = StatusServer(listener, self._service)
         self._over = False
         self._then: Callable[[], object] | None = None
-        self._at = math.inf  # when that is to be called
+        self._at = self._pause_at = math.inf  # when that is to be called, and the listeners paused
 
     def __enter__(self) -> StatusThread:
         with contextlib.ExitStack() as undo:
@@ -99,16 +101,42 @@ class StatusThread:
             self._at, self._then = time.monotonic() + seconds, then
             self._events.wake()
 
+    def obey(self, control: Control) -> None:
+        """Have it do what is asked by POST from now on."""
+        self._server.control = control
+
+    def state(self) -> str:
+        """As the service has it."""
+        return self._service.state()
+
+    def pause(self, seconds: float) -> None:
+        """Tell whoever asks from now on that the service is paused, and pause it after so many seconds.
+
+        For the control of this thread's own port, as is resume().
+        """
+        self._service.pausing = True
+        self._pause_at = time.monotonic() + seconds
+
+    def resume(self) -> None:
+        """End a pause, or one that is to come."""
+        self._service.pausing, self._pause_at = False, math.inf
+        for listener in self._listeners:
+            listener.resume()
+
     def stay(self) -> None:
         """Do not call what leave() was given any more; for signal handlers, too."""
         self._then = None
 
     def _run(self) -> None:
         while not self._over:
-            due = min(self._server.due(), self._at)
+            due = min(self._server.due(), self._at, self._pause_at)
             self._events.wait(None if due == math.inf else max(due - time.monotonic(), 0.0))
             now = time.monotonic()
             self._server.look(now)
+            if now >= self._pause_at:
+                self._pause_at = math.inf
+                for listener in self._listeners:
+                    listener.pause()
             if now >= self._at:
                 self._at, then = math.inf, self._then
                 if then is not None:

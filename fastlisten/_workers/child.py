@@ -16,12 +16,13 @@ from typing import Any
 from fastlisten._core.processes import end_with_parent
 from fastlisten._core.state import State
 from fastlisten._listener import Listener, ServeResult
-from fastlisten._workers.memory import CUT, FINISHED, HELP, Slot
+from fastlisten._workers.memory import CUT, FINISHED, HELP, PAUSED, Slot
 
 Target = Callable[..., object]
 
-# What the parent says by the channel, where it cannot send signals: end with the drain, and end now.
-DRAIN, NOW = b"d", b"n"
+# What the parent says by the channel, where it cannot send signals: end with the drain, end now, and see what
+# was written for this worker.
+DRAIN, NOW, LOOK = b"d", b"n", b"l"
 
 # This process as a worker; set once, in a process that has just begun.
 _this: list[Worker] = []
@@ -56,7 +57,7 @@ class Worker:
         self._status = status  # the channel to the parent
         self._parent = parent
         self._drain = drain
-        self._ready = False
+        self._ready = self._paused = False
         self._listeners: list[Listener] = []
         self._members: list[list[Listener]] = []
         self._waiting = 0
@@ -91,6 +92,7 @@ class Worker:
             self._listeners.append(listener)
         self._waiting = len(members)
         self._hear_signals()
+        self._pause()  # it was asked before this process was there
         self._live_with_parent()
         try:
             result = target(*self._listeners)
@@ -128,7 +130,10 @@ class Worker:
         asks us by it to end, too."""
         with contextlib.suppress(OSError):
             while asked := self._status.recv(1):
-                self._stop(0.0 if asked == NOW else self._drain)
+                if asked == LOOK:
+                    self._pause()
+                else:
+                    self._stop(0.0 if asked == NOW else self._drain)
         os._exit(1)
 
     def _served(self) -> None:
@@ -141,7 +146,7 @@ class Worker:
         heard: dict[str, Any] = {
             "SIGTERM": lambda *_: self._stop(self._drain),
             "SIGQUIT": lambda *_: self._stop(0.0),
-            "SIGURG": self._help,
+            "SIGURG": self._asked,
         }
         # Those of the terminal's keys go to all its processes, and are the parent's.
         ignored = ("SIGINT", "SIGBREAK", "SIGHUP", "SIGUSR2", "SIGTTIN", "SIGTTOU")
@@ -158,8 +163,21 @@ class Worker:
         if self._when_stopping is not None:
             self._when_stopping(drain)
 
-    def _help(self, *_: object) -> None:
-        """SIGURG: a worker does not take the clients that are queued for it, and we have nothing to do."""
+    def _asked(self, *_: object) -> None:
+        """SIGURG: the parent has written what this worker is to do."""
+        self._pause()
+        self._help()
+
+    def _pause(self) -> None:
+        """Pause, or go on, if the parent has changed that; what the target does is its own."""
+        paused = bool(self._slot.numbers[PAUSED])
+        if paused != self._paused:
+            self._paused = paused
+            for listener in self._listeners:
+                listener._state.paused = paused
+
+    def _help(self) -> None:
+        """A worker does not take the clients that are queued for it, and we have nothing to do."""
         for endpoint, listener in enumerate(self._listeners):
             place, self._slot.numbers[HELP + endpoint] = self._slot.numbers[HELP + endpoint] - 1, 0
             taker = listener._state.taker

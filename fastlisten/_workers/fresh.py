@@ -18,7 +18,7 @@ from fastlisten._admission import Admission
 from fastlisten._listener import Listener
 from fastlisten._notify import VARIABLES
 from fastlisten._shared_memory import shared_memory
-from fastlisten._workers.child import DRAIN, NOW, Target, Worker
+from fastlisten._workers.child import DRAIN, LOOK, NOW, Target, Worker
 from fastlisten._workers.memory import Memory, Slot
 from fastlisten._workers.pool import Channel, Close
 from fastlisten._workers.process import Child, Handle
@@ -164,6 +164,11 @@ class _Sharing:
         """Ask it to end, with the drain or now."""
         with contextlib.suppress(OSError):  # it has ended
             self._ours.send(NOW if now else DRAIN)
+
+    def look(self) -> None:
+        """Have it see what was written for it."""
+        with contextlib.suppress(OSError):
+            self._ours.send(LOOK)
 
     def kill(self) -> None:
         """End it."""

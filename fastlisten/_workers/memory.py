@@ -12,9 +12,10 @@ from fastlisten._shared_memory import shared_memory
 # A state has pages of its own, so that a fork of a worker can have a copy of it.
 _STATE = mmap.PAGESIZE * -(-STATE_BYTES // mmap.PAGESIZE)
 
-# The numbers at the start of a slot: of the stop, how many clients finished and were cut, and then, for each
-# endpoint, whose queue this worker is to look into: that member's place and 1; 0 is nobody's.
-FINISHED, CUT, HELP = 0, 1, 2
+# The numbers at the start of a slot: of the stop, how many clients finished and were cut; whether the worker
+# is to be paused; and then, for each endpoint, whose queue it is to look into: that member's place and 1; 0
+# is nobody's.
+FINISHED, CUT, PAUSED, HELP = 0, 1, 2, 3
 MOST_ENDPOINTS = mmap.PAGESIZE // 8 - HELP
 
 

@@ -61,14 +61,14 @@ class Parent:
         if isinstance(starter, Programs):
             self._newcomers = ProgramNewcomers(self.pool, self._steering, starter.notifications)
         self._supervision = Supervision(self.pool, self._steering, self._newcomers, told)
-        self._rolling = Rolling(self.pool, self._supervision, self._newcomers, told)
+        self.rolling = Rolling(self.pool, self._supervision, self._newcomers, told)
         passed = [*endpoints, *([status.members] if status else ())]
         self._handover = Handover(passed, options.ready_timeout, self._events, told, self._taken_over)
         self._spare = starter.spare
-        self._ticks = [*ticks, *manager.ticks(self._steering.comes_on)]
+        self._ticks = [*ticks, *manager.ticks(lambda: self.pool.paused or self._steering.comes_on())]
         self._inheritance = inheritance
         self._status = status
-        self._leaves_at = math.inf  # when it begins to drain, of which others have been told
+        self._leaves_at = self._pauses_at = math.inf  # when it begins to, of which others have been told
         self._served = False
 
     def run(self) -> ServeResult:
@@ -95,14 +95,15 @@ class Parent:
     def _wait(self) -> None:
         """Look at the queues until something else is to be done, or wait for that."""
         seconds = self._patience()
-        if not self.pool.ending and self._steering.wait(seconds):
+        if not (self.pool.ending or self.pool.paused) and self._steering.wait(seconds):
             seconds = 0.0
         self._events.wait(seconds)
 
     def _patience(self) -> float | None:
         """How long nothing is to be done, in seconds."""
         now = time.monotonic()
-        times = [self._handover.until, self._leaves_at, *(tick.due for tick in self._ticks), *self.pool.due()]
+        times = [self._handover.until, self._leaves_at, self._pauses_at, *self.pool.due()]
+        times += [tick.due for tick in self._ticks]
         if self._status is not None:
             times.append(self._status.due())
         if self._newcomers.busy:
@@ -114,7 +115,7 @@ class Parent:
         """Do what is due."""
         now = time.monotonic()
         self._supervision.look(now)
-        self._rolling.look()
+        self.rolling.look()
         for tick in self._ticks:
             tick.run(now)
         self._handover.look(now)
@@ -124,7 +125,11 @@ class Parent:
             self._stop("SIGTERM")
         if self.pool.ending:
             return
-        self._steering.look(now)
+        if now >= self._pauses_at:
+            self._pauses_at = math.inf
+            self.pool.pause(True)
+        if not self.pool.paused:  # else all queues stand still, and nobody can help
+            self._steering.look(now)
         if not self._served and all(place.current and place.current.ready for place in self.pool.places):
             self._served = True
             self._all_serve()
@@ -142,11 +147,11 @@ class Parent:
 
     def _actions(self) -> dict[int, Act]:
         actions: dict[str, Act] = {
-            "SIGTERM": lambda: self._leave("SIGTERM"),
+            "SIGTERM": lambda: self.leave("SIGTERM"),
             "SIGINT": lambda: self._stop("SIGINT"),
-            "SIGBREAK": lambda: self._leave("SIGBREAK"),
+            "SIGBREAK": lambda: self.leave("SIGBREAK"),
             "SIGQUIT": lambda: self._stop("SIGQUIT", 0.0),
-            "SIGHUP": self._replace,
+            "SIGHUP": self.replace,
             "SIGTTIN": self._add,
             "SIGTTOU": self._take_away,
             "SIGUSR2": self._hand_over,
@@ -154,7 +159,7 @@ class Parent:
         }
         return {getattr(signal, name): act for name, act in actions.items() if hasattr(signal, name)}
 
-    def _leave(self, why: str) -> None:
+    def leave(self, why: str) -> None:
         """End with a drain, after a time in which others are told and clients are still served; the second
         time with a drain, and then now."""
         seconds = self.pool.options.lame_duck
@@ -175,18 +180,32 @@ class Parent:
         seconds = self.pool.options.drain if drain is None else drain
         self.pool.ending = True
         self._handover.stop()
-        self._rolling.stop()
+        self.rolling.stop()
         self._steering.close()
         self._tell("draining", f"{why}: draining for at most {seconds:g} s", signal=why, seconds=seconds)
         for process in self.pool.processes.values():
             self.pool.ask(process, seconds)
 
-    def _replace(self) -> None:
+    def replace(self) -> None:
         """SIGHUP: replace the workers one by one, each when the new one is ready."""
         if not self.pool.ending:
-            self._rolling.begin()
+            self.rolling.begin(self.pool.places, "SIGHUP")
             text = f"SIGHUP: replacing {len(self.pool.places)} workers"
             self._tell("replacing", text, signal="SIGHUP")
+
+    def controlled(self, path: str, text: str) -> None:
+        """Somebody had this done at the status port."""
+        self._tell("control", f"POST {path}: {text}", path=path)
+
+    def pause(self, seconds: float) -> None:
+        """Tell who asks that it is paused, and have the workers take no new clients after so long."""
+        self.pool.pausing = True
+        self._pauses_at = time.monotonic() + seconds
+
+    def resume(self) -> None:
+        """End that."""
+        self.pool.pausing, self._pauses_at = False, math.inf
+        self.pool.pause(False)
 
     def _hand_over(self) -> None:
         """SIGUSR2: start the next parent, and serve on until its workers serve."""

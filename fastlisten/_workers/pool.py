@@ -14,7 +14,7 @@ from fastlisten._core.admission import process_ended
 from fastlisten._events import Events
 from fastlisten._listener import ServeResult
 from fastlisten._options import Checked
-from fastlisten._workers.memory import CUT, FINISHED, Memory, Slot
+from fastlisten._workers.memory import CUT, FINISHED, PAUSED, Memory, Slot
 from fastlisten._workers.process import Handle, Place, Process
 from fastlisten._workers.sockets import Members
 
@@ -76,6 +76,8 @@ class Pool:
         self.options = options
         self.leaving = False  # it will end soon, and nobody is to be sent here any more
         self.ending = False  # nobody begins any more
+        self.pausing = False  # others are told so, and it will pause soon, or has
+        self.paused = False
         self.result = ServeResult(0, 0)  # of all that have ended
         self._starter = starter
         self._memory = memory
@@ -88,6 +90,13 @@ class Pool:
             if place.current is not None and place.current.ready and not place.current.asked:
                 yield place.current
 
+    def pause(self, paused: bool) -> None:
+        """Have all take no new clients, those that are to begin, too; or have them go on."""
+        self.paused = paused
+        for process in self.processes.values():
+            process.slot.numbers[PAUSED] = paused
+            process.handle.look()
+
     def begin(self, place: Place, member: int, known: int, supervisor: Supervisor) -> Process:
         """Begin a process at a place: it becomes `current`, or `next` where one serves.  Raises OSError.
 
@@ -97,6 +106,7 @@ class Pool:
             slot = self._memory.take()
         except IndexError:
             raise OSError("too many of them have not ended yet") from None
+        slot.numbers[PAUSED] = self.paused
         try:
             ours, theirs = socket.socketpair()
         except BaseException:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 from fastlisten._workers.newcomers import Newcomers
 from fastlisten._workers.pool import Pool
@@ -18,14 +19,20 @@ class Rolling:
         self._supervision = supervision
         self._newcomers = newcomers
         self._tell = tell
+        self._why = ""
         self._count = 0  # how many are to be replaced; 0: nobody is
         self._done = 0
         self._left: deque[Place] = deque()
         self._new: Process | None = None  # the one that is to be ready next
 
-    def begin(self) -> None:
-        """Replace all, from the first on."""
-        self._left = deque(self._pool.places)
+    @property
+    def busy(self) -> bool:
+        """Whether some are being replaced."""
+        return self._count > 0
+
+    def begin(self, places: Iterable[Place], why: str) -> None:
+        """Replace those at these places, from the first on, and nobody else; why: for what is told."""
+        self._left, self._why = deque(places), why
         self._count, self._done = len(self._left), 0
 
     def stop(self) -> None:
@@ -52,6 +59,6 @@ class Rolling:
                 if self._new is None:
                     self._left.clear()
         if self._count and not self._left and self._new is None:
-            text = f"SIGHUP: {self._done} of {self._count} workers are replaced"
+            text = f"{self._why}: {self._done} of {self._count} workers are replaced"
             self._tell("replaced", text, replaced=self._done, workers=self._count)
             self._count = 0

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fastlisten._events import Events
+from fastlisten._status.control import Control
 from fastlisten._status.server import StatusServer
-from fastlisten._status.service import DRAINING, SERVING, STARTING, counts, load, share
+from fastlisten._status.service import DRAINING, PAUSED, SERVING, STARTING, counts, load, share
 from fastlisten._workers.pool import Pool
 from fastlisten._workers.sockets import Members
 from fastlisten._workers.totals import WorkersStats
@@ -33,6 +34,10 @@ class StatusPort:
         self._pool = pool
         self._server.open(events)
 
+    def obey(self, control: Control) -> None:
+        """Have it do what is asked by POST."""
+        self._server.control = control
+
     def hand_over(self) -> None:
         """Another parent answers from now on, and serves."""
         self._handed_over = True
@@ -55,6 +60,8 @@ class StatusPort:
             return SERVING
         if pool is None or pool.ending or pool.leaving:
             return DRAINING
+        if pool.pausing:
+            return PAUSED
         return SERVING if any(pool.serving()) else STARTING
 
     def counts(self) -> tuple[int, int, int]:

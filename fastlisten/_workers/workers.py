@@ -50,6 +50,7 @@ class Supervised:
     """Workers of any kind; a subclass says how they begin, and whether they write their counters."""
 
     counts = True
+    controlled = False  # by the status port; the command asks for it
 
     def __init__(
         self,
@@ -127,6 +128,7 @@ class Supervised:
             memory = Memory(len(endpoints), 4 * most, named=starter.named)
             try:
                 starter.serves(endpoints, memory)
+                status = self._status_port()
                 parent = Parent(
                     endpoints,
                     starter,
@@ -137,8 +139,12 @@ class Supervised:
                     Manager(told, self._listening(), self._total if starter.counts else None),
                     [Tick(*tick) for tick in self._ticks],
                     self._inheritance,
-                    self._status_port(),
+                    status,
                 )
+                if status is not None and self.controlled:
+                    from fastlisten._workers.control import ParentControl  # only for who asks for it
+
+                    status.obey(ParentControl(parent, self.counts))
                 self._pool = parent.pool
                 self._started()
                 return parent.run()

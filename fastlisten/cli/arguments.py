@@ -53,7 +53,7 @@ ADMISSION_OPTIONS = (
     "dry_run",
 )
 WORKER_OPTIONS = tuple(declared(WorkerOptions))
-STATUS_OPTIONS = tuple(declared(StatusOptions))
+STATUS_OPTIONS = (*declared(StatusOptions), "status_control")
 
 
 class Formatter(argparse.HelpFormatter):
@@ -226,6 +226,12 @@ def _add_operation(parser: Parser) -> None:
         "--status",
         metavar="ENDPOINT",
         help="answer there GET /metrics, /healthz and /readyz, and HAProxy's agent-check",
+    )
+    value(
+        "--status-control",
+        action="store_true",
+        default=None,
+        help="there answer POST /pause, /resume, /drain and /restart, too: whoever can connect can do it",
     )
     value(
         "--lame-duck",
@@ -458,7 +464,7 @@ def _add_top(commands: argparse._SubParsersAction[Parser]) -> None:
         "top",
         help="watch a service by its status port",
         description="Watch the counters of a service that has a status port (serve --status). The key q ends "
-        "it.",
+        "it; others pause, resume and drain the service and restart a worker, where it has --status-control.",
     )
     top.add_argument("endpoint", metavar="ENDPOINT", help="the status port")
     top.add_argument(

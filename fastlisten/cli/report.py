@@ -61,7 +61,7 @@ class Report:
         self._live = output.is_live() and not as_json
         # What the thread is to tell now, None to end. A SimpleQueue and no Event, as a signal
         # handler puts here too: its put() is reentrant.
-        self._news: queue.SimpleQueue[tuple[str, str, str, float] | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[tuple[str, str, dict[str, object]] | None] = queue.SimpleQueue()
         self._output = threading.Lock()
         self._drawn = 0  # columns of the live line that are on the screen
         self._log = output.Log()
@@ -95,11 +95,17 @@ class Report:
 
     def draining(self, why: str, seconds: float) -> None:
         """Tell that the drain has begun; for signal handlers: the thread does the telling."""
-        self._news.put(("draining", f"draining for at most {seconds:g} s", why, seconds))
+        text = f"{why}: draining for at most {seconds:g} s"
+        self._news.put(("draining", text, {"signal": why, "seconds": seconds}))
 
     def leaving(self, why: str, seconds: float) -> None:
         """Tell that the drain will begin; for signal handlers, too."""
-        self._news.put(("leaving", f"not ready any more, draining in {seconds:g} s", why, seconds))
+        text = f"{why}: not ready any more, draining in {seconds:g} s"
+        self._news.put(("leaving", text, {"signal": why, "seconds": seconds}))
+
+    def control(self, path: str, text: str) -> None:
+        """Tell what somebody had done at the status port."""
+        self._news.put(("control", f"POST {path}: {text}", {"path": path}))
 
     def stopped(self, why: str | None, result: ServeResult | None) -> None:
         """Tell how it ended: why is the signal's name, result is None when it was interrupted."""
@@ -147,8 +153,8 @@ class Report:
                 continue
             if news is None:
                 return
-            event, text, why, seconds = news
-            self._event(f"{why}: {text}", event, signal=why, seconds=seconds)
+            event, text, values = news
+            self._event(text, event, **values)
 
     def _counted(self, stats: ListenerStats, rate: float) -> None:
         text = f"{time.strftime('%H:%M:%S')} {counters(stats, rate)}"

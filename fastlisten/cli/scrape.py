@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import time
+from http import HTTPStatus
 from typing import Any
 
 from fastlisten import Endpoint
@@ -54,12 +55,26 @@ def scrape(endpoint: Endpoint) -> Snapshot:
     return Snapshot(state.strip(), text)
 
 
+def is_controlled(endpoint: Endpoint) -> bool:
+    """Whether a status port does what is asked by POST.  Raises as scrape()."""
+    return _get(endpoint, "/pause")[1] == HTTPStatus.METHOD_NOT_ALLOWED
+
+
+def post(endpoint: Endpoint, target: str) -> str:
+    """Have a status port do something; returns its answer, a line.  Raises as scrape()."""
+    return _ask(endpoint, "POST", target, "X-Fastlisten-Control: 1\r\nContent-Length: 0\r\n")[0].strip()
+
+
 def _get(endpoint: Endpoint, path: str) -> tuple[str, int]:
+    return _ask(endpoint, "GET", path)
+
+
+def _ask(endpoint: Endpoint, method: str, target: str, fields: str = "") -> tuple[str, int]:
     address: Any = endpoint.sockaddr
     with socket.socket(endpoint.family, socket.SOCK_STREAM) as client:
         client.settimeout(PATIENCE)
         client.connect(address)
-        client.sendall(f"GET {path} HTTP/1.1\r\nHost: status\r\n\r\n".encode())
+        client.sendall(f"{method} {target} HTTP/1.1\r\nHost: status\r\n{fields}\r\n".encode())
         parts, size = [], 0
         while size < MOST_BYTES and (part := client.recv(65536)):
             parts.append(part)

@@ -127,6 +127,10 @@ def _serve(
 ) -> int:
     report = Report(listener, options.json, options.threads)
     signals = _drain_on_signals(listener, options, report, manager, status)
+    if status is not None and options.status_control:
+        from fastlisten.cli.control import ProcessControl  # only for who asks for it
+
+        status.obey(ProcessControl(status, options.lame_duck, report))
     log.set_up(LogLines(report), listener=str(listener.endpoint))
     result, code, why = None, 0, None
     try:

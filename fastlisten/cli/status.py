@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 def status_endpoint(options: argparse.Namespace) -> Endpoint | None:
     """Where --status is to be; None where nobody asks for it."""
     if options.status is None:
-        if options.lame_duck is not None:
-            raise CommandError("--lame-duck needs --status", MISUSED)
+        for name in ("lame_duck", "status_control"):
+            if getattr(options, name) is not None:
+                raise CommandError(f"--{name.replace('_', '-')} needs --status", MISUSED)
         return None
     return read_endpoint(options.status, "--status: ")
 

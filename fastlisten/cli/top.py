@@ -5,9 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import select
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +12,7 @@ from typing import Any
 from fastlisten.cli import output
 from fastlisten.cli.errors import FAILED, MISUSED, CommandError
 from fastlisten.cli.failures import read_endpoint
+from fastlisten.cli.keys import Keys, keyboard
 from fastlisten.cli.view import BARS, PLAIN_BARS, View
 
 
@@ -37,11 +35,12 @@ def top_command(options: argparse.Namespace) -> int:
         if options.json:
             output.write_or_fail(json.dumps(view.plain()) + "\n")
         else:
-            with show(view):
+            with show(view, None):
                 pass
         return 0
-    with contextlib.suppress(KeyboardInterrupt), show(view) as draw, _keys() as pressed:
-        while pressed(options.interval) != "q":
+    keys = Keys(view)
+    with contextlib.suppress(KeyboardInterrupt), keyboard() as pressed, show(view, keys) as draw:
+        while keys.press(pressed(options.interval)):
             view.look()
             draw()
     return 0
@@ -50,7 +49,7 @@ def top_command(options: argparse.Namespace) -> int:
 # --- the screen
 
 
-Show = Callable[[View], contextlib.AbstractContextManager[Callable[[], None]]]
+Show = Callable[[View, Keys | None], contextlib.AbstractContextManager[Callable[[], None]]]
 
 
 def _screen(once: bool) -> Show:
@@ -66,19 +65,22 @@ def _screen(once: bool) -> Show:
     moves = console.is_terminal and not console.is_dumb_terminal and not once
 
     @contextlib.contextmanager
-    def show(view: View) -> Iterator[Callable[[], None]]:
+    def show(view: View, keys: Keys | None) -> Iterator[Callable[[], None]]:
+        def drawn() -> Any:
+            return _drawn(view, console, keys.line if keys is not None and console.is_terminal else "")
+
         if not moves:
-            console.print(_drawn(view, console))
-            yield lambda: console.print(_drawn(view, console))
+            console.print(drawn())
+            yield lambda: console.print(drawn())
             return
-        with Live(_drawn(view, console), console=console, screen=True, auto_refresh=False) as live:
-            yield lambda: live.update(_drawn(view, console), refresh=True)
+        with Live(drawn(), console=console, screen=True, auto_refresh=False) as live:
+            yield lambda: live.update(drawn(), refresh=True)
 
     return show
 
 
-def _drawn(view: View, console: Any) -> Any:
-    """All of it, as rich draws it."""
+def _drawn(view: View, console: Any, last: str) -> Any:
+    """All of it, as rich draws it, and a last line, if there is one."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -91,36 +93,8 @@ def _drawn(view: View, console: Any) -> Any:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for title in titles:
         table.add_column(title, justify="left" if title in ("worker", "state") else "right", no_wrap=True)
-    room = max(height - len(lines) - 2, 1) if console.is_terminal else len(rows)
+    room = max(height - len(lines) - 2 - bool(last), 1) if console.is_terminal else len(rows)
     for row in rows[:room]:
         table.add_row(*row)
-    return Group(*lines, *([table] if rows else ()))
-
-
-@contextlib.contextmanager
-def _keys() -> Iterator[Callable[[float], str]]:
-    """What waits so many seconds for a key, and returns it, or ""."""
-    try:
-        import termios
-        import tty
-
-        number = sys.stdin.fileno()
-        before = termios.tcgetattr(number)
-    except (ImportError, OSError, ValueError, termios.error):  # no terminal, or one of Windows
-        yield _without_keys
-        return
-
-    def pressed(seconds: float) -> str:
-        found = select.select([number], [], [], seconds)[0]
-        return os.read(number, 1).decode(errors="replace") if found else ""
-
-    tty.setcbreak(number)
-    try:
-        yield pressed
-    finally:
-        termios.tcsetattr(number, termios.TCSADRAIN, before)
-
-
-def _without_keys(seconds: float) -> str:
-    time.sleep(seconds)
-    return ""
+    foot = [Text(last, style="dim", no_wrap=True, overflow="crop")] if last else []
+    return Group(*lines, *([table] if rows else ()), *foot)

@@ -7,7 +7,7 @@ from collections import deque
 from typing import Any
 
 from fastlisten import Endpoint
-from fastlisten.cli.scrape import Snapshot, scrape
+from fastlisten.cli.scrape import Snapshot, is_controlled, scrape
 
 REMEMBERED = 60.0  # seconds that the sparkline is of
 BARS, PLAIN_BARS = "▁▂▃▄▅▆▇█", "_.-=+*%#"
@@ -34,6 +34,8 @@ class View:
         self.endpoint = endpoint
         self.now: Snapshot | None = None
         self.trouble = ""
+        self.controlled = False  # the service does what is asked
+        self.chosen = 0  # which worker a key is for
         self._before: Snapshot | None = None
         self._rates: deque[tuple[float, float]] = deque()  # times, and clients a second then
 
@@ -41,6 +43,8 @@ class View:
         """Ask once more; what goes wrong is in `trouble`."""
         try:
             found = scrape(self.endpoint)
+            if self.now is None:  # it is seen for the first time, or again
+                self.controlled = is_controlled(self.endpoint)
         except (OSError, ValueError) as error:
             self.trouble = getattr(error, "strerror", None) or str(error)
             self.now = self._before = None
@@ -54,6 +58,15 @@ class View:
         self._rates.append((found.at, self.rate()))
         while self._rates[0][0] < found.at - REMEMBERED:
             self._rates.popleft()
+
+    def workers(self) -> list[str]:
+        """The numbers of the workers."""
+        rows = self.now.rows if self.now is not None else ()
+        return sorted({worker for _, worker in rows if worker}, key=int)
+
+    def choose(self, step: int) -> None:
+        """Another worker."""
+        self.chosen = min(max(self.chosen + step, 0), max(len(self.workers()) - 1, 0))
 
     def rate(self, row: tuple[str, str] | None = None) -> float:
         """Clients accepted a second since the look before, of a row or of all."""
@@ -139,9 +152,12 @@ class View:
         def number(name: str) -> str:
             return f"{row[name]:.0f}" if name in row else "-"
 
+        worker = key[1] or "-"
+        if self.controlled and key[1] in self.workers()[self.chosen : self.chosen + 1]:
+            worker = f">{worker}"
         state = "paused" if row.get("paused") else "serves" if row.get("worker_ready", 1) else "starting"
         return {
-            "worker": key[1] or "-",
+            "worker": worker,
             "/s": f"{self.rate(key):.0f}",
             "active": number("active_connections"),
             "queued": number("queued_connections"),

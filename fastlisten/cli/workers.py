@@ -72,6 +72,7 @@ def _run(
     where = ", ".join(map(str, endpoints))
     try:
         workers = make()
+        workers.controlled = bool(options.status_control)
         workers.reports(options.json, saturation)
         result = workers.run()
     except (TypeError, ValueError, OverflowError, AttributeError) as error:

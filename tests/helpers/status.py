@@ -28,6 +28,12 @@ class Answer:
         self.text = body.decode()
 
 
+def post(address: Any, target: str) -> tuple[int, str]:
+    """Have a service do something; return the answer's status and text."""
+    found = get(address, target, "X-Fastlisten-Control: 1", method="POST")
+    return found.status, found.text.rstrip("\n")
+
+
 def get(address: Any, path: str, *fields: str, method: str = "GET") -> Answer:
     """Ask by HTTP."""
     head = "\r\n".join((f"{method} {path} HTTP/1.1", "Host: status", *fields, "", ""))
