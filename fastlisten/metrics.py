@@ -32,26 +32,18 @@ class Counted(Protocol):
 class Family(NamedTuple):
     """A metric: the same of each listener and worker.
 
-    name, unit: as OpenTelemetry has them; Prometheus' follow from that.  kind: "counter", "gauge" or
-    "histogram".  read: gives it from the stats: a number, a PendingTimes, or {reason: number}; None: there is
-    none.
+    name, unit: as OpenTelemetry has them.  prometheus_name, sample_name: as it translates them; that of the
+    samples has the _total of a counter.  kind: "counter", "gauge" or "histogram".  read: gives it from the
+    stats: a number, a PendingTimes, or {reason: number}; None: there is none.
     """
 
     name: str
+    prometheus_name: str
+    sample_name: str
     kind: str
     unit: str
     text: str
     read: Callable[[Any], float | Mapping[str, int] | PendingTimes | None]
-
-    @property
-    def sample_name(self) -> str:
-        """That of its samples, as Prometheus has it."""
-        return self.prometheus_name + ("_total" if self.kind == "counter" else "")
-
-    @property
-    def prometheus_name(self) -> str:
-        """Without the _total of a counter's samples; as OpenTelemetry translates its names."""
-        return self.name.replace(".", "_") + ("_seconds" if self.unit == "s" else "")
 
 
 _CLIENTS = "{connection}"
@@ -63,12 +55,11 @@ def _refused(stats: ListenerStats) -> Mapping[str, int]:
     return {**_NEVER, **stats.refused_for}
 
 
-def _of(name: str) -> Callable[[Any], Any]:
-    return operator.attrgetter(name)
-
-
 def _family(name: str, kind: str, unit: str, text: str, read: str | Callable[[Any], Any]) -> Family:
-    return Family(f"fastlisten.{name}", kind, unit, text, _of(read) if isinstance(read, str) else read)
+    prometheus_name = f"fastlisten_{name}" + ("_seconds" if unit == "s" else "")
+    sample_name = prometheus_name + ("_total" if kind == "counter" else "")
+    reads = operator.attrgetter(read) if isinstance(read, str) else read
+    return Family(f"fastlisten.{name}", prometheus_name, sample_name, kind, unit, text, reads)
 
 
 # Named after those of ASP.NET Core's Kestrel, which are OpenTelemetry's example of a server's connections.
@@ -331,8 +322,8 @@ def _rows(sources: Iterable[Counted]) -> list[tuple[tuple[Family, ...], list[Row
 def _name_of(source: Any) -> str:
     """Where it listens."""
     try:
-        if hasattr(source, "endpoints"):
-            return ",".join(map(str, source.endpoints))
+        if (endpoints := getattr(source, "endpoints", None)) is not None:
+            return ",".join(map(str, endpoints))
         if hasattr(source, "endpoint"):
             return str(source.endpoint)
     except OSError:  # it is closed

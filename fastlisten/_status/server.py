@@ -106,6 +106,7 @@ class StatusServer:
                 connection.close()
             else:
                 self._clients[connection.fileno()] = client
+                client.read()  # most have sent their request by now
 
     def _answer(self, request: bytes) -> bytes | None:
         return answer(request, self.service, self.weight, self.control)
@@ -132,7 +133,7 @@ class _Client:
         self._request = b""
         self._received = 0
         self._answer: memoryview | None = None
-        events.hear(connection, self._read)
+        events.hear(connection, self.read)
 
     def end(self) -> None:
         """Close it."""
@@ -140,7 +141,7 @@ class _Client:
         self._gone(self.connection.fileno())
         self.connection.close()
 
-    def _read(self) -> None:
+    def read(self) -> None:
         """It has sent something."""
         if self.connection.closed:  # for another one, just now
             return
@@ -181,4 +182,4 @@ class _Client:
         else:
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
-            self._events.hear_again(self.connection, self._read)
+            self._events.hear_again(self.connection, self.read)
