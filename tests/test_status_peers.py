@@ -189,7 +189,7 @@ def test_curl(listener: Listener) -> None:
 
 @needs("the promtool command")
 def test_prometheus_takes_the_settings(tmp_path: Path) -> None:
-    found = re.search(r"```yaml\n(.*?)```", OPERATION.read_text(encoding="utf-8"), re.DOTALL)
+    found = re.search(r"```yaml\n(scrape_configs.*?)```", OPERATION.read_text(encoding="utf-8"), re.DOTALL)
     assert found is not None
     (tmp_path / "prometheus.yml").write_text(found[1])
     run(["promtool", "check", "config", str(tmp_path / "prometheus.yml")])

@@ -1,4 +1,5 @@
-"""Three backends behind HAProxy, each on a host of its own: what clients notice of what happens to them."""
+"""Three backends behind HAProxy or nginx, each on a host of its own: what clients notice of what happens to
+them."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,7 +45,7 @@ defaults
     retries 3
     option redispatch 1
     default-server send-proxy-v2 weight 200
-    default-server check inter 100ms fall 2 rise 1 port 9000 on-marked-down shutdown-sessions
+    default-server check inter 100ms fall 2 rise 1 port 9000
     default-server agent-check agent-port 9000 agent-inter 100ms
 frontend clients
     bind {address}:8080
@@ -52,13 +54,35 @@ frontend clients
 backend service
     balance leastconn
     option httpchk GET /readyz
-    default-server agent-send "state\\n"
+    default-server agent-send "state\\n" on-marked-down shutdown-sessions
 {servers}
 backend weights
     balance roundrobin
     option httpchk GET /readyz
     default-server agent-send "agent\\n"
 {servers}
+"""
+
+# nginx looks at no status port: a connect that is refused tells it.
+NGINX = """
+{load}
+daemon off;
+user root;
+pid {folder}/nginx.pid;
+events {{ worker_connections 200; }}
+stream {{
+    upstream service {{
+{servers}
+    }}
+    server {{
+        listen {address}:8081;
+        proxy_pass service;
+        proxy_protocol on;
+        proxy_connect_timeout 1s;
+        proxy_timeout 20s;
+        proxy_next_upstream on;
+    }}
+}}
 """
 
 
@@ -77,7 +101,7 @@ class Backend:
         arguments = [
             *("serve", f"{self.address}:8000", "service:handle", "--workers", "2", "--threads", "1,32"),
             *("--proxy", self._network.hub_address(self.name), "--status", f"{self.address}:9000"),
-            *("--lame-duck", "0.5", "--drain", "10"),
+            *("--lame-duck", "0.5", "--drain", "10", "--status-control"),
         ]
         command = self._network.hosts[self.name].command(sys.executable, "-m", "fastlisten", *arguments)
         with open(self._log, "ab") as log:
@@ -103,6 +127,11 @@ class Backend:
         """What its status port tells the hub."""
         command = self._network.hub.command("curl", "-s", "-m", "1", f"http://{self.address}:9000/readyz")
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+
+    def have(self, target: str) -> None:
+        """Have its status port do something."""
+        url = f"http://{self.address}:9000{target}"
+        self._network.hub.run("curl", "-fsS", "-m", "5", "-X", "POST", "-H", "X-Fastlisten-Control: 1", url)
 
     def replaced(self) -> int:
         """How often all workers have been replaced until now."""
@@ -132,10 +161,10 @@ class Cluster:
         for backend in self.backends.values():
             stack.callback(backend.kill)
             backend.start()
-        self.port = (network.hub_address("client"), "8080")
+        self.host, self.port = network.hub_address("client"), "8080"
         servers = [f"    server {name} {it.address}:8000" for name, it in self.backends.items()]
         file = folder / "haproxy.cfg"
-        file.write_text(CONFIGURATION.format(folder=folder, address=self.port[0], servers="\n".join(servers)))
+        file.write_text(CONFIGURATION.format(folder=folder, address=self.host, servers="\n".join(servers)))
         program = probes.haproxy()
         assert program is not None
         self.haproxy = stack.enter_context(
@@ -158,30 +187,68 @@ class Cluster:
             return next((line for line in lines if line.startswith("Pid:")), "")
         return ""
 
-    def rows(self) -> dict[str, dict[str, str]]:
+    def rows(self, backend: str) -> dict[str, dict[str, str]]:
         try:
             head, *lines = self.control("show stat").strip().split("\n")
         except OSError:  # not yet there, or being replaced
             return {}
         names = head.removeprefix("# ").split(",")
         rows = (dict(zip(names, line.split(","), strict=False)) for line in lines)
-        return {row["svname"]: row for row in rows if row["pxname"] == "service" and row["svname"] in NAMES}
+        return {row["svname"]: row for row in rows if row["pxname"] == backend and row["svname"] in NAMES}
 
-    def status(self) -> dict[str, str]:
-        """What HAProxy thinks of each backend: UP, DOWN, DRAIN ..."""
-        return {name: row["status"].split()[0] for name, row in self.rows().items()}
+    def status(self, backend: str = "service") -> dict[str, str]:
+        """What HAProxy thinks of each server of a backend of its own: UP, DOWN, DRAIN ..."""
+        return {name: row["status"].split()[0] for name, row in self.rows(backend).items()}
+
+
+class Nginx:
+    """nginx beside HAProxy, as long as the block goes on."""
+
+    port = "8081"
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self._cluster, self._folder = cluster, folder
+
+    def __enter__(self) -> Nginx:
+        found = probes.nginx_stream()
+        assert found is not None
+        program, self._load = found
+        self._configure()
+        command = [program, "-c", str(self._folder / "nginx.conf"), "-e", str(self._folder / "nginx.log")]
+        self._process = subprocess.Popen(self._cluster.network.hub.command(*command))
+        wait_until((self._folder / "nginx.pid").exists)
+        return self
+
+    def _configure(self, down: str = "") -> None:
+        servers = [
+            f"        server {it.address}:8000 max_fails=1 fail_timeout=1s{' down' * (name == down)};"
+            for name, it in self._cluster.backends.items()
+        ]
+        values = {"load": self._load, "folder": self._folder, "address": self._cluster.host}
+        text = NGINX.format(**values, servers="\n".join(servers))
+        (self._folder / "nginx.conf").write_text(text)
+
+    def reload(self, down: str = "") -> None:
+        """Have nobody sent to a backend any more, or all to be sent to."""
+        self._configure(down)
+        self._process.send_signal(signal.SIGHUP)
+
+    def __exit__(self, *_: object) -> None:
+        with self._process:
+            self._process.terminate()
 
 
 class Requests:
     """Requests that go on until the block ends.
 
-    path: "/weights" has HAProxy go by the agents' weights alone.  answered, spent: how many, and the seconds
-    that they took, by the backend.  failed: why the others did.
+    path: "/weights" has HAProxy go by the agents' weights alone.  port: another's than HAProxy's.  answered,
+    spent: how many, and the seconds that they took, by the backend.  failed: why the others did.
     """
 
-    def __init__(self, cluster: Cluster, at_once: int, path: str = "/") -> None:
+    def __init__(self, cluster: Cluster, at_once: int, path: str = "/", port: str = "") -> None:
         client = cluster.network.hosts["client"]
-        command = [sys.executable, str(FOLDER / "load.py"), *cluster.port, str(at_once), path]
+        target = [cluster.host, port or cluster.port]
+        command = [sys.executable, str(FOLDER / "load.py"), *target, str(at_once), path]
         self._process = subprocess.Popen(
             client.command(*command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -204,6 +271,11 @@ class Requests:
         """Wait until so many more are answered."""
         goal = self.count + number
         wait_until(lambda: self.count >= goal, 300 if number > FEW else 20, "answers go on")
+
+    def go_on_for(self, seconds: float) -> None:
+        """Wait for so long."""
+        end = time.monotonic() + seconds
+        wait_until(lambda: time.monotonic() >= end)
 
     def __enter__(self) -> Requests:
         self._reading.start()
@@ -295,7 +367,7 @@ def test_a_backend_that_is_cut_off_costs_what_it_had_in_hand(cluster: Cluster) -
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("path", ["/", "/weights"])
 @pytest.mark.parametrize(
-    ("number", "within"), [(FEW, 0.4), pytest.param(20_000, 0.1, marks=pytest.mark.soak)]
+    ("number", "within"), [(FEW // 2, 0.4), pytest.param(20_000, 0.1, marks=pytest.mark.soak)]
 )
 def test_a_slow_backend_gets_as_much_as_it_answers(
     cluster: Cluster, path: str, number: int, within: float
@@ -303,10 +375,10 @@ def test_a_slow_backend_gets_as_much_as_it_answers(
     """By `balance leastconn`, with which as many requests are with each, and by the agent's weight alone."""
     with Requests(cluster, AT_ONCE, path) as requests:
         if path == "/weights":
-            requests.go_on(FEW)  # the agents learn how fast they are when all is well
+            requests.go_on_for(1.5)  # the agents learn how fast they are when all is well
         slow = cluster.backends["one"]
         slow.take(10 * PACE)
-        requests.go_on(FEW)  # two seconds and more
+        requests.go_on_for(2)
         before, spent_before = dict(requests.answered), dict(requests.spent)
         requests.go_on(number)
         answered = {name: count - before[name] for name, count in requests.answered.items()}
@@ -316,6 +388,81 @@ def test_a_slow_backend_gets_as_much_as_it_answers(
     assert speed["one"] < speed["two"] / 4  # a tenth, on a machine that has nothing else to do
     share = answered["one"] / sum(answered.values())
     assert share == pytest.approx(speed["one"] / sum(speed.values()), rel=within)
+
+
+def test_a_backend_is_taken_away_and_added_by_its_agent(cluster: Cluster) -> None:
+    """A pause at its status port: nobody is sent there, nobody fails, and it gets clients again."""
+    victim = cluster.backends["three"]
+    with Requests(cluster, AT_ONCE, "/weights") as requests:
+        requests.go_on(100)
+        victim.have("/pause")
+        try:
+            wait_until(lambda: cluster.status("weights")["three"] == "MAINT")
+            requests.go_on(4 * AT_ONCE)  # who was sent there before is answered
+            served = requests.answered["three"]
+            requests.go_on(FEW // 3)
+            assert (requests.answered["three"], requests.failed) == (served, [])
+        finally:
+            victim.have("/resume")
+        wait_until(lambda: requests.answered["three"] > served)
+    assert requests.failed == []
+
+
+# --- nginx
+
+
+@pytest.fixture
+def nginx(cluster: Cluster, tmp_path: Path) -> Iterator[Nginx]:
+    with Nginx(cluster, tmp_path) as nginx:
+        yield nginx
+
+
+def restart_behind_nginx(nginx: Nginx, backend: Backend) -> None:
+    """Start it anew when nginx sends nobody there any more, which it is told in the time of --lame-duck."""
+    nginx.reload(down=backend.name)
+    start_anew(backend)
+    nginx.reload()
+
+
+@needs("nginx with its stream module")
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("number", [FEW // 3, pytest.param(MANY, marks=pytest.mark.soak)])
+@pytest.mark.parametrize(
+    ("restart", "fails"),
+    [
+        (lambda _, backend: replace_workers(backend), False),
+        (restart_behind_nginx, False),
+        pytest.param(lambda _, backend: start_anew(backend), True, marks=pytest.mark.soak),
+    ],
+    ids=["workers", "told", "not told"],
+)
+def test_a_rolling_restart_behind_nginx(
+    cluster: Cluster, nginx: Nginx, restart: Callable[[Nginx, Backend], None], fails: bool, number: int
+) -> None:
+    """nginx does not ask whether a backend is ready: who comes while it drains fails, if it is not told."""
+    with Requests(cluster, AT_ONCE, port=nginx.port) as requests:
+        requests.go_on(number // 10)
+        for backend in cluster.backends.values():
+            restart(nginx, backend)
+            requests.go_on(number // 4)
+    assert fails or requests.failed == []
+    assert set(requests.answered) == set(NAMES)
+
+
+@needs("nginx with its stream module")
+def test_a_backend_that_is_killed_behind_nginx(cluster: Cluster, nginx: Nginx) -> None:
+    """It costs what it had in hand: a connect that is refused goes to the next one."""
+    with Requests(cluster, AT_ONCE, port=nginx.port) as requests:
+        requests.go_on(100)
+        victim = cluster.backends["two"]
+        victim.kill()
+        requests.go_on(FEW // 3)
+        failed = len(requests.failed)
+        assert failed <= AT_ONCE, requests.failed
+        victim.start()
+        served = requests.answered["two"]
+        wait_until(lambda: requests.answered["two"] > served)
+    assert len(requests.failed) == failed, requests.failed
 
 
 def test_haproxy_is_reloaded(cluster: Cluster) -> None:
