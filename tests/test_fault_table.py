@@ -57,8 +57,9 @@ ROWS = {
 # need be seen.  In its debug mode asyncio asks for the time more often.
 BY_CHANCE = {"unwatch", "loop's unwatch", "loop's watch", *(["clock_gettime"] if sys.flags.dev_mode else [])}
 # A listener that is closed wakes who waits in accept_async(), unless that was cancelled a moment before.
+# accept() waits where it is called before the client comes.
 # Who speaks first has the place there, and nobody need be refused.
-BY_CHANCE_IN = {("heard", "`accept_async()`")} | {
+BY_CHANCE_IN = {("heard", "`accept_async()`"), ("poll", "`accept()`")} | {
     (call, SPEAK_FIRST) for call in ("ioctl", "send", "shutdown")
 }
 

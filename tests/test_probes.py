@@ -61,7 +61,8 @@ ADDRESS = "*(unsigned int *)((char *)$_probe_arg2 + 4)"
 
 def gdb_script() -> str:
     """Return what has gdb print a line for each probe that is passed, once the program has stopped itself."""
-    lines = ["set pagination off", "set debuginfod enabled off", "handle SIGUSR1 stop nopass", "run"]
+    lines = ["set pagination off", "set print thread-events off", "set debuginfod enabled off"]
+    lines += ["handle SIGUSR1 stop nopass", "run"]
     for name, count in PROBES.items():
         arguments = [f"(long)$_probe_arg{i}" for i in range(count)]
         if name == "refuse":
@@ -78,7 +79,8 @@ def test_gdb_sees_each_client_and_its_fate(tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text(gdb_script())
     gdb = ["gdb", "-nx", "-batch", "-iex", "set auto-load off", "-x", str(script), "--args"]
-    done = run([*gdb, *interpreter(), "-m", "helpers.probed", "stop"], environment=plain_environment())
+    told = tmp_path / "told"
+    done = run([*gdb, *interpreter(), "-m", "helpers.probed", str(told)], environment=plain_environment())
     assert "exited normally" in done.stdout, done.stdout + done.stderr
     came: dict[int, int] = {}  # descriptors of clients, and of the listeners whose queue they were in
     seen: Counter[tuple[int, str]] = Counter()
@@ -99,8 +101,7 @@ def test_gdb_sees_each_client_and_its_fate(tmp_path: Path) -> None:
             assert numbers[2].to_bytes(4, sys.byteorder) == bytes([127, 0, 0, 1])
         seen[listener, name] += 1
     counted: Counter[tuple[int, str]] = Counter()
-    for way, told in json.loads(done.stdout.partition("TOLD ")[2].partition("\n")[0]).items():
-        fd, accepted, handled, refused_for, dropped = told
+    for way, (fd, accepted, handled, refused_for, dropped) in json.loads(told.read_text()).items():
         counted.update({(fd, "accept"): accepted, (fd, "hand_over"): handled, (fd, "drop"): dropped})
         counted.update({(fd, reason): number for reason, number in refused_for.items()})
         if way in ("overload", "asyncios", "asyncios_overload"):
