@@ -91,13 +91,22 @@ def passed_connection(where: Endpoint) -> socket.socket | None:
     return connection_at(where)
 
 
+def status_options(where: Endpoint) -> Checked:
+    """The options of bind() for a status port: the path that a killed service left does not keep it down."""
+    return checked(BindOptions, "bind", replace_stale=_path_of(where) is not None)
+
+
+def _path_of(where: Endpoint) -> str | None:
+    """That of a unix socket with a path."""
+    return where.host[5:] if where.host.startswith("unix:") and where.host[5:6] != "@" else None
+
+
 def bind_checked(where: Endpoint, options: Checked) -> Listener:
     """bind() with options that were checked, one by one."""
-    unix_path = where.host[5:] if where.host.startswith("unix:") else None
-    settings = socket_options(options, not_tcp=None if unix_path is None else where)
-    if options.reuse_port and where.port == 0 and unix_path is None:
+    unix, path = where.host.startswith("unix:"), _path_of(where)
+    settings = socket_options(options, not_tcp=where if unix else None)
+    if options.reuse_port and where.port == 0 and not unix:
         raise ValueError("reuse_port with port 0 could share a stranger's port")
-    path = None if unix_path is None or unix_path.startswith("@") else unix_path
     if path is None and (options.mode is not None or options.replace_stale):
         name = "replace_stale" if options.mode is None else "mode"
         raise ValueError(f"{name} is for unix paths, not for {where}")
@@ -109,7 +118,7 @@ def bind_checked(where: Endpoint, options: Checked) -> Listener:
         from fastlisten._inherited import bind_inherited  # for who was started by another program
 
         return bind_inherited(where, settings, options)
-    if unix_path is None:
+    if not unix:
         where = _resolved(where, options.dualstack_ipv6)
 
     listener = Listener(where.family, socket.SOCK_STREAM)

@@ -14,7 +14,7 @@ from fastlisten import Connection, Endpoint, Listener, bind
 from fastlisten._status.thread import StatusThread
 from fastlisten.cli.scrape import Snapshot
 from fastlisten.cli.view import BARS, PLAIN_BARS, View
-from helpers import LIMIT, LOOPBACK, connect, exchange, posix_only, refusal, serving, wait_until
+from helpers import LIMIT, LOOPBACK, connect, exchange, needs, posix_only, refusal, serving, wait_until
 from helpers.command import COMMAND, is_one_line, serve, signals
 from helpers.command import run as run_command
 from helpers.programs import plain_environment, running
@@ -51,6 +51,15 @@ def test_once_as_json(asked: str, listener: Listener) -> None:
     assert found["reasons"]["refused_connections"]["busy"] == 1
     [row] = found["rows"]
     assert (row["listener"], row["worker"], row["accepted_connections"]) == (str(listener.endpoint), None, 5)
+
+
+@needs("Linux")
+def test_what_cannot_be_written_is_told(asked: str) -> None:
+    command = [*COMMAND, "top", asked, "--once", "--json", "--interval", "0.01"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=LIMIT)
+    line = "fastlisten: cannot write to stdout: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, line)
 
 
 @pytest.mark.parametrize(("columns", "last"), [(20, "/s"), (80, "starts"), (200, "accepted")])

@@ -457,6 +457,20 @@ def refused_after_not_ready(server: Any, address: Any, stop: Callable[[], object
     assert not_ready[0] < refused
 
 
+@needs("unix sockets")
+@signals
+@pytest.mark.parametrize("workers", [(), ("--workers", "1")], ids=["threads", "workers"])
+def test_the_path_that_a_killed_service_left_is_taken(workers: Sequence[str], unix_path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(unix_path)
+    with serve("127.0.0.1:0", "--status", f"unix:{unix_path}", *workers) as server:
+        wait_until(lambda: get(unix_path, "/readyz").status == 200)
+        done = run_command("serve", "127.0.0.1:0", "--status", f"unix:{unix_path}", *workers)
+        is_one_line(done, 1, "in use")
+        assert server.end(signal.SIGTERM)[0] == 0
+    assert not os.path.exists(unix_path)
+
+
 @signals
 @pytest.mark.parametrize("workers", [(), ("--workers", "2")], ids=["threads", "workers"])
 def test_readyz_turns_before_the_first_client_is_refused(workers: Sequence[str]) -> None:

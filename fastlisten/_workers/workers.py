@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from fastlisten._bind import Address
+from fastlisten._bind import Address, status_options
 from fastlisten._endpoint import Endpoint, endpoint_of
 from fastlisten._events import Tick
 from fastlisten._listener import Listener, ListenerStats, ServeResult, make_loop, serve_options
@@ -165,8 +165,8 @@ class Supervised:
                 self._endpoints[-1].grow(count)
             if self._status_where is not None:
                 self._binding = self._status_where
-                name, options = name_of(self._status_where), checked(BindOptions, "Workers")
-                members = inheritance and inheritance.take(name, options)
+                options = status_options(self._status_where)
+                members = inheritance and inheritance.take(name_of(self._status_where), options)
                 self._status = members or Members(self._status_where, options)
             self._binding = None
             yield self._endpoints
