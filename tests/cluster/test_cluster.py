@@ -18,7 +18,7 @@ import pytest
 
 from helpers import needs, probes, wait_until
 from helpers.network import Network, has_networks, network
-from helpers.programs import plain_environment
+from helpers.programs import environment_of, plain_environment, run
 
 pytestmark = [
     needs("Linux", "haproxy"),
@@ -126,7 +126,7 @@ class Backend:
     def told(self) -> str:
         """What its status port tells the hub."""
         command = self._network.hub.command("curl", "-s", "-m", "1", f"http://{self.address}:9000/readyz")
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
+        return run(command, limit=20, status=None).stdout.strip()
 
     def have(self, target: str) -> None:
         """Have its status port do something."""
@@ -167,9 +167,9 @@ class Cluster:
         file.write_text(CONFIGURATION.format(folder=folder, address=self.host, servers="\n".join(servers)))
         program = probes.haproxy()
         assert program is not None
-        self.haproxy = stack.enter_context(
-            subprocess.Popen(network.hub.command(program, "-W", "-db", "-f", str(file)))
-        )
+        command = network.hub.command(program, "-W", "-db", "-f", str(file))
+        environment = environment_of(command, None)
+        self.haproxy = stack.enter_context(subprocess.Popen(command, env=environment))
         stack.callback(self.haproxy.terminate)
         wait_until(lambda: set(self.status().values()) == {"UP"}, what="HAProxy sees all backends")
 
@@ -214,8 +214,9 @@ class Nginx:
         assert found is not None
         program, self._load = found
         self._configure()
-        command = [program, "-c", str(self._folder / "nginx.conf"), "-e", str(self._folder / "nginx.log")]
-        self._process = subprocess.Popen(self._cluster.network.hub.command(*command))
+        files = ["-c", str(self._folder / "nginx.conf"), "-e", str(self._folder / "nginx.log")]
+        command = self._cluster.network.hub.command(program, *files)
+        self._process = subprocess.Popen(command, env=environment_of(command, None))
         wait_until((self._folder / "nginx.pid").exists)
         return self
 

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 
 from helpers.probes import which
+from helpers.programs import run
 from helpers.waiting import wait_until
 
 NET = "10.77"  # RFC 1918; it exists in the namespaces alone
@@ -42,9 +43,7 @@ class Host:
 
     def run(self, *command: str) -> str:
         """Run a command in here to its end, and return what it printed."""
-        return subprocess.run(
-            self.command(*command), check=True, capture_output=True, text=True, timeout=20
-        ).stdout
+        return run(self.command(*command), limit=20).stdout
 
 
 class Network:
@@ -93,5 +92,5 @@ def has_networks() -> bool:
     try:
         with network("probe"):
             return True
-    except (subprocess.CalledProcessError, AssertionError, OSError):
+    except (AssertionError, OSError):
         return False
