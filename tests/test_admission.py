@@ -114,6 +114,7 @@ def test_random_seeds_and_limits(fuzz: Fuzz) -> None:
             st.booleans(),
         )
         def one(seed: int, concurrent: int, rate: float, burst: int, few: bool) -> None:
+            fuzz.count += 1
             options: dict[str, Any] = {"concurrent": concurrent, "rate": rate, "burst": burst}
             if few:
                 compare(seed, 200, 5, 65536, exact=True, **options)
