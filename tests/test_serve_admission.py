@@ -484,9 +484,10 @@ def test_nobody_s_refusal_waits_for_a_handler(listener: Listener) -> None:
 @needs("fork")
 def test_a_forked_child_frees_no_place_of_its_parent_s() -> None:
     program = """
-import os, socket, threading
+import os, socket, threading, warnings
 import fastlisten
 
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12: fork with threads
 admission = fastlisten.Admission(concurrent=1)
 listener = fastlisten.bind("127.0.0.1:0")
 
