@@ -30,6 +30,7 @@ NAMES = ("one", "two", "three")
 AT_ONCE = 12
 FEW, MANY = 1500, 100_000  # requests
 PACE = 0.01  # seconds that an answer takes, at least
+LAME_DUCK = 2  # seconds, in which HAProxy is to see it also where it has a tenth of a processor
 
 # Servers are looked at ten times a second, so that a test takes seconds. What HAProxy asks at the status
 # port: /readyz, whether to send anybody; the agent, how many.
@@ -101,7 +102,7 @@ class Backend:
         arguments = [
             *("serve", f"{self.address}:8000", "service:handle", "--workers", "2", "--threads", "1,32"),
             *("--proxy", self._network.hub_address(self.name), "--status", f"{self.address}:9000"),
-            *("--lame-duck", "0.5", "--drain", "10", "--status-control"),
+            *("--lame-duck", str(LAME_DUCK), "--drain", "10", "--status-control"),
         ]
         command = self._network.hosts[self.name].command(sys.executable, "-m", "fastlisten", *arguments)
         with open(self._log, "ab") as log:
@@ -123,10 +124,15 @@ class Backend:
         new.write_text(str(seconds))
         new.replace(self._pace)
 
-    def told(self) -> str:
+    def told(self, path: str = "/readyz") -> str:
         """What its status port tells the hub."""
-        command = self._network.hub.command("curl", "-s", "-m", "1", f"http://{self.address}:9000/readyz")
+        command = self._network.hub.command("curl", "-s", "-m", "1", f"http://{self.address}:9000{path}")
         return run(command, limit=20, status=None).stdout.strip()
+
+    def paused(self) -> bool:
+        """Whether all its workers are."""
+        rows = [line for line in self.told("/metrics").splitlines() if line.startswith("fastlisten_paused{")]
+        return bool(rows) and all(row.endswith(" 1") for row in rows)
 
     def have(self, target: str) -> None:
         """Have its status port do something."""
@@ -145,8 +151,10 @@ class Backend:
         self.process.kill()
         self.process.wait()
 
-    def end(self) -> None:
-        """End it as its supervisor does."""
+    def end(self, until: Callable[[], bool]) -> None:
+        """End it as its supervisor does; the second signal comes when HAProxy has seen the first."""
+        self.process.terminate()
+        wait_until(until, what="nobody is sent there")
         self.process.terminate()
         assert self.process.wait(20) == 0, self._log.read_text()
 
@@ -196,6 +204,11 @@ class Cluster:
         rows = (dict(zip(names, line.split(","), strict=False)) for line in lines)
         return {row["svname"]: row for row in rows if row["pxname"] == backend and row["svname"] in NAMES}
 
+    def left(self, name: str) -> bool:
+        """Whether HAProxy sends nobody to a backend, and all whom it sent have their answers."""
+        row = self.rows("service").get(name, {})
+        return bool(row) and not row["status"].startswith("UP") and row["scur"] == "0"
+
     def status(self, backend: str = "service") -> dict[str, str]:
         """What HAProxy thinks of each server of a backend of its own: UP, DOWN, DRAIN ..."""
         return {name: row["status"].split()[0] for name, row in self.rows(backend).items()}
@@ -207,7 +220,7 @@ class Nginx:
     port = "8081"
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
-        self._cluster, self._folder = cluster, folder
+        self.cluster, self._folder = cluster, folder
 
     def __enter__(self) -> Nginx:
         found = probes.nginx_stream()
@@ -215,7 +228,7 @@ class Nginx:
         program, self._load = found
         self._configure()
         files = ["-c", str(self._folder / "nginx.conf"), "-e", str(self._folder / "nginx.log")]
-        command = self._cluster.network.hub.command(program, *files)
+        command = self.cluster.network.hub.command(program, *files)
         self._process = subprocess.Popen(command, env=environment_of(command, None))
         wait_until((self._folder / "nginx.pid").exists)
         return self
@@ -223,16 +236,22 @@ class Nginx:
     def _configure(self, down: str = "") -> None:
         servers = [
             f"        server {it.address}:8000 max_fails=1 fail_timeout=1s{' down' * (name == down)};"
-            for name, it in self._cluster.backends.items()
+            for name, it in self.cluster.backends.items()
         ]
-        values = {"load": self._load, "folder": self._folder, "address": self._cluster.host}
+        values = {"load": self._load, "folder": self._folder, "address": self.cluster.host}
         text = NGINX.format(**values, servers="\n".join(servers))
         (self._folder / "nginx.conf").write_text(text)
 
     def reload(self, down: str = "") -> None:
-        """Have nobody sent to a backend any more, or all to be sent to."""
+        """Have nobody sent to a backend any more, or all to be sent to; returns when it is so."""
         self._configure(down)
+        before = self._workers()
         self._process.send_signal(signal.SIGHUP)
+        wait_until(lambda: bool(now := self._workers()) and not now & before, what="nginx is reloaded")
+
+    def _workers(self) -> set[str]:
+        process = self._process.pid
+        return set(Path(f"/proc/{process}/task/{process}/children").read_text().split())
 
     def __exit__(self, *_: object) -> None:
         with self._process:
@@ -308,16 +327,16 @@ def cluster(shared: Cluster) -> Iterator[Cluster]:
 # --- what is done to them
 
 
-def replace_workers(backend: Backend) -> None:
+def replace_workers(_: Cluster, backend: Backend) -> None:
     """Have its workers replaced, one after the other; SIGHUP."""
     before = backend.replaced()
     backend.send(signal.SIGHUP)
     wait_until(lambda: backend.replaced() == before + 1, 20, "workers are replaced")
 
 
-def start_anew(backend: Backend) -> None:
+def start_anew(cluster: Cluster, backend: Backend) -> None:
     """End it as its supervisor does, and start it again."""
-    backend.end()
+    backend.end(lambda: cluster.left(backend.name))
     backend.start()
 
 
@@ -325,12 +344,12 @@ def start_anew(backend: Backend) -> None:
 @pytest.mark.parametrize("number", [FEW, pytest.param(MANY, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("restart", [replace_workers, start_anew])
 def test_a_rolling_restart_fails_nobody(
-    cluster: Cluster, restart: Callable[[Backend], None], number: int
+    cluster: Cluster, restart: Callable[[Cluster, Backend], None], number: int
 ) -> None:
     with Requests(cluster, AT_ONCE) as requests:
         requests.go_on(number // 10)
         for backend in cluster.backends.values():
-            restart(backend)
+            restart(cluster, backend)
             requests.go_on(number // 4)
     assert requests.failed == []
     assert set(requests.answered) == set(NAMES)
@@ -400,6 +419,7 @@ def test_a_backend_is_taken_away_and_added_by_its_agent(cluster: Cluster) -> Non
         try:
             wait_until(lambda: cluster.status("weights")["three"] == "MAINT")
             requests.go_on(4 * AT_ONCE)  # who was sent there before is answered
+            wait_until(victim.paused)
             served = requests.answered["three"]
             requests.go_on(FEW // 3)
             assert (requests.answered["three"], requests.failed) == (served, [])
@@ -419,9 +439,9 @@ def nginx(cluster: Cluster, tmp_path: Path) -> Iterator[Nginx]:
 
 
 def restart_behind_nginx(nginx: Nginx, backend: Backend) -> None:
-    """Start it anew when nginx sends nobody there any more, which it is told in the time of --lame-duck."""
+    """Start it anew when nginx sends nobody there any more."""
     nginx.reload(down=backend.name)
-    start_anew(backend)
+    start_anew(nginx.cluster, backend)
     nginx.reload()
 
 
@@ -431,9 +451,9 @@ def restart_behind_nginx(nginx: Nginx, backend: Backend) -> None:
 @pytest.mark.parametrize(
     ("restart", "fails"),
     [
-        (lambda _, backend: replace_workers(backend), False),
+        (lambda nginx, backend: replace_workers(nginx.cluster, backend), False),
         (restart_behind_nginx, False),
-        pytest.param(lambda _, backend: start_anew(backend), True, marks=pytest.mark.soak),
+        pytest.param(lambda nginx, backend: start_anew(nginx.cluster, backend), True, marks=pytest.mark.soak),
     ],
     ids=["workers", "told", "not told"],
 )
