@@ -112,7 +112,7 @@ def test_all_that_processes_count_is_added_up() -> None:
     with fastlisten.bind(LOOPBACK) as listener:
         listener._state.tls_completed()
         listener._state.tls_failed("timeout")
-        counts = _counted(listener._state)
+        counts = _counted(listener._state, takes=True)
     total = _sum([counts, counts])
     assert (total["tls_handshakes"], total["tls_failures"]) == (2, {"timeout": 2})
     assert set(total) == set(counts)

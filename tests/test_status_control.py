@@ -231,6 +231,8 @@ def test_one_worker_is_restarted_and_a_pause_is_for_the_new_one_too() -> None:
         assert post(address, "/restart") == (202, "replacing 2 workers")
         server.line_with("SIGHUP: 2 of 2 workers are replaced")
         assert metric(address, "worker_starts_total") == ["2", "3"]
+        assert post(address, "/pause") == (200, "paused")  # whatever those were who have ended
+        wait_until(lambda: metric(address, "paused") == ["1", "1"])
         assert server.end(signal.SIGTERM)[0] == 0
 
 

@@ -44,7 +44,7 @@ class Totals:
     def gone(self, process: Process) -> None:
         """A process has ended: what it counted stays.  Who was with it then is not active any more."""
         for counters in process.slot.counters:
-            counts = _counted(counters)
+            counts = _counted(counters, takes=False)
             counts["handled"] += counts.pop("active")
             counts["waiting"] = counts["pending_connections"] = counts["capacity"] = 0
             kept = self._past.setdefault(process.place.number, [])
@@ -58,7 +58,8 @@ class Totals:
         rows, merged = [], []
         of_places: dict[int, list[dict[str, Any]]] = {}
         for process in list(pool.processes.values()):  # one that is replaced counts until it has ended
-            of_places.setdefault(process.place.number, []).extend(map(_counted, process.slot.counters))
+            found = [_counted(counters, takes=not process.asked) for counters in process.slot.counters]
+            of_places.setdefault(process.place.number, []).extend(found)
         for place in pool.places:
             counts = [*of_places.pop(place.number, ()), *self._past.get(place.number, ())]
             merged.append(counts[0] if len(counts) == 1 and "active" in counts[0] else _sum(counts))
@@ -90,13 +91,14 @@ _SUMS = (
 _BY_REASON = ("accept_errors", "tls_failures", "refused_for")
 
 
-def _counted(counters: Any) -> dict[str, Any]:
+def _counted(counters: Any, takes: bool) -> dict[str, Any]:
+    """A process's counters; takes: whether it is one that takes clients, unless it is paused."""
     return {
         **counters.counts(),
         "tls_failures": counters.tls_failures(),
         "refused_for": counters.refused_for(),
         "pending_times": PendingTimes(*counters.pending_times()),
-        "paused": counters.paused,
+        "paused": counters.paused if takes else None,
     }
 
 
@@ -111,13 +113,14 @@ def _sum(counts: Iterable[dict[str, Any]]) -> dict[str, Any]:
         for name, found in reasons.items():
             for reason, number in one[name].items():
                 found[reason] = found.get(reason, 0) + number
-        paused.append(one["paused"])
+        if one["paused"] is not None:
+            paused.append(one["paused"])
         times.append(one["pending_times"])
     return {
         **total,
         **reasons,
         "pending_times": all_times(times),
-        "paused": bool(paused) and all(paused),
+        "paused": all(paused) if paused else None,
     }
 
 
@@ -131,7 +134,7 @@ def _together(
     depths = [depth for depth, _ in queues if depth is not None]
     limits = [limit for _, limit in queues if limit is not None]
     return ListenerStats(
-        **counts,
+        **(counts | {"paused": bool(counts["paused"])}),
         threads=0,
         idle_threads=0,
         queue_depth=sum(depths) if depths else None,
