@@ -10,8 +10,6 @@ worker has died or was taken away, are emptied so, too.
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Callable, Iterable, Sequence
 
 from fastlisten._core.processes import Queues
@@ -196,7 +194,7 @@ class Relief:
         for k in range(min(self._queues.depth(i), len(helpers))):
             helper = helpers[(self._turn + k) % len(helpers)]
             helper.slot.numbers[HELP + number] = place + 1
-            os.kill(helper.pid, signal.SIGURG)
+            helper.handle.look()
 
     def _too_late(self, member: tuple[int, int], process: Process) -> bool:
         """Whether a worker is stuck, and not late because the machine is busy."""
