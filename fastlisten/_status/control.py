@@ -38,6 +38,17 @@ class RefusedError(Exception):
         self.status = status
 
 
+def not_draining(draining: bool) -> None:
+    """Refuse what is of no use any more, if the service drains."""
+    if draining:
+        raise RefusedError(HTTPStatus.CONFLICT, "it is draining")
+
+
+def paused_in(seconds: float) -> str:
+    """What was done where a pause begins in so long, and others are told of it now."""
+    return f"not ready any more, paused in {seconds:g} s" if seconds else "paused"
+
+
 PATHS = {  # and the status of the answer: whether it is done, or begins
     "/pause": HTTPStatus.OK,
     "/resume": HTTPStatus.OK,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
-from fastlisten._status.control import RefusedError
+from fastlisten._status.control import RefusedError, not_draining, paused_in
 from fastlisten._workers.parent import Parent
 
 
@@ -21,16 +21,16 @@ class ParentControl:
 
     def pause(self) -> str:
         """Take no new clients after `lame_duck`, of which others are told now."""
-        self._not_draining()
+        not_draining(self._draining)
         self._can_pause()
         seconds = self._pool.options.lame_duck or 0.0
         if not self._pool.pausing:
             self._parent.pause(seconds)
-        return f"not ready any more, paused in {seconds:g} s" if seconds else "paused"
+        return paused_in(seconds)
 
     def resume(self) -> str:
         """Take them again."""
-        self._not_draining()
+        not_draining(self._draining)
         self._can_pause()
         self._parent.resume()
         return "serving"
@@ -43,7 +43,7 @@ class ParentControl:
 
     def restart(self, worker: int | None) -> str:
         """Replace a worker, or all as SIGHUP does."""
-        self._not_draining()
+        not_draining(self._draining)
         if worker is None:
             self._parent.replace()
             return f"replacing {len(self._pool.places)} workers"
@@ -68,7 +68,3 @@ class ParentControl:
     @property
     def _draining(self) -> bool:
         return self._pool.ending or self._pool.leaving
-
-    def _not_draining(self) -> None:
-        if self._draining:
-            raise RefusedError(HTTPStatus.CONFLICT, "it is draining")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from http import HTTPStatus
 
-from fastlisten._status.control import RefusedError
+from fastlisten._status.control import RefusedError, not_draining, paused_in
 from fastlisten._status.service import DRAINING
 from fastlisten._status.thread import StatusThread
 from fastlisten.cli.report import Report
@@ -24,20 +24,19 @@ class ProcessControl:
 
     def pause(self) -> str:
         """Take no new clients after `lame_duck`, of which others are told now."""
-        self._not_draining()
+        not_draining(self._draining)
         self._status.pause(self._lame_duck)
-        seconds = self._lame_duck
-        return f"not ready any more, paused in {seconds:g} s" if seconds else "paused"
+        return paused_in(self._lame_duck)
 
     def resume(self) -> str:
         """Take them again."""
-        self._not_draining()
+        not_draining(self._draining)
         self._status.resume()
         return "serving"
 
     def drain(self) -> str:
         """End as at the first SIGTERM."""
-        if self._status.state() != DRAINING:  # and it is from now on; the signal comes when this is told
+        if not self._draining:  # and it is from now on; the signal comes when this is told
             self._status.leave(then=lambda: signal.raise_signal(signal.SIGTERM))
         return "draining"
 
@@ -49,6 +48,6 @@ class ProcessControl:
         """Tell what was done."""
         self._report.control(path, text)
 
-    def _not_draining(self) -> None:
-        if self._status.state() == DRAINING:
-            raise RefusedError(HTTPStatus.CONFLICT, "it is draining")
+    @property
+    def _draining(self) -> bool:
+        return self._status.state() == DRAINING
