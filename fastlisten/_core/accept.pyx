@@ -12,6 +12,7 @@ from fastlisten._core.standard import StandardSocket
 
 from fastlisten._core.connection cimport (
     ORIGIN,
+    Connection,
     address_object,
     forget_origin,
     new_connection,
@@ -595,10 +596,11 @@ def connection_on(sock):
 
 cdef object connection_of(client_t *client, double timeout):
     """Its Connection, handed out; the client is dropped when that cannot be made."""
+    cdef Connection connection = None
     try:
         connection = new_connection(client.fd, &client.address, client.length, client.state, timeout)
-    except BaseException:
-        drop(client)
-        raise
+    finally:
+        if connection is None:  # `except` would save the exception that the caller handles, for each client
+            drop(client)
     client_handed(client.state, client.fd)
     return connection

@@ -245,13 +245,13 @@ cdef class Loop(Dispatcher):
         return port_raise(<int>port_get(&self.acceptor.code))
 
     cdef Connection connection(self, client_t *client):
-        cdef Connection connection
+        cdef Connection connection = None
         try:
             connection = new_connection(
                 client.fd, &client.address, client.length, client.state, self.timeout)
-        except BaseException:
-            drop_handed(client)
-            raise
+        finally:
+            if connection is None:  # as connection_of()
+                drop_handed(client)
         client.fd = PORT_NO_SOCKET  # a forked child closes whom it finds there
         return connection
 

@@ -86,7 +86,6 @@ cdef void state_hold(state_t *state) noexcept nogil
 cdef void state_free(state_t *state) noexcept nogil
 cdef void client_in(state_t *state, port_socket listener, port_socket client) noexcept nogil
 cdef void client_handed(state_t *state, port_socket client) noexcept nogil
-cdef void client_closing(state_t *state, int more) noexcept nogil
 cdef void client_given(state_t *state, port_socket client) noexcept nogil
 cdef void client_refused(
     state_t *state, port_socket client, const port_address *address, int reason) noexcept nogil
@@ -109,6 +108,11 @@ cdef inline void state_release(state_t *state) noexcept nogil:
     """Give one hold on the state back; the last one frees it and its waker."""
     if port_add(&state.holders, -1) == 0:
         state_free(state)
+
+
+cdef inline void client_closing(state_t *state, int more) noexcept nogil:
+    """A thread goes into close() for a client that it counts out after it, or has come back."""
+    port_add(&state.closing, more)
 
 
 cdef inline void client_out(state_t *state) noexcept nogil:

@@ -140,11 +140,6 @@ cdef void client_handed(state_t *state, port_socket client) noexcept nogil:
     port_add(&state.handed, 1)
 
 
-cdef void client_closing(state_t *state, int more) noexcept nogil:
-    """A thread goes into close() for a client that it counts out after it, or has come back."""
-    port_add(&state.closing, more)
-
-
 cdef void client_given(state_t *state, port_socket client) noexcept nogil:
     """It goes to the caller of accept(), who has it from now on."""
     client_handed(state, client)
