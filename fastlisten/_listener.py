@@ -158,6 +158,7 @@ class Listener(StandardSocket):
         self._state = State(self)
         self._since = time.time()
         self._path: OwnPath | None = None
+        self._endpoint: Endpoint | None = None  # after _close_early()
         self._async_acceptors: WeakValueDictionary[int, AsyncAcceptor] | None = None  # by the loop's id()
         if green_library() is not None:
             from fastlisten import _green
@@ -171,6 +172,8 @@ class Listener(StandardSocket):
     @property
     def endpoint(self) -> Endpoint:
         """Where the socket is bound, with the real port where 0 was asked for."""
+        if self._endpoint is not None:
+            return self._endpoint
         address = self.getsockname()
         # A unix path is text there, and "a.sock" is no endpoint's text; as bytes it is a path.
         return endpoint_of(os.fsencode(address) if isinstance(address, str) else address)
@@ -277,6 +280,10 @@ class Listener(StandardSocket):
         still handled, who has yet to speak (`first_bytes=`, `proxy=`) is waited for, and connections whose
         handlers take longer than that are cut.  0 cuts at once.
 
+        Who comes after that waits in the kernel's queue until the Listener is closed, or another serve()
+        takes him; a socket that fastlisten.serve() or the command has bound is closed as soon as nobody more
+        is taken, while handlers end, so that he is refused.
+
         Without a serve() that runs, the next one returns at once, after such a drain.
 
         Raises ValueError for a drain below 0.
@@ -316,10 +323,24 @@ class Listener(StandardSocket):
         A unix path that bind() made is unlinked, if it still is the socket that bind() made.
         """
         self._state.leave()
+        self._close()
+
+    def _close(self) -> None:
         if self._path is not None:
             self._path.remove()
             self._path = None
         super().close()
+
+    def _close_when_emptied(self) -> None:
+        """Close as soon as a stop has left nobody in the queue to be taken, not when its handlers have ended:
+        who comes later is refused, and does not wait for a reset.  For who made it and serves it once."""
+        self._state.when_emptied = self._close_early
+
+    def _close_early(self) -> None:
+        """Close, while the handlers of a serve() that takes nobody more go on; `endpoint` is still told."""
+        if self.fileno() != -1:
+            self._endpoint = self.endpoint
+            self._close()
 
     def detach(self) -> int:
         """Give the descriptor away, as socket.detach(); a serve() that runs ends, a unix path stays."""

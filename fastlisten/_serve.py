@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[AllOptions]) -> ServeResult:
     """Bind the endpoints and serve them in one loop, with one set of threads and limits, in turn.
 
-    endpoints: as bind() takes them; Listeners are served too and stay open, what serve() bound it closes.
+    endpoints: as bind() takes them; Listeners are served too and stay open.  What serve() bound it closes,
+    after a stop when nobody more is taken, while handlers end: who comes then is refused.
     workers: serve them so in as many processes, as Workers does it, with its drain and ready_timeout; a
     number, or "auto"; without watchdog, as their parent feeds the service manager's.  status: an endpoint
     where whoever asks is told about the service: by HTTP, GET /metrics, /healthz and /readyz, and by
@@ -68,6 +69,7 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
         for endpoint in endpoints:
             if not isinstance(endpoint, Listener):
                 endpoint = bind(endpoint, **binding)
+                endpoint._close_when_emptied()
                 bound.append(endpoint)
             listeners.append(endpoint)
         loop = make_loop(listeners, handler, serving)

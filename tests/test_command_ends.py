@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import LIMIT, connect, exchange, posix_only, read_all
+from helpers import LIMIT, connect, exchange, nobody_listens, posix_only, read_all, wait_until
 from helpers.command import COMMAND, Server, is_one_line, serve, signals
 
 
@@ -75,6 +75,15 @@ def draining() -> Iterator[Server]:
         server.process.send_signal(signal.SIGTERM)
         server.line_with("SIGTERM: draining for at most 1000 s")
         yield server
+
+
+@signals
+def test_who_comes_while_it_drains_is_refused() -> None:
+    with draining() as server:
+        wait_until(lambda: nobody_listens(server.target))
+        status, output, errors = server.end(signal.SIGTERM)
+    assert (status, errors) == (0, "")
+    assert "0 connections finished, 1 cut" in output[-1]
 
 
 @signals

@@ -21,6 +21,7 @@ from helpers import (
     echo,
     exchange,
     needs,
+    nobody_listens,
     read_all,
     serving,
     told,
@@ -112,6 +113,32 @@ def test_a_drain_takes_nobody_who_comes_after_the_stop(mode: Any) -> None:
         over.set()
         listener.close()
         coming.join(LIMIT)
+
+
+@needs("unix sockets")
+@pytest.mark.parametrize("mode", [{"threads": 1}, {"threads": 2}, MODES["busy threads"]], ids=str)
+@pytest.mark.parametrize("drain", [60, None])
+def test_who_comes_while_handlers_end_is_refused(mode: Any, drain: float | None, unix_path: str) -> None:
+    """He is not kept waiting for a reset at the end, by a socket that serve() has made and nobody hears."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def handler(connection: Any) -> None:
+        inside.set()
+        assert go_on.wait(LIMIT)
+        connection.sendall(connection.recv(10))
+
+    with fastlisten.bind(LOOPBACK) as listener:
+        served = Serving(lambda: fastlisten.serve(handler, listener, f"unix:{unix_path}", **mode))
+        with connect(listener) as client:
+            client.sendall(b"first")
+            assert inside.wait(LIMIT)
+            listener.stop(drain)
+            wait_until(lambda: not os.path.exists(unix_path))  # to connect would be to be queued
+            assert not nobody_listens(listener), "the caller's is the caller's to close"
+            assert served.thread.is_alive()
+            go_on.set()
+            assert read_all(client) == b"first"
+        assert served.wait() == (1, 0)
 
 
 @modes

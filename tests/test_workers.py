@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastlisten
-from helpers import LOOPBACK, needs, not_under_wine, wait_until
+from helpers import LOOPBACK, needs, nobody_listens, not_under_wine, wait_until
 from helpers.programs import plain_environment, run, sanitizers
 from helpers.workers import (
     COUNT,
@@ -53,6 +53,43 @@ def test_a_client_that_is_served_is_let_finish(name: str) -> None:
         assert client.recv(100)
         server.send(getattr(signal, name))
         server.line_with("draining")
+        client.sendall(b"the end")
+        assert client.recv(100) == b""
+        assert server.process.wait(10) == 0
+
+
+IN_THREADS = """
+def target(listener):
+    return listener.serve(handler, threads=2)
+
+"""
+IN_TASKS = """
+import asyncio
+
+async def answer(reader, writer):
+    await reader.read(100)
+    writer.write(b"%d %d" % (fastlisten.worker().number, os.getpid()))
+    await reader.read(100)
+    writer.close()
+
+async def target(listener):
+    async with await asyncio.start_server(answer, sock=listener) as server:
+        await server.serve_forever()
+
+"""
+
+
+@slow_to_start
+@pytest.mark.parametrize("target", [IN_THREADS, IN_TASKS], ids=["threads", "tasks"])
+def test_who_comes_while_all_workers_end_is_refused(target: str) -> None:
+    """None of them listens any more then, nor does the parent; who has come before is served to the end."""
+    program = target + main("fastlisten.Workers(target, '127.0.0.1:0', workers=2, drain=60).run()")
+    with parent(program) as server, server.connect() as client:
+        client.sendall(b"say")
+        assert client.recv(100)
+        server.send(signal.SIGTERM)
+        server.line_with("draining")
+        wait_until(lambda: nobody_listens(server.address))
         client.sendall(b"the end")
         assert client.recv(100) == b""
         assert server.process.wait(10) == 0

@@ -40,6 +40,7 @@ cdef class Acceptor:
     cdef int in_vain, polls_first   # how often poll() is asked before accept() is tried again; and yet to go
     cdef int64_t over               # nobody is accepted any more
     cdef bint stopping
+    cdef int64_t emptied            # ... and nobody more is taken from the kernel's queues
     cdef drain_t drain
 
     cdef int open(self, int64_t descriptors) except -1
@@ -73,6 +74,8 @@ cdef class Acceptor:
     cdef state_t *asked_to_stop(self) noexcept nogil
     cdef bint overdue(self) noexcept nogil
     cdef bint ending(self) noexcept nogil
+    cdef void see_stop(self) noexcept nogil
+    cdef bint answers(self, state_t *state) noexcept nogil
     cdef bint shut(self) noexcept nogil
     cdef void set_modes(self) noexcept nogil
     cdef int64_t until_deadline(self, int64_t patience) noexcept nogil

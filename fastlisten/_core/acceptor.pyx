@@ -530,12 +530,26 @@ cdef class Acceptor:
         who have spoken have their turn.
         """
         cdef state_t *state
-        cdef bint draining
+        cdef bint over
         if port_get(&self.over):
             return True
         state = self.asked_to_stop()
         if state is NULL:
             return False
+        over = self.answers(state)
+        if over or self.shut():
+            port_swap(&self.emptied, 1)
+        return over
+
+    cdef void see_stop(self) noexcept nogil:
+        """See whether a stop is to be answered; for whoever could take() now."""
+        port_swap(&self.touching, WAITING)
+        self.ending()
+        self.leave()
+
+    cdef bint answers(self, state_t *state) noexcept nogil:
+        """What ending() does once a stop was asked for."""
+        cdef bint draining
         self.stopping = True
         self.drain.deadline = port_get(&state.deadline)
         draining = port_get(&state.draining)
@@ -569,7 +583,8 @@ cdef class Acceptor:
         cdef int depth, limit, i
         cdef int total = 0
         for i in range(self.count):
-            if port_queue(self.sources[i].fd, &depth, &limit) != 0:
+            if port_queue(self.sources[i].fd, &depth, &limit) == 0:
+                total += depth
+            elif readable(self.sources[i].fd):
                 return INT_MAX
-            total += depth
         return total

@@ -220,6 +220,21 @@ cdef class Loop(Dispatcher):
             self.feed()
         return 0
 
+    cdef bint emptied(self, bint leads) noexcept nogil:
+        """Whether a stop was asked for and nobody more is taken from the kernel's queues; a leader looks."""
+        if leads and self.overload is None:
+            self.acceptor.see_stop()
+        return port_get(&self.over) or port_get(&self.acceptor.emptied)
+
+    cdef int tell_emptied(self) except -1:
+        """Tell the listeners' owners, who may close them: nobody here touches them any more."""
+        cdef State state
+        for state in self.acceptor.states:
+            with nogil:
+                self.acceptor.release(state)
+            state.emptied()
+        return 0
+
     cdef bint somebody_waits(self) noexcept nogil:
         """Whether a client waits for a thread, or was refused since this was asked last."""
         cdef int64_t refused = 0
@@ -322,9 +337,10 @@ cdef class Loop(Dispatcher):
 
     def stop(self, drain):
         """After the state was told: cut the handlers' connections when their time is over."""
+        self.threads.wake()  # all threads may be with handlers: run() itself looks up
         if self.threads.leave:
-            self.threads.wake()  # all threads may be with handlers: run() itself looks up
-        elif drain == 0:
+            return
+        if drain == 0:
             self.cut_all()
         elif drain is not None:
             reaped = allocate_lock()

@@ -132,6 +132,7 @@ cdef class State:
     cdef Taker current          # who takes the clients, for taker_now(); None: nobody
     cdef object sock            # a weak reference
     cdef public object when_taken  # called after take(); None: nothing is
+    cdef public object when_emptied  # called by emptied(); None: nothing is
     cdef bint left              # it is closed or detached: nobody may take its clients any more
     cdef object __weakref__
 

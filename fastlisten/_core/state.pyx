@@ -439,6 +439,13 @@ cdef class State:
             self.current = None
         if not takes_again and (port_get(&self.at.stopping) or port_get(&self.at.draining)):
             self.answered()
+            self.emptied()
+
+    def emptied(self):
+        """After a stop nobody more is taken from the queue, while handlers may still run: tell, once."""
+        tell, self.when_emptied = self.when_emptied, None
+        if tell is not None:
+            tell()
 
     def stop(self, drain):
         """Ask whoever takes the clients to end; `drain` as Listener.stop() says.  Takes no lock: signal
@@ -506,6 +513,7 @@ cdef class State:
         cdef Taker taker = self.current
         if self.at.shared and port_unshare(self.at, sizeof(state_t)) != 0:
             port_raise(port_error())  # or what ends here would be counted there
+        self.when_emptied = None  # the parent is told
         self.at.made_nonblocking = 0  # the parent did, and may need it
         waker_renew(&self.at.waker)
         while self.at.closing:  # by threads that are not here

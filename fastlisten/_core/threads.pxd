@@ -28,6 +28,8 @@ cdef class Dispatcher(Taker):
     cdef void fail(self, error) noexcept
     cdef void stop_now(self) noexcept
     cdef bint stop_asked(self) noexcept
+    cdef bint emptied(self, bint leads) noexcept nogil
+    cdef int tell_emptied(self) except -1
     cdef bint somebody_waits(self) noexcept nogil
 
 
@@ -59,6 +61,7 @@ cdef class Threads:
     cdef int64_t alive, idle
     cdef int64_t starting               # the first of them are being started
     cdef int64_t ended                  # run() is over: the last to end closes the waker
+    cdef bint told                      # that nobody more is taken from the kernel's queues
     cdef waker_t waker                  # wakes the caller of run() while others lead
     cdef set workers
     cdef list threads
@@ -69,6 +72,7 @@ cdef class Threads:
     cdef int run(self) except -1
     cdef int run_inline(self) except -1
     cdef int run_threads(self) except -1
+    cdef int look_at_stop(self) except -1
     cdef bint to_wait_for(self) noexcept
     cdef bint may_leave(self) noexcept
     cdef int wait_for_end(self) except -2

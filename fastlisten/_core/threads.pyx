@@ -52,6 +52,9 @@ cdef long long IDLE = 10_000_000  # microseconds
 # How long serve() waits, after it cut the connections of its handlers, for the handlers to notice.
 cdef int64_t GRACE = 250_000_000  # nanoseconds
 
+# How often serve() looks, once a stop was asked for, whether its queues are empty.
+cdef int64_t STOP_TICK = 20_000_000  # nanoseconds
+
 # The values of Lead.held; higher ones are lent to a handler.
 cdef enum:
     FREE = 0
@@ -113,6 +116,14 @@ cdef class Dispatcher(Taker):
     cdef bint stop_asked(self) noexcept:
         """Whether a stop was asked for."""
         return False
+
+    cdef bint emptied(self, bint leads) noexcept nogil:
+        """Whether a stop was asked for and nobody more is taken from the kernel's queues; a leader looks."""
+        return True
+
+    cdef int tell_emptied(self) except -1:
+        """Tell the owners of the listeners so, while handlers may still run."""
+        return 0
 
     cdef bint somebody_waits(self) noexcept nogil:
         """Whether a client waits for a thread; for the leader."""
@@ -289,6 +300,8 @@ cdef class Threads:
                 port_swap(&self.starting, 0)
                 raise
             while self.to_wait_for():
+                if not self.told and self.dispatcher.stop_asked():
+                    self.look_at_stop()
                 code = self.wait_for_end()
                 if code != 0:
                     port_raise(code)
@@ -322,6 +335,19 @@ cdef class Threads:
         finally:
             port_swap(&self.starting, 0)
             self.wake()
+
+    cdef int look_at_stop(self) except -1:
+        """A stop was asked for: see whether the queues are empty, for a leader if all are with handlers."""
+        cdef bint leads = False
+        with nogil:
+            if port_get(&self.idle) == 0:
+                leads = self.lead.take(0)
+            self.told = self.dispatcher.emptied(leads)
+            if leads:
+                self.lead.hand_off()
+        if self.told:
+            self.dispatcher.tell_emptied()
+        return 0
 
     cdef bint to_wait_for(self) noexcept:
         """Whether a thread is still to be waited for; in a handler, no longer than GRACE after its cut."""
@@ -370,6 +396,8 @@ cdef class Threads:
                 patience = GRACE
         if self.dispatcher.look_every and (patience < 0 or self.dispatcher.look_every < patience):
             patience = self.dispatcher.look_every
+        if self.dispatcher.stop_asked() and not self.told and (patience < 0 or STOP_TICK < patience):
+            patience = STOP_TICK
         poll.fd = self.waker.reader
         poll.events = POLLIN
         with nogil:

@@ -24,6 +24,9 @@ Target = Callable[..., object]
 # was written for this worker.
 DRAIN, NOW, LOOK = b"d", b"n", b"l"
 
+# What a worker says by it: it serves, and a stop has emptied all its queues.
+READY, EMPTIED = b"r", b"e"
+
 # This process as a worker; set once, in a process that has just begun.
 _this: list[Worker] = []
 
@@ -60,7 +63,7 @@ class Worker:
         self._ready = self._paused = False
         self._listeners: list[Listener] = []
         self._members: list[list[Listener]] = []
-        self._waiting = 0
+        self._waiting = self._queues = 0  # listeners to be served yet, and queues to be emptied
         self._when_stopping: Callable[[float], object] | None = None
 
     def __repr__(self) -> str:
@@ -74,7 +77,7 @@ class Worker:
         if not self._ready:
             self._ready = True
             with contextlib.suppress(OSError):  # there is no parent any more, and we are about to end
-                self._status.send(b"r")
+                self._status.send(READY)
 
     # --- what the parent does with it -----------------------------------------------------------------
 
@@ -89,8 +92,9 @@ class Worker:
             listener = listeners[place if place < len(listeners) else 0]
             listener._state = State(listener, self._slot.map, self._slot.offsets[endpoint])
             listener._state.when_taken = self._served
+            listener._state.when_emptied = self._emptied
             self._listeners.append(listener)
-        self._waiting = len(members)
+        self._waiting = self._queues = len(members)
         self._hear_signals()
         self._pause()  # it was asked before this process was there
         self._live_with_parent()
@@ -141,6 +145,17 @@ class Worker:
         self._waiting -= 1
         if self._waiting == 0:
             self.ready()
+
+    def _emptied(self) -> None:
+        """A stop has emptied one more of the queues.  Behind the last of them nobody is to wait: with our
+        copies closed it is the parent's to end that, when this worker has no successor."""
+        self._queues -= 1
+        if self._queues == 0:
+            for listeners in self._members:
+                for listener in listeners:
+                    listener._close_early()
+            with contextlib.suppress(OSError):
+                self._status.send(EMPTIED)
 
     def _hear_signals(self) -> None:
         heard: dict[str, Any] = {

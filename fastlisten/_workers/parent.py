@@ -65,11 +65,12 @@ class Parent:
         passed = [*endpoints, *([status.members] if status else ())]
         self._handover = Handover(passed, options.ready_timeout, self._events, told, self._taken_over)
         self._spare = starter.spare
-        self._ticks = [*ticks, *manager.ticks(lambda: self.pool.paused or self._steering.comes_on())]
+        self._ticks = [*ticks, *manager.ticks(self._comes_on)]
         self._inheritance = inheritance
         self._status = status
         self._leaves_at = self._pauses_at = math.inf  # when it begins to, of which others have been told
         self._served = False
+        self._emptied = False  # all workers' queues, when they end
 
     def run(self) -> ServeResult:
         """Serve until a signal ends it and all workers have ended; returns what the drain did.
@@ -124,6 +125,7 @@ class Parent:
         if now >= self._leaves_at:
             self._stop("SIGTERM")
         if self.pool.ending:
+            self._close_emptied()
             return
         if now >= self._pauses_at:
             self._pauses_at = math.inf
@@ -133,6 +135,17 @@ class Parent:
         if not self._served and all(place.current and place.current.ready for place in self.pool.places):
             self._served = True
             self._all_serve()
+
+    def _comes_on(self) -> bool:
+        """For the service manager's watchdog: whether clients are taken, as far as they are to be."""
+        return self.pool.paused or self._emptied or self._steering.comes_on()
+
+    def _close_emptied(self) -> None:
+        """Close the listeners once no worker takes anybody more: who comes later is refused at once."""
+        if not self._emptied and all(process.emptied for process in self.pool.processes.values()):
+            self._emptied = True
+            for members in self._steering.endpoints:
+                members.close_early()
 
     def _all_serve(self) -> None:
         """All workers serve for the first time."""

@@ -14,6 +14,7 @@ from fastlisten._core.admission import process_ended
 from fastlisten._events import Events
 from fastlisten._listener import ServeResult
 from fastlisten._options import Checked
+from fastlisten._workers.child import EMPTIED
 from fastlisten._workers.memory import CUT, FINISHED, PAUSED, Memory, Slot
 from fastlisten._workers.process import Handle, Place, Process
 from fastlisten._workers.sockets import Members
@@ -142,7 +143,7 @@ class Pool:
         return process
 
     def _told(self, process: Process, supervisor: Supervisor) -> None:
-        """A worker says that it is ready; or the channel has ended, with it."""
+        """A worker says that it is ready, or takes nobody more; or the channel has ended, with it."""
         status = process.status
         if status is None:
             return  # it was waited for just now
@@ -154,6 +155,8 @@ class Pool:
             self._events.forget(status)
             status.close()
             process.status = None
+        elif told == EMPTIED:
+            process.emptied = True
         elif not process.asked:
             supervisor.ready(process)
 

@@ -96,6 +96,7 @@ class Process:
         self.began = time.monotonic()
         self.ready = False
         self.asked = False  # to go
+        self.emptied = False  # its queues, after that
         self.kill_at: float | None = None
 
     def __str__(self) -> str:

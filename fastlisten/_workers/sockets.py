@@ -124,6 +124,12 @@ class Members:
         for listener in self.listeners:
             listener._path = None
 
+    def close_early(self) -> None:
+        """Close what bind() made, while its clients' handlers go on; `endpoint` is still told."""
+        if self._own:
+            for listener in reversed(self.listeners):
+                listener._close_early()
+
     def close(self) -> None:
         """Close what bind() made, newest first."""
         if self._own:

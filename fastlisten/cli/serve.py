@@ -77,6 +77,7 @@ def serve_command(options: argparse.Namespace) -> int:
         listener = passed_connection(endpoint) or fastlisten.bind(endpoint, **given(options, BIND_OPTIONS))
     with listener, notifier() as manager:
         if isinstance(listener, Listener):
+            listener._close_when_emptied()
             with status_thread(options, listener) as status:
                 return _serve(listener, handler, serving, options, manager, status)
         for name in given(options, (*BIND_OPTIONS, "proxy", *ADMISSION_OPTIONS, *STATUS_OPTIONS)):

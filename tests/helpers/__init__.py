@@ -15,7 +15,7 @@ from helpers.probes import (
     under_wine,
 )
 from helpers.server_threads import Serving, echo, serving
-from helpers.sockets import CLOSED, connect, exchange, read_all, refusal, reset
+from helpers.sockets import CLOSED, connect, exchange, nobody_listens, read_all, refusal, reset
 from helpers.waiting import LIMIT, alarms, wait_until
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "has_ipv6",
     "knows_services",
     "needs",
+    "nobody_listens",
     "not_under_wine",
     "own_loopback",
     "posix_only",

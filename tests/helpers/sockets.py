@@ -65,6 +65,15 @@ def exchange(target: Any, data: bytes = b"ping", timeout: float = LIMIT) -> byte
         return read_all(client)
 
 
+def nobody_listens(target: Any) -> bool:
+    """Return whether a connect is refused; one that is not leaves at once."""
+    try:
+        with connect(target):
+            return False
+    except (ConnectionRefusedError, ConnectionResetError, FileNotFoundError):
+        return True
+
+
 # What refusal() returns for a close without a word: see there.
 CLOSED: bytes | str = "reset" if under_wine() else b""
 
