@@ -96,6 +96,11 @@ def status_options(where: Endpoint) -> Checked:
     return checked(BindOptions, "bind", replace_stale=_path_of(where) is not None)
 
 
+def bind_status(where: Endpoint) -> Listener:
+    """A status port's listener.  Raises as bind()."""
+    return bind_checked(where, status_options(where))
+
+
 def _path_of(where: Endpoint) -> str | None:
     """That of a unix socket with a path."""
     return where.host[5:] if where.host.startswith("unix:") and where.host[5:6] != "@" else None

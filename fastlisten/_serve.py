@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fastlisten._bind import Address, bind, bind_checked, passed_connection, status_options
+from fastlisten._bind import Address, bind, bind_status, passed_connection
 from fastlisten._endpoint import endpoint_of
 from fastlisten._listener import Listener, ServeResult, make_loop, serve_options
 from fastlisten._options import BindOptions, StatusOptions, WorkerOptions, declared
@@ -77,7 +77,7 @@ def serve(handler: Handler, *endpoints: Address | Listener, **options: Unpack[Al
             return ServeResult(*loop.run())
         from fastlisten._status.thread import StatusThread  # only for who asks for it
 
-        with StatusThread(bind_checked(status, status_options(status)), listeners):
+        with StatusThread(bind_status(status), listeners):
             return ServeResult(*loop.run())
     finally:
         for listener in reversed(bound):

@@ -75,6 +75,7 @@ def test_help_names_every_option_of_bind_and_serve(told: Told) -> None:
         (["serve", "127.0.0.1:0", "broken:f"], 2, "ZeroDivisionError: division by zero ("),
         (["serve", "127.0.0.1:0", "wrong:f"], 2, "SyntaxError"),
         (["serve", "--nonsense"], 2, "unrecognized arguments: --nonsense"),
+        (["serve", "--thread", "4"], 2, "unrecognized arguments: --thread"),
         (["serve", "--backlog", "many"], 2, "--backlog: 'many' is not a number from 0 on"),
         (["serve", "--backlog", "9" * 11], 2, f"--backlog: '{'9' * 11}' is too large: the most is 999999999"),
         (["serve", ":0", "os:getpid"], 2, "handler 'os:getpid' cannot be called with a connection and no"),

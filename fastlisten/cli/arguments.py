@@ -64,7 +64,11 @@ class Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that tells a mistake in one line."""
+    """An argument parser that tells a mistake in one line.  Options have to be written out: what is short for
+    one today would be ambiguous, or mean another, when there are more."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         raise CommandError(f"{message} (see {self.prog} --help)", MISUSED)

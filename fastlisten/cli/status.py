@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from fastlisten import Endpoint, Listener
-from fastlisten._bind import bind_checked, status_options
+from fastlisten._bind import bind_status
 from fastlisten.cli.errors import MISUSED, CommandError
 from fastlisten.cli.failures import binding, read_endpoint
 
@@ -36,6 +36,6 @@ def status_thread(options: argparse.Namespace, listener: Listener) -> Iterator[S
     from fastlisten._status.thread import StatusThread  # only for who asks for it
 
     with binding(endpoint, "--status: "):
-        where = bind_checked(endpoint, status_options(endpoint))
+        where = bind_status(endpoint)
     with StatusThread(where, [listener]) as thread:
         yield thread
