@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+import fastlisten
 from fastlisten import Endpoint
-from fastlisten.cli.report import Saturation
-from helpers import LIMIT, connect, exchange, posix_only
+from fastlisten.cli.report import Advice
+from helpers import LIMIT, LOOPBACK, connect, exchange, posix_only
 from helpers.command import COMMAND, serve, signals
 
 
@@ -234,16 +235,29 @@ def test_a_terminal_that_cannot_go_back_gets_lines() -> None:
     assert b"accepted 1" in line
 
 
+def stats(**counters: Any) -> fastlisten.ListenerStats:
+    """Return counters of which all but these are 0."""
+    with fastlisten.bind(LOOPBACK) as listener:
+        return listener.stats()._replace(**counters)
+
+
 @pytest.mark.parametrize(("threads", "warns"), [(0, False), (2, True), ((1, 2), True)])
 def test_threads_that_are_all_taken_for_long_are_told_of_once(
     threads: int | tuple[int, int], warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    saturation = Saturation(threads)
+    advice = Advice(threads, first_bytes=True)
+
+    def look(now: int, active: int, waiting: int = 0) -> None:
+        total = stats(accepted=active, active=active, waiting=waiting)
+        advice.look(total, [total], now)
+
     for now, active in enumerate([2, 2, 2, 1, *[2] * 5]):
-        saturation.look(active, now)
-    assert not caplog.records  # never for 5 s at a stretch
+        look(now, active)
     for now in range(9, 20):
-        saturation.look(3, now)
+        look(now, 9, waiting=8)  # they have no thread
+    assert not caplog.records  # never for 5 s at a stretch
+    for now in range(20, 30):
+        look(now, 3)
     texts = [record.getMessage() for record in caplog.records]
     assert (
         texts
@@ -253,3 +267,22 @@ def test_threads_that_are_all_taken_for_long_are_told_of_once(
         ]
         * warns
     )
+
+
+@pytest.mark.parametrize(
+    ("counters", "first_bytes", "warns"),
+    [
+        ({"accepted": 1, "active": 1, "waiting": 1}, True, True),
+        ({"accepted": 2, "active": 1, "waiting": 1, "refused": 1}, True, True),
+        ({"accepted": 2, "active": 2, "waiting": 1}, True, False),
+        ({"accepted": 2, "active": 1, "waiting": 1, "handled": 1}, True, False),
+        ({"accepted": 1, "active": 1, "waiting": 1}, False, False),
+    ],
+)
+def test_a_handler_that_may_wait_in_vain_is_told_of_once(
+    counters: dict[str, int], first_bytes: bool, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    advice, total = Advice(4, first_bytes), stats(**counters)
+    for now in range(10):
+        advice.look(total, [total, total], now)
+    assert [record.event for record in caplog.records] == ["nobody has spoken"] * warns  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -9,7 +10,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastlisten import Endpoint, Listener, ListenerStats, ServeResult
@@ -19,33 +20,59 @@ from fastlisten.cli.log import line_of
 LIVE_INTERVAL = 0.5  # seconds between two states of the live line: readable, and seen to move
 LINE_INTERVAL = 2.0  # seconds between two lines of a log, at least
 SATURATED = 5.0  # seconds
+SILENT = 2.0  # seconds: a person at a terminal has not given up yet
 
 
-class Saturation:
-    """Warns once when all threads have had clients for long.
+class Advice:
+    """Says what to change, once each: when all threads have had clients for long, and when a handler may wait
+    in vain for clients that wait for it to speak.
 
-    threads: serve()'s; 0, one client at a time, is asked for by who wants that.
+    threads: serve()'s; 0, one client at a time, is asked for by who wants that.  first_bytes: clients have to
+    speak before a handler gets them, for no other reason.
     """
 
-    def __init__(self, threads: int | tuple[int, int]) -> None:
+    def __init__(self, threads: int | tuple[int, int], first_bytes: bool) -> None:
         self._most = threads if isinstance(threads, int) else threads[1]
-        self._told = self._most == 0
-        self._since: float | None = None
+        self._taken: float | None = None  # since when
+        self._silent: float | None = None
+        self._first_bytes = first_bytes
+        self._told: set[str] = set()
 
-    def look(self, active: int, now: float) -> None:
-        """active: clients of the process that has fewest.  now: of the monotonic clock, in seconds."""
-        if active < self._most:
-            self._since = None
-        elif self._since is None:
-            self._since = now
-        elif now - self._since >= SATURATED and not self._told:
-            self._told = True
+    @classmethod
+    def on(cls, options: argparse.Namespace) -> Advice:
+        """On what the command line says."""
+        return cls(options.threads, bool(options.first_bytes) and options.proxy is None)
+
+    def look(self, total: ListenerStats, rows: Sequence[ListenerStats], now: float) -> None:
+        """total, rows: the counters of the whole and of each process.  now: a monotonic clock, in seconds."""
+        all_taken = self._most and min(map(_with_handlers, rows), default=0) >= self._most
+        nobody_spoke = self._first_bytes and total.waiting and not total.handled and not _with_handlers(total)
+        self._taken = (self._taken or now) if all_taken else None
+        self._silent = (self._silent or now) if nobody_spoke else None
+        if self._taken is not None and now - self._taken >= SATURATED and self._is_news("threads taken"):
             logging.getLogger("fastlisten").warning(
                 "all %d threads have had clients for %g s, and others wait: --threads 1,%d would serve more, "
                 "and connection.settimeout() in the handler ends who says nothing",
                 *(self._most, SATURATED, self._most * 2),
                 extra={"event": "threads taken", "threads": self._most},
             )
+        if self._silent is not None and now - self._silent >= SILENT and self._is_news("nobody has spoken"):
+            logging.getLogger("fastlisten").warning(
+                "a client has sent nothing for %g s, and none has before: a handler gets it when it does. "
+                "Where the handler is to speak first: --first-bytes 0",
+                SILENT,
+                extra={"event": "nobody has spoken"},
+            )
+
+    def _is_news(self, event: str) -> bool:
+        news = event not in self._told
+        self._told.add(event)
+        return news
+
+
+def _with_handlers(stats: ListenerStats) -> int:
+    """How many clients are with handlers."""
+    return stats.active - stats.waiting - stats.pending_connections
 
 
 class Report:
@@ -54,9 +81,9 @@ class Report:
     Used with `with`: the counters are told by a thread until the block ends.
     """
 
-    def __init__(self, listener: Listener, as_json: bool, threads: int | tuple[int, int]) -> None:
+    def __init__(self, listener: Listener, as_json: bool, advice: Advice) -> None:
         self._listener = listener
-        self._saturation = Saturation(threads)
+        self._advice = advice
         self._json = as_json
         self._live = output.is_live() and not as_json
         # What the thread is to tell now, None to end. A SimpleQueue and no Event, as a signal
@@ -142,7 +169,7 @@ class Report:
                 news = self._news.get(timeout=max(then + interval - time.monotonic(), 0))
             except queue.Empty:
                 stats, now = self._listener.stats(), time.monotonic()
-                self._saturation.look(stats.active, now)
+                self._advice.look(stats, [stats], now)
                 rate = (stats.accepted - before.accepted) / (now - then)
                 before, then = stats, now
                 if self._live:

@@ -25,7 +25,7 @@ from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
 from fastlisten.cli.failures import as_option, binding, read_endpoint
 from fastlisten.cli.handlers import BUILT_IN, load_handler
 from fastlisten.cli.manager import notifier, ready, stopping
-from fastlisten.cli.report import LogLines, Report
+from fastlisten.cli.report import Advice, LogLines, Report
 from fastlisten.cli.status import status_endpoint, status_thread
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _serve(
     manager: Notifier | None,
     status: StatusThread | None,
 ) -> int:
-    report = Report(listener, options.json, options.threads)
+    report = Report(listener, options.json, Advice.on(options))
     signals = _drain_on_signals(listener, options, report, manager, status)
     if status is not None and options.status_control:
         from fastlisten.cli.control import ProcessControl  # only for who asks for it

@@ -17,7 +17,7 @@ from fastlisten.cli import log, output
 from fastlisten.cli.arguments import BIND_OPTIONS, WORKER_OPTIONS, given
 from fastlisten.cli.errors import FAILED, INTERRUPTED, MISUSED, CommandError
 from fastlisten.cli.failures import as_option, bind_failure, read_endpoint
-from fastlisten.cli.report import LINE_INTERVAL, LIVE_INTERVAL, Saturation, counters, plain
+from fastlisten.cli.report import LINE_INTERVAL, LIVE_INTERVAL, Advice, counters, plain
 from fastlisten.cli.status import status_endpoint
 
 
@@ -34,9 +34,7 @@ def serve_with_workers(
 
     # A worker that is a fresh interpreter knows nothing of it yet.
     target = functools.partial(_logging, options.log_format, serve_target(handler, serving))
-    return _run(
-        lambda: Told(target, endpoint, **_options(options)), [endpoint], options, Saturation(options.threads)
-    )
+    return _run(lambda: Told(target, endpoint, **_options(options)), [endpoint], options, Advice.on(options))
 
 
 def _logging(name: str, target: Target, *listeners: Listener) -> object:
@@ -67,13 +65,13 @@ def _run(
     make: Callable[[], Any],
     endpoints: list[Endpoint],
     options: argparse.Namespace,
-    saturation: Saturation | None = None,
+    advice: Advice | None = None,
 ) -> int:
     where = ", ".join(map(str, endpoints))
     try:
         workers = make()
         workers.controlled = bool(options.status_control)
-        workers.reports(options.json, saturation)
+        workers.reports(options.json, advice)
         result = workers.run()
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise CommandError(f"cannot serve {where}: {as_option(error)}", MISUSED) from error
@@ -95,15 +93,15 @@ class WorkersReport(Supervised):
     _json = _live = False
     _drawn = 0  # lines of the counters that are on the screen
 
-    def reports(self, as_json: bool, saturation: Saturation | None) -> None:
-        """Say how to tell.  saturation: None for programs, which write no counters."""
-        self._saturation = saturation
+    def reports(self, as_json: bool, advice: Advice | None) -> None:
+        """Say how to tell.  advice: None for programs, which write no counters."""
+        self._advice = advice
         self._json = as_json
         self._log = output.Log()
         self._live = output.is_live() and not as_json
         self._before: tuple[ListenerStats, ...] = ()
         self._then = time.monotonic()
-        if saturation is not None:
+        if advice is not None:
             self._ticks.append((LIVE_INTERVAL if self._live else LINE_INTERVAL, self._tick))
         log.set_up()
 
@@ -140,8 +138,8 @@ class WorkersReport(Supervised):
         """Tell the counters, if they have changed or are seen live."""
         total, rows = self.stats()
         now = time.monotonic()
-        if self._saturation is not None:
-            self._saturation.look(min((row.active for row in rows), default=0), now)
+        if self._advice is not None:
+            self._advice.look(total, rows, now)
         all_rows = (total, *rows)
         known = self._before if len(self._before) == len(all_rows) else all_rows
         rates = [
