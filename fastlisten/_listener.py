@@ -326,9 +326,9 @@ class Listener(StandardSocket):
         self._close()
 
     def _close(self) -> None:
-        if self._path is not None:
-            self._path.remove()
-            self._path = None
+        path, self._path = self._path, None  # another thread may close it just now
+        if path is not None:
+            path.remove()
         super().close()
 
     def _close_when_emptied(self) -> None:
