@@ -294,18 +294,33 @@ def test_serve_forever_until_closed(run: Run) -> None:
     run(main())
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12, 1), reason="asyncio waits for clients since 3.12.1")
-def test_wait_closed_waits_for_the_clients(run: Run) -> None:
+def test_wait_closed_waits_for_clients_where_the_loop_s_own_does(run: Run) -> None:
+    """asyncio's does from Python 3.12.1 on; uvloop's does not, and who ends there would wait for ever."""
+
+    async def waits(create: Any) -> bool:
+        made: list[Notes] = []
+
+        def factory() -> Notes:
+            made.append(Notes())
+            return made[-1]
+
+        running = await create(factory, "127.0.0.1", 0)
+        with connect(running.sockets[0].getsockname()):
+            while not (made and made[0].events):
+                await asyncio.sleep(0)
+            running.close()
+            waiting = asyncio.ensure_future(running.wait_closed())
+            await turns()
+            answer = not waiting.done()
+            made[0].transport.close()
+            await waiting
+            await made[0].lost
+        return answer
+
     async def main() -> None:
-        async with server(Notes) as serving:
-            with connect(serving.address):
-                protocol = await serving.first()
-                serving.server.close()
-                waiting = asyncio.ensure_future(serving.server.wait_closed())
-                await turns()
-                assert not waiting.done()
-                protocol.transport.close()
-                await waiting
+        own = await waits(asyncio.get_running_loop().create_server)
+        assert await waits(aio.create_server) == own
+        assert own == (run.loop == "asyncio" and sys.version_info >= (3, 12, 1))
 
     run(main())
 

@@ -33,7 +33,8 @@ Factory = Callable[[], asyncio.BaseProtocol]
 
 _log = logging.getLogger("fastlisten")
 
-# What asyncio's Server can do and since when; before 3.12.1 wait_closed() does not wait for connections.
+# What asyncio's Server can do and since when; before 3.12.1 wait_closed() does not wait for connections, and
+# on uvloop it never does.
 _CLOSES_CLIENTS = sys.version_info >= (3, 13)
 _WAITS_FOR_CLIENTS = sys.version_info >= (3, 12)
 # What cancelling serve_forever() does to the clients has changed in a bugfix release: cpython's gh-123720.
@@ -54,6 +55,7 @@ class Server(asyncio.AbstractServer):
         tls: TlsSettings | None = None,
     ) -> None:
         self._loop = loop
+        self._waits = _WAITS_FOR_CLIENTS and isinstance(loop, asyncio.BaseEventLoop)  # uvloop's does not
         self._sockets: list[socket.socket] | None = None  # they are the caller's yet
         self._backlog = backlog
         self._limits = limits
@@ -274,11 +276,11 @@ class Server(asyncio.AbstractServer):
                 waiter.set_result(None)
 
     async def wait_closed(self) -> None:
-        """Wait until the server is closed and its connections are gone; before Python 3.12, as asyncio's
-        own, for nothing once it is closed without a drain."""
+        """Wait until the server is closed and its connections are gone; before Python 3.12, and on uvloop, as
+        their own, for nothing once it is closed without a drain."""
         if self._waiters is None:
             return
-        if self._sockets is None and self._deadline is None and not _WAITS_FOR_CLIENTS:
+        if self._sockets is None and self._deadline is None and not self._waits:
             return
         waiter = self._loop.create_future()
         self._waiters.append(waiter)
