@@ -36,6 +36,8 @@ class Suite:
     loops: list[str] = field(default_factory=lambda: ["asyncio", "uvloop"])
     needs: list[str] = field(default_factory=list)
     options: list[str] = field(default_factory=list)
+    without: list[str] = field(default_factory=list)
+    without_on_uvloop: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     debian: str = ""
     short: list[str] = field(default_factory=list)
@@ -112,6 +114,12 @@ def unpack(suite: Suite, source: Path, folder: Path) -> Path:
 # --- runs -------------------------------------------------------------------------------------------
 
 
+def choice(suite: Suite, loop: str) -> tuple[str, ...]:
+    """pytest's option that leaves tests out on this base loop."""
+    names = suite.without + suite.without_on_uvloop * (loop == "uvloop")
+    return ("-k", f"not ({' or '.join(names)})") if names else ()
+
+
 def run(suite: Suite, loop: str, side: str, root: Path, tests: list[str], limit: int) -> Result:
     """Run these tests in the tree; side: "base" or "ours".  What they print lies beside it."""
     result = root.parent / f"{loop}.json"
@@ -121,6 +129,7 @@ def run(suite: Suite, loop: str, side: str, root: Path, tests: list[str], limit:
     environment |= {"PEER_LOOP": loop, "PEER_OURS": "1" if side == "ours" else "", "PEER_RESULT": str(result)}
     first = ("-q", "-p", "no:cacheprovider", "-p", "peer_loop", "-p", "pytest_timeout")
     command = [sys.executable, "-m", "pytest", *first, f"--timeout={TEST_LIMIT}", *suite.options, *tests]
+    command += choice(suite, loop)
     whole = tests == suite.tests
     log = root.parent / (f"{loop}.log" if whole else f"{loop}-again.log")
     with log.open("w", encoding="utf-8") as output:
