@@ -116,6 +116,26 @@ def test_a_drain_takes_nobody_who_comes_after_the_stop(mode: Any) -> None:
 
 
 @needs("unix sockets")
+@modes
+def test_who_comes_while_others_have_yet_to_speak_is_refused(mode: Any, unix_path: str) -> None:
+    with fastlisten.bind(LOOPBACK) as listener:
+        served = Serving(
+            lambda: fastlisten.serve(echo, listener, f"unix:{unix_path}", first_bytes=LIMIT, **mode)
+        )
+        with connect(listener) as client, contextlib.ExitStack() as stack:
+            wait_until(lambda: listener.stats().waiting)
+            listener.pause()
+            (other,) = queued(stack, listener, 1)  # is taken first
+            other.shutdown(socket.SHUT_WR)
+            listener.stop(drain=60)
+            assert outcome(other) == b"0"
+            wait_until(lambda: not os.path.exists(unix_path))
+            client.sendall(b"at last")
+            assert client.recv(100) == b"at last"
+        assert served.wait() == (2, 0)
+
+
+@needs("unix sockets")
 @pytest.mark.parametrize("mode", [{"threads": 1}, {"threads": 2}, MODES["busy threads"]], ids=str)
 @pytest.mark.parametrize("drain", [60, None])
 def test_who_comes_while_handlers_end_is_refused(mode: Any, drain: float | None, unix_path: str) -> None:

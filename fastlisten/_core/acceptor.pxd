@@ -40,7 +40,8 @@ cdef class Acceptor:
     cdef int in_vain, polls_first   # how often poll() is asked before accept() is tried again; and yet to go
     cdef int64_t over               # nobody is accepted any more
     cdef bint stopping
-    cdef int64_t emptied            # ... and nobody more is taken from the kernel's queues
+    cdef int64_t emptied            # ... and nobody touches the listeners any more: those who wait are ours
+    cdef bint to_tell_emptied       # ... just now, and take() is to come back for that
     cdef drain_t drain
 
     cdef int open(self, int64_t descriptors) except -1

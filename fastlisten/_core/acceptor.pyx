@@ -155,7 +155,8 @@ cdef class Acceptor:
         for i in range(self.count):
             if self.sources[i].state == state.at:
                 port_swap(&self.sources[i].gone, 1)
-        while port_get(&self.touching) != OUT:  # whoever waits in there was woken
+        # Whoever waits in there was woken, or waits for those only who have to speak.
+        while port_get(&self.touching) != OUT and not port_get(&self.emptied):
             port_sleep(1)
 
     cdef void bring_back(self, int64_t patience=ACCEPT_TIME) noexcept:
@@ -244,6 +245,9 @@ cdef class Acceptor:
                 closed_for = self.closed_for()
                 if self.stopping and self.ending():
                     return ENDED
+            if self.to_tell_emptied:
+                self.to_tell_emptied = False
+                return LOOK
             port_swap(&self.touching, WAITING)
             outcome = self.wait(closed_for)
             self.enter()
@@ -537,8 +541,8 @@ cdef class Acceptor:
         if state is NULL:
             return False
         over = self.answers(state)
-        if over or self.shut():
-            port_swap(&self.emptied, 1)
+        if (over or self.shut()) and not port_swap(&self.emptied, 1):
+            self.to_tell_emptied = True
         return over
 
     cdef void see_stop(self) noexcept nogil:
@@ -557,10 +561,11 @@ cdef class Acceptor:
             return True
         if self.drain.deadline and port_now() >= self.drain.deadline:
             return True
-        self.set_modes()  # nobody may come any more who would end a sleep in accept()
         if self.drain.left < 0:
             self.drain.left = self.queued() if draining else 0
             self.inspects = True
+        if not self.shut():
+            self.set_modes()  # nobody may come any more who would end a sleep in accept()
         return self.shut() and (self.first_bytes is None or not self.first_bytes.lets_in(draining))
 
     cdef bint shut(self) noexcept nogil:

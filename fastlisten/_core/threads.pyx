@@ -286,6 +286,8 @@ cdef class Threads:
                 self.dispatcher.raise_failure()
             else:
                 PyErr_CheckSignals()
+                if not self.told and self.dispatcher.stop_asked():
+                    self.look_at_stop()
             self.dispatcher.look_up()
         return 0
 
