@@ -488,7 +488,8 @@ cdef class Accepting(Owner):
             self._again()  # a descriptor came free
         elif was_full and self.serving:
             self.arrange()
-            if self.queue is not None and self.queue.overload.waiting:
+            if (self.queue is not None and self.queue.overload.waiting
+                    and not self.connections.hub.loop.is_closed()):
                 # The thread that refuses would tell, too, if it did not sleep in accept(): see bring_back().
                 self.queue.ready_soon()
         if self.connections.active == 0:
