@@ -224,7 +224,7 @@ cdef class Loop(Dispatcher):
         """Whether a stop was asked for and nobody more is taken from the kernel's queues; a leader looks."""
         if leads and self.overload is None:
             self.acceptor.see_stop()
-        return port_get(&self.over) or port_get(&self.acceptor.emptied)
+        return port_get(&self.acceptor.emptied)  # not `over`: somebody may still have to be brought back
 
     cdef int tell_emptied(self) except -1:
         """Tell the listeners' owners, who may close them: nobody here touches them any more."""
