@@ -95,6 +95,27 @@ def test_who_comes_while_all_workers_end_is_refused(target: str) -> None:
         assert server.process.wait(10) == 0
 
 
+@slow_to_start
+def test_a_target_may_stop_its_listener_and_serve_it_again() -> None:
+    """Only when the parent has asked a worker to end are its listeners closed."""
+    program = """
+def once(connection):
+    handler(connection)
+    connection.close()
+    stop()
+
+def target(listener):
+    global stop
+    stop = listener.stop
+    while not fastlisten.worker().stopping:
+        listener.serve(once, threads=1)
+
+""" + main("fastlisten.Workers(target, '127.0.0.1:0', workers=1).run()")
+    with parent(program) as server:
+        assert len({server.ask().pid for _ in range(3)}) == 1
+        server.end()
+
+
 @pytest.mark.parametrize("names", [pytest.param("SIGQUIT", marks=linux), "SIGTERM SIGINT"])
 def test_now_means_now(names: str) -> None:
     with parent() as server, server.connect() as client:

@@ -442,10 +442,10 @@ cdef class State:
             self.emptied()
 
     def emptied(self):
-        """After a stop nobody more is taken from the queue, while handlers may still run: tell, once."""
-        tell, self.when_emptied = self.when_emptied, None
-        if tell is not None:
-            tell()
+        """After a stop nobody more is taken from the queue: tell, while handlers may still run and, once more
+        perhaps, when the taker has ended."""
+        if self.when_emptied is not None:
+            self.when_emptied()
 
     def stop(self, drain):
         """Ask whoever takes the clients to end; `drain` as Listener.stop() says.  Takes no lock: signal

@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from functools import partial
 from types import CoroutineType
 from typing import Any
 
@@ -63,7 +64,8 @@ class Worker:
         self._ready = self._paused = False
         self._listeners: list[Listener] = []
         self._members: list[list[Listener]] = []
-        self._waiting = self._queues = 0  # listeners to be served yet, and queues to be emptied
+        self._waiting = 0
+        self._queued: set[Listener] = set()  # from which clients are taken yet
         self._when_stopping: Callable[[float], object] | None = None
 
     def __repr__(self) -> str:
@@ -92,9 +94,10 @@ class Worker:
             listener = listeners[place if place < len(listeners) else 0]
             listener._state = State(listener, self._slot.map, self._slot.offsets[endpoint])
             listener._state.when_taken = self._served
-            listener._state.when_emptied = self._emptied
+            listener._state.when_emptied = partial(self._emptied, listener)
             self._listeners.append(listener)
-        self._waiting = self._queues = len(members)
+        self._waiting = len(members)
+        self._queued.update(self._listeners)
         self._hear_signals()
         self._pause()  # it was asked before this process was there
         self._live_with_parent()
@@ -146,11 +149,12 @@ class Worker:
         if self._waiting == 0:
             self.ready()
 
-    def _emptied(self) -> None:
-        """A stop has emptied one more of the queues.  Behind the last of them nobody is to wait: with our
-        copies closed it is the parent's to end that, when this worker has no successor."""
-        self._queues -= 1
-        if self._queues == 0:
+    def _emptied(self, listener: Listener) -> None:
+        """A stop has emptied one of the queues.  If it is the parent's, nobody is to wait behind the last of
+        them: with our copies closed it is the parent's to end that, when this worker has no successor."""
+        if self.stopping:
+            self._queued.discard(listener)
+        if not self._queued:
             for listeners in self._members:
                 for listener in listeners:
                     listener._close_early()
