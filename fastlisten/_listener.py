@@ -326,10 +326,14 @@ class Listener(StandardSocket):
         self._close()
 
     def _close(self) -> None:
-        path, self._path = self._path, None  # another thread may close it just now
-        if path is not None:
-            path.remove()
-        super().close()
+        if not self._state.is_to_close():
+            return
+        try:
+            if self._path is not None:
+                self._path.remove()
+                self._path = None
+        finally:
+            super().close()
 
     def _close_when_emptied(self) -> None:
         """Close as soon as a stop has left nobody in the queue to be taken, not when its handlers have ended:
