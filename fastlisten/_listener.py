@@ -326,14 +326,10 @@ class Listener(StandardSocket):
         self._close()
 
     def _close(self) -> None:
-        if not self._state.is_to_close():
-            return
-        try:
-            if self._path is not None:
-                self._path.remove()
-                self._path = None
-        finally:
-            super().close()
+        path, self._path = self._path, None  # another thread may close it just now
+        if path is not None:
+            path.remove()
+        super().close()
 
     def _close_when_emptied(self) -> None:
         """Close as soon as a stop has left nobody in the queue to be taken, not when its handlers have ended:

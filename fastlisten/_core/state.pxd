@@ -133,7 +133,6 @@ cdef class State:
     cdef object sock            # a weak reference
     cdef public object when_taken  # called after take(); None: nothing is
     cdef public object when_emptied  # called by emptied(); None: nothing is
-    cdef int64_t closed         # somebody has begun to close it
     cdef bint left              # it is closed or detached: nobody may take its clients any more
     cdef object __weakref__
 

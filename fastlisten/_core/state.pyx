@@ -502,11 +502,6 @@ cdef class State:
         if self.taker_now() is None:
             waker_close(&self.at.waker)
 
-    def is_to_close(self):
-        """Whether the caller is the first to close the listener.  Without the GIL socket.close() in two
-        threads at once would close the descriptor twice, and it may be another's by then."""
-        return port_swap(&self.closed, 1) == 0
-
     def stand_still(self, bint still):
         """A thread is about to fork: have whoever takes the clients have none in hand; or it has."""
         cdef Taker taker = self.taker_now()
