@@ -548,6 +548,23 @@ def test_clients_to_be_counted_come_in_whole_batches() -> None:
             assert int(programs.line_of(process)) == CLIENTS
 
 
+@pytest.mark.parametrize(("grown", "status"), [(1.01, 0), (1.03, 1)])
+def test_a_count_that_grew_fails_the_check(
+    grown: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import instructions
+
+    record = json.loads(instructions.RECORD.read_text())
+    counts = {work: dict(servers) for work, servers in record["3.13"]["counts"].items()}
+    counts["echo"]["fastlisten-serve"] = round(counts["echo"]["fastlisten-serve"] * grown)
+    monkeypatch.setattr(instructions, "minor", lambda: "3.13")
+    monkeypatch.setattr(instructions, "build_facts", lambda: record["3.13"])
+    monkeypatch.setattr(instructions, "compiler_version", lambda _: "there")
+    monkeypatch.setattr(instructions, "count_all", lambda: counts)
+    assert instructions.main(["--check"]) == status
+    assert ("allowed +2%" in capsys.readouterr().out) == bool(status)
+
+
 def test_a_server_says_what_it_lacks() -> None:
     from benchmarks.servers import Server
 
